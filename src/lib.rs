@@ -1,0 +1,8 @@
+//! mirrorfs: one directory kept safe on several clouds.
+
+pub mod vfs;
+
+pub mod replica;
+
+pub mod format;
+pub mod ids;

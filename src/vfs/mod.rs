@@ -1,0 +1,3 @@
+//! Inodes, directories, files: the POSIX rules. Knows no sled, no network.
+
+pub mod types;
