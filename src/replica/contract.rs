@@ -55,7 +55,7 @@ pub enum StagedKind {
 }
 
 /// One sealed object that lies on local disk and waits to be shipped.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Staged {
     /// Its kind.
     pub kind: StagedKind,
