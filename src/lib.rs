@@ -2,6 +2,9 @@
 
 pub mod vfs;
 
+pub mod cache;
+pub mod journal;
+
 pub mod replica;
 
 pub mod format;

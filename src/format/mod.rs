@@ -3,5 +3,6 @@
 //! Pure: no I/O, no clock, no randomness. `docs/format.md` describes each byte.
 
 pub mod codec;
+pub mod local;
 pub mod record;
 pub mod tables;
