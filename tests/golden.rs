@@ -4,6 +4,8 @@
 //! What zstd wrote is compared by its decoded content only: another zstd version may compress otherwise. A missing file
 //! is written with `MIRRORFS_GOLDEN=write`; existing ones are never overwritten.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests
+
 use std::path::PathBuf;
 
 use mirrorfs::format::checkpoint::{Manifest, PartBuilder, PartInfo, parse_part, verify_part};
