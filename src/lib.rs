@@ -2,6 +2,8 @@
 
 pub mod vfs;
 
+pub mod txg;
+
 pub mod cache;
 pub mod journal;
 

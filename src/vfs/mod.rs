@@ -38,7 +38,7 @@ use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key
 use crate::ids::{BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 
-pub use self::sync::{Cut, Durability};
+pub use self::sync::Durability;
 pub use self::usage::Usage;
 
 /// Longest file name in bytes.

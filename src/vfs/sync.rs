@@ -5,22 +5,14 @@ use std::sync::Arc;
 use super::cell::Cell;
 use super::types::{VfsError, Wait};
 use super::{Result, Vfs};
-use crate::cache::dirty::DirtyBlock;
 use crate::ids::{Ino, Lsn};
+use crate::txg::{Cut, CutSource};
 
 /// Waits for replicas on behalf of fsync. Implemented by whoever ships.
 pub trait Durability: Send + Sync {
     /// Returns when everything committed before the call is on as many replicas as the volume's fsync level asks for, or
     /// says why not (after a deadline).
     fn replicate(&self) -> std::result::Result<(), VfsError>;
-}
-
-/// One transaction group, as the cut found it.
-pub struct Cut {
-    /// The state it completes: every record up to here.
-    pub lsn: Lsn,
-    /// The blocks it froze that are in no segment yet.
-    pub frozen: Vec<Arc<DirtyBlock>>,
 }
 
 impl Vfs {
@@ -87,5 +79,15 @@ impl Vfs {
     /// Files with changes that are not in the journal yet.
     pub fn pending_files(&self) -> usize {
         self.pending.lock().len()
+    }
+}
+
+impl CutSource for Vfs {
+    fn cut(&self) -> std::result::Result<Cut, String> {
+        Vfs::cut(self).map_err(|e| e.to_string())
+    }
+
+    fn has_pending(&self) -> bool {
+        self.pending_files() > 0
     }
 }
