@@ -2,6 +2,8 @@
 
 pub mod vfs;
 
+pub mod journal;
+
 pub mod replica;
 
 pub mod format;
