@@ -76,17 +76,15 @@ fn flush(s: &Shared, writer: &mut Writer, spare: &mut Vec<u8>) -> Result<(), Jou
         let p = s.pending.lock();
         (p.first, p.buf.len())
     };
-    // What is committed meanwhile makes the group longer than asked for.
-    writer.make_room(first, len.max(FLUSH_AT))?;
+    writer.make_room(first, len)?;
     let (mut buf, first, last): (Vec<u8>, Lsn, Lsn) = {
         let mut p = s.pending.lock();
-        if writer.fits(p.buf.len()) {
-            spare.clear();
-            (std::mem::replace(&mut p.buf, std::mem::take(spare)), p.first, p.last)
-        } else {
-            drop(p);
+        if !writer.fits(p.buf.len()) {
+            // It grew meanwhile: once more, with the new length.
             return Ok(());
         }
+        spare.clear();
+        (std::mem::replace(&mut p.buf, std::mem::take(spare)), p.first, p.last)
     };
     (s.data_sync)().map_err(|e| JournalError::Poisoned(format!("syncing block data failed: {e}")))?;
     writer.append(&mut buf, first, last)?;

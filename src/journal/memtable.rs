@@ -63,9 +63,7 @@ impl MemTable {
         start: &'a [u8],
         end: &'a [u8],
     ) -> impl DoubleEndedIterator<Item = (&'a Bytes, &'a Option<Bytes>)> {
-        self.map
-            .range::<[u8], _>((Bound::Included(start), Bound::Excluded(end)))
-            .map(|(k, (_, v))| (k, v))
+        self.map.range::<[u8], _>((Bound::Included(start), Bound::Excluded(end))).map(|(k, (_, v))| (k, v))
     }
 }
 

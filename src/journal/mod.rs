@@ -75,10 +75,7 @@ pub struct Options {
 
 impl Options {
     /// The defaults: 32 MiB of memtable, tail files of 16 MiB.
-    pub fn new(
-        dir: impl Into<PathBuf>,
-        data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
-    ) -> Self {
+    pub fn new(dir: impl Into<PathBuf>, data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>) -> Self {
         Self { dir: dir.into(), data_sync, memtable_limit: 32 << 20, tail_file_size: 16 << 20 }
     }
 }
@@ -144,8 +141,7 @@ impl Journal {
         let spawn_error = |e| JournalError::io("start a thread for", &dir, e);
         let thread = |name: &str| std::thread::Builder::new().name(name.into());
         let s = shared.clone();
-        let flusher =
-            thread("journal-flush").spawn(move || flusher::run(&s, writer)).map_err(spawn_error)?;
+        let flusher = thread("journal-flush").spawn(move || flusher::run(&s, writer)).map_err(spawn_error)?;
         let s = shared.clone();
         let applier = match thread("journal-apply").spawn(move || applier::run(&s)) {
             Ok(t) => t,
@@ -165,12 +161,7 @@ impl Journal {
     }
 
     /// Up to `limit` pairs with keys in `[start, end)`, in order, as of one moment.
-    pub fn scan(
-        &self,
-        start: &[u8],
-        end: &[u8],
-        limit: usize,
-    ) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
+    pub fn scan(&self, start: &[u8], end: &[u8], limit: usize) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
         self.shared.scan(None, start, end, limit)
     }
 
@@ -456,12 +447,7 @@ impl Tx<'_> {
     }
 
     /// Up to `limit` pairs with keys in `[start, end)`, in order.
-    pub fn scan(
-        &self,
-        start: &[u8],
-        end: &[u8],
-        limit: usize,
-    ) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
+    pub fn scan(&self, start: &[u8], end: &[u8], limit: usize) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
         self.shared.scan(Some(&self.changes), start, end, limit)
     }
 

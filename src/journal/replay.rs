@@ -207,7 +207,8 @@ impl Replay<'_> {
                     .map_err(|e| JournalError::io("read", &file.path, e))?),
             };
             if let Some(missing) = missing {
-                let why = format!("record {expected} is not readable, although {missing} was synced after it");
+                let why =
+                    format!("record {expected} is not readable, although {missing} was synced after it");
                 return Err(damaged(file, why));
             }
         }

@@ -171,7 +171,14 @@ impl TailSet {
             }
         }
         files.reverse();
-        Ok(RecordIter { files, current: None, ready: Vec::new().into_iter(), next: after.next(), upto, failed: false })
+        Ok(RecordIter {
+            files,
+            current: None,
+            ready: Vec::new().into_iter(),
+            next: after.next(),
+            upto,
+            failed: false,
+        })
     }
 }
 

@@ -137,7 +137,8 @@ fn equals_a_map_under_random_changes_and_reopens() {
     let root = tempfile::tempdir().unwrap();
     let mut dir = root.path().join("0");
     let mut model = Model::new();
-    let key = |rng: &mut ChaCha8Rng| Bytes::from(vec![b'a' + rng.random_range(0..3u8), rng.random_range(0..40)]);
+    let key =
+        |rng: &mut ChaCha8Rng| Bytes::from(vec![b'a' + rng.random_range(0..3u8), rng.random_range(0..40)]);
     let mut last = Lsn(0);
     for life in 0..12 {
         let (j, opened) = Journal::open(Options { memtable_limit: 1 << 20, ..options(&dir) }).unwrap();
@@ -354,7 +355,8 @@ fn memory_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let (j, _) = Journal::open(Options { memtable_limit: 2 << 20, ..options(dir.path()) }).unwrap();
     for n in 0..3000u32 {
-        j.transact::<_, JournalError>(|tx| Ok(tx.put(n.to_be_bytes().to_vec(), vec![n as u8; 4000]))).unwrap();
+        j.transact::<_, JournalError>(|tx| Ok(tx.put(n.to_be_bytes().to_vec(), vec![n as u8; 4000])))
+            .unwrap();
         assert!(j.stats().memtable_bytes < (2 << 20) + 20_000);
     }
     assert!(j.stats().waits > 0);
@@ -368,7 +370,8 @@ fn released_files_are_recycled_and_old_records_gone() {
     let mut pinned = None;
     for n in 0..1200u32 {
         let value = vec![n as u8; 2000];
-        let lsn = j.transact::<_, JournalError>(|tx| Ok(tx.put((n % 50).to_be_bytes().to_vec(), value))).unwrap().1;
+        let lsn =
+            j.transact::<_, JournalError>(|tx| Ok(tx.put((n % 50).to_be_bytes().to_vec(), value))).unwrap().1;
         if n % 20 == 0 {
             j.barrier(lsn).unwrap();
         }
@@ -536,19 +539,17 @@ fn flipped_bits_in_sled_are_never_silent() {
         match Journal::open(options(scratch.path())) {
             Err(JournalError::Damaged(_) | JournalError::Io { .. }) => refused += 1,
             Err(e) => panic!("{n}: {e} after a flip at {at} of {}", file.display()),
-            Ok((j, _)) => {
-                match j.scan(&[], &[0xff], usize::MAX) {
-                    Ok(all) => {
-                        assert!(
-                            all.into_iter().collect::<Model>() == want,
-                            "{n}: wrong after a flip at {at} of {}",
-                            file.display()
-                        );
-                        right += 1;
-                    }
-                    Err(_) => refused += 1,
+            Ok((j, _)) => match j.scan(&[], &[0xff], usize::MAX) {
+                Ok(all) => {
+                    assert!(
+                        all.into_iter().collect::<Model>() == want,
+                        "{n}: wrong after a flip at {at} of {}",
+                        file.display()
+                    );
+                    right += 1;
                 }
-            }
+                Err(_) => refused += 1,
+            },
         }
     }
     println!("{refused} refused, {right} right");
@@ -731,7 +732,8 @@ fn figures() {
     let t = Instant::now();
     for n in 0..1_000_000u64 {
         let n = n.wrapping_mul(2_654_435_761) % 1_000_000;
-        j.transact::<_, JournalError>(|tx| Ok(tx.put([&[2][..], &n.to_be_bytes()].concat(), vec![9; 90]))).unwrap();
+        j.transact::<_, JournalError>(|tx| Ok(tx.put([&[2][..], &n.to_be_bytes()].concat(), vec![9; 90])))
+            .unwrap();
         if n % 1000 == 0 {
             j.release(j.last_lsn());
         }
