@@ -122,7 +122,7 @@ impl From<JournalError> for VfsError {
         let text = e.to_string();
         match e {
             JournalError::Poisoned(why) => VfsError::ReadOnly(why),
-            JournalError::Full(_) => VfsError::NoSpace,
+            JournalError::Full { .. } => VfsError::NoSpace,
             _ => {
                 log::error!("journal: {text}");
                 VfsError::Io(text)
