@@ -1,5 +1,7 @@
 //! One contract for every backend: folder, memory, S3, GCS (double), Azure (emulator), each bare and behind the fault wrapper.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::sync::atomic::Ordering;

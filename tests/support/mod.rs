@@ -4,7 +4,7 @@
 //! and runtime of its own, so that tests may block, stop it and start it again on the same port.
 
 // Each test binary uses its own part of this folder.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 pub mod azurite;
 pub mod gcs;
