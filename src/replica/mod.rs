@@ -6,6 +6,7 @@ mod contract;
 mod error;
 pub mod fault;
 mod folder;
+pub mod health;
 mod pace;
 mod store;
 mod target;
