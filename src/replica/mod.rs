@@ -3,6 +3,5 @@
 //! Owns everything that crosses a network; knows neither files nor the journal.
 
 mod contract;
-pub mod target;
 
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
