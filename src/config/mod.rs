@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::exit::Exit;
-use crate::replica::target::ReplicaSpec;
+use crate::replica::{Place, ReplicaSpec, TargetError};
 
 pub mod file;
 pub mod keys;
@@ -146,12 +146,10 @@ pub enum ConfigError {
         "no replica is given; name at least one with --replica [NAME=]URL or [replica.NAME] in --config FILE"
     )]
     NoReplica,
-    #[error("two replicas are named {name:?} ({one} and {other}); give each its own name")]
-    SameName { name: String, one: String, other: String },
-    #[error(
-        "the replicas {one} and {other} are the same place ({url}); losing it would lose both, so name it once"
-    )]
-    SamePlace { one: String, other: String, url: String },
+    #[error("{place}: {error}")]
+    Replica { place: String, error: TargetError },
+    #[error("{0}")]
+    Replicas(TargetError),
     #[error(
         "the state folder {} and the replica {replica} ({}) lie one within the other; move one of them",
         state.display(), path.display()
@@ -235,7 +233,8 @@ impl Config {
     fn check_state(&self) -> Result<(), ConfigError> {
         let state = real_path(&self.state);
         for replica in &self.replicas {
-            let Some(folder) = replica.local_path().map(real_path) else { continue };
+            let Place::Folder(folder) = replica.place() else { continue };
+            let folder = real_path(folder);
             if state.starts_with(&folder) || folder.starts_with(&state) {
                 return Err(ConfigError::StateInReplica {
                     state: self.state.clone(),

@@ -1,48 +1,34 @@
 //! The list of replicas: names for those without one, all places distinct.
 //!
-//! What URL and options mean is [`crate::replica::target`]'s; this file knows only that a replica is a name and a place.
+//! What URL and options mean is [`ReplicaSpec`]'s business; this file knows only that a replica is a name and a place.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::ConfigError;
 use super::layer::GivenReplica;
 use crate::ids::ReplicaName;
-use crate::replica::target::{self, ReplicaSpec};
+use crate::replica::{ReplicaSpec, check_distinct};
 
 /// Checks each replica and the list as a whole.
 pub(super) fn resolve(given: &[GivenReplica]) -> Result<Vec<ReplicaSpec>, ConfigError> {
     if given.is_empty() {
         return Err(ConfigError::NoReplica);
     }
-    let derived = derived_names(given);
-    let mut specs: Vec<(ReplicaSpec, &str)> = Vec::with_capacity(given.len());
-    for (replica, derived) in given.iter().zip(&derived) {
-        let wrong = |detail: String| ConfigError::Value { place: replica.source.clone(), detail };
-        let name: ReplicaName = replica.name.as_deref().unwrap_or(derived).parse().map_err(wrong)?;
-        let spec = ReplicaSpec::parse(name, &absolute(replica), &replica.options).map_err(wrong)?;
-        for (earlier, source) in &specs {
-            if earlier.name == spec.name {
-                return Err(ConfigError::SameName {
-                    name: spec.name.to_string(),
-                    one: (*source).to_owned(),
-                    other: replica.source.clone(),
-                });
-            }
-            if target::same_place(earlier, &spec) {
-                return Err(ConfigError::SamePlace {
-                    one: earlier.name.to_string(),
-                    other: spec.name.to_string(),
-                    url: spec.url.clone(),
-                });
-            }
-        }
-        specs.push((spec, &replica.source));
+    let mut specs: Vec<ReplicaSpec> = Vec::with_capacity(given.len());
+    for (replica, derived) in given.iter().zip(derived_names(given)) {
+        let name = replica.name.as_deref().unwrap_or(&derived);
+        let name: ReplicaName =
+            name.parse().map_err(|detail| ConfigError::Value { place: replica.source.clone(), detail })?;
+        let spec = ReplicaSpec::parse(name, &replica.url, replica.options.clone(), &replica.base)
+            .map_err(|error| ConfigError::Replica { place: replica.source.clone(), error })?;
+        specs.push(spec);
     }
-    Ok(specs.into_iter().map(|(spec, _)| spec).collect())
+    check_distinct(&specs).map_err(ConfigError::Replicas)?;
+    Ok(specs)
 }
 
 /// The URL, or the absolute form of a plain path.
-pub(super) fn absolute(replica: &GivenReplica) -> String {
+fn absolute(replica: &GivenReplica) -> String {
     if replica.url.is_empty() || replica.url.contains("://") {
         return replica.url.clone();
     }
@@ -117,11 +103,11 @@ mod tests {
         assert!(error(&[]).starts_with("no replica is given; name at least one with --replica"));
         assert_eq!(
             error(&["a=/x", "a=/y"]),
-            "two replicas are named \"a\" (--replica a=/x and --replica a=/y); give each its own name"
+            "two replicas are called a: give each a name of its own (NAME=URL)"
         );
         assert_eq!(
             error(&["a=/x", "b=/x/"]),
-            "the replicas a and b are the same place (/x/); losing it would lose both, so name it once"
+            "replicas a and b are the same folder /x: losing it would lose both; give each a place of its own"
         );
     }
 }

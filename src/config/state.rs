@@ -2,7 +2,7 @@
 //!
 //! Folders lie in `$XDG_STATE_HOME/mirrorfs/`. The one that was last used with any of the same replicas is taken again,
 //! so that adding or dropping a replica does not lose what waits to be sent; otherwise a new name is made of the
-//! replicas' URLs. Knows nothing else of what the folder holds.
+//! replicas' places. Knows nothing else of what the folder holds.
 
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -10,29 +10,29 @@ use std::path::{Path, PathBuf};
 
 use super::ConfigError;
 use super::layer::Env;
-use crate::replica::target::ReplicaSpec;
+use crate::replica::ReplicaSpec;
 
-/// Name of the file in a state folder that lists the replicas it was last used with, one URL a line.
+/// Name of the file in a state folder that lists the replicas it was last used with, one place a line.
 const MEMORY: &str = "replicas";
 
 /// The folder to use for these replicas.
 pub fn default_dir(env: &Env, replicas: &[ReplicaSpec]) -> Result<PathBuf, ConfigError> {
     let base = base(env)?;
-    let mut urls: Vec<&str> = replicas.iter().map(|r| r.url.as_str()).collect();
-    urls.sort_unstable();
+    let mut places: Vec<String> = replicas.iter().map(place).collect();
+    places.sort_unstable();
     let mut used: Vec<PathBuf> = std::fs::read_dir(&base)
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|dir| {
             let known = std::fs::read_to_string(dir.join(MEMORY)).unwrap_or_default();
-            known.lines().any(|line| urls.contains(&line))
+            known.lines().any(|line| places.iter().any(|place| place == line))
         })
         .collect();
     used.sort();
     match (used.pop(), used.pop()) {
         (None, _) => {
-            let name = blake3::hash(urls.join("\n").as_bytes()).to_hex();
+            let name = blake3::hash(places.join("\n").as_bytes()).to_hex();
             Ok(base.join(&name[..16]))
         }
         (Some(one), None) => Ok(one),
@@ -42,7 +42,7 @@ pub fn default_dir(env: &Env, replicas: &[ReplicaSpec]) -> Result<PathBuf, Confi
 
 /// Notes in `dir` which replicas it is used with. To be called by the owner of the folder's lock.
 pub fn remember(dir: &Path, replicas: &[ReplicaSpec]) -> std::io::Result<()> {
-    let text: String = replicas.iter().map(|r| format!("{}\n", r.url)).collect();
+    let text: String = replicas.iter().map(|r| place(r) + "\n").collect();
     let path = dir.join(MEMORY);
     if std::fs::read_to_string(&path).is_ok_and(|old| old == text) {
         return Ok(());
@@ -58,6 +58,18 @@ pub fn remember(dir: &Path, replicas: &[ReplicaSpec]) -> std::io::Result<()> {
 /// Creates the folder, for its owner only, with all folders above it.
 pub fn create(dir: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// What tells a replica from all others: its URL and, as buckets of two servers may have the same name, its server.
+fn place(replica: &ReplicaSpec) -> String {
+    let mut text = replica.url.clone();
+    for option in ["endpoint", "base_url", "account"] {
+        if let Some(value) = replica.options.get(option) {
+            text.push(' ');
+            text.push_str(value);
+        }
+    }
+    text.replace('\n', " ")
 }
 
 fn base(env: &Env) -> Result<PathBuf, ConfigError> {
