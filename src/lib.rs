@@ -1,5 +1,11 @@
 //! mirrorfs: one directory kept safe on several clouds.
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
+
+pub mod control;
+
 pub mod vfs;
 
 pub mod txg;
@@ -10,4 +16,6 @@ pub mod journal;
 pub mod replica;
 
 pub mod format;
+
+pub mod exit;
 pub mod ids;
