@@ -1,5 +1,6 @@
 //! mirrorfs: one directory kept safe on several clouds.
 
+pub mod fuse;
 pub mod vfs;
 
 pub mod replica;
