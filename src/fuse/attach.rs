@@ -195,8 +195,20 @@ fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd,
     match received {
         Ok(Some(fd)) if status.success() => Ok(fd),
         Err(e) => Err(failed(e.to_string())),
-        _ => Err(failed(told.trim().trim_start_matches("fusermount3: ").to_owned())),
+        _ => Err(failed(explain(told.trim().trim_start_matches("fusermount3: ")))),
     }
+}
+
+/// What the helper said, with the remedy where we know it.
+fn explain(told: &str) -> String {
+    let remedy = if told.contains(DEVICE) && told.contains("Permission denied") {
+        "; users need access to the device (chmod 666 /dev/fuse), or mount as root"
+    } else if told.contains("user_allow_other") {
+        "; add that line to /etc/fuse.conf, or leave out allow_other"
+    } else {
+        ""
+    };
+    format!("{told}{remedy}")
 }
 
 /// The descriptor that comes with the next message; `None` when the other side closes without one.

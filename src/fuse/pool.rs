@@ -138,7 +138,7 @@ mod tests {
         let pool = Pool::new("test-pool", 2);
         let (release, blocked) = mpsc::channel::<()>();
         let (tell, told) = mpsc::channel();
-        pool.run(move || drop(blocked.recv()));
+        pool.run(move || blocked.recv().unwrap());
         pool.run(move || tell.send(()).unwrap());
         told.recv_timeout(Duration::from_secs(10)).unwrap();
         release.send(()).unwrap();

@@ -288,6 +288,9 @@ impl FileSystem for MemFs {
     fn lookup(&self, parent: Ino, name: &[u8]) -> VfsResult<Attr> {
         self.lookups.fetch_add(1, Ordering::SeqCst);
         assert!(!name.starts_with(b"boom"), "boom");
+        if name.len() > 255 {
+            return Err(VfsError::NameTooLong);
+        }
         let mut s = self.lock();
         let ino = match name {
             b"." => parent,
