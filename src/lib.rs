@@ -6,6 +6,7 @@ pub mod daemon;
 
 pub mod control;
 
+pub mod fuse;
 pub mod vfs;
 
 pub mod txg;

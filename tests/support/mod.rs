@@ -22,3 +22,20 @@ pub fn spec(name: &str, url: &str, options: &[(&str, &str)]) -> ReplicaSpec {
     let options: BTreeMap<_, _> = options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
     ReplicaSpec::parse(name.parse().unwrap(), url, options, Path::new("/")).unwrap()
 }
+//! What the tests through a real mount share.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod memfs;
+
+/// How pjdfstest is told what we support; times differ at least by the kernel's clock tick.
+pub const PJDFSTEST_TOML: &str = r#"
+[features]
+posix_fallocate = {}
+rename_ctime = {}
+utime_now = {}
+utimensat = {}
+
+[settings]
+naptime = 0.03
+"#;
