@@ -4,11 +4,12 @@
 //! and runtime of its own, so that tests may block, stop it and start it again on the same port.
 
 // Each test binary uses its own part of this folder.
-#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod azurite;
 pub mod gcs;
 pub mod http;
+pub mod memfs;
 pub mod proxy;
 pub mod s3;
 
@@ -22,12 +23,6 @@ pub fn spec(name: &str, url: &str, options: &[(&str, &str)]) -> ReplicaSpec {
     let options: BTreeMap<_, _> = options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
     ReplicaSpec::parse(name.parse().unwrap(), url, options, Path::new("/")).unwrap()
 }
-//! What the tests through a real mount share.
-
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-pub mod memfs;
-
 /// How pjdfstest is told what we support; times differ at least by the kernel's clock tick.
 pub const PJDFSTEST_TOML: &str = r#"
 [features]
