@@ -272,7 +272,7 @@ impl Shared {
 
     /// Runs `read` with the store such that what it read there fits to the overlay that `look` took: sled may only
     /// have moved towards tables that were frozen then.
-    fn consistently<O, R>(
+    pub(super) fn consistently<O, R>(
         &self,
         look: impl Fn(&View) -> O,
         read: impl Fn(&SledStore, O) -> Result<R, JournalError>,
