@@ -53,6 +53,13 @@ pub enum Event {
         /// From asking to the last byte.
         took: Duration,
     },
+    /// A read of `len` bytes was outpaced by another replica after `took` and given up: it is at least that slow.
+    Late {
+        /// Bytes.
+        len: u64,
+        /// From asking to giving up.
+        took: Duration,
+    },
     /// Any other call succeeded. (That an object is absent is an answer, so a success.)
     Success,
     /// A call failed. `random`, from 0 to 1, spreads the waits of many clients.
@@ -109,6 +116,11 @@ impl Health {
             Event::Read { len, took } => {
                 self.observe(len, took.as_secs_f64());
                 self.recover();
+            }
+            Event::Late { len, took } => {
+                if took.as_secs_f64() > self.estimate(len) {
+                    self.observe(len, took.as_secs_f64());
+                }
             }
             Event::Success => self.recover(),
             Event::Failure { kind, random } => {
