@@ -133,7 +133,7 @@ impl Health {
                 } else {
                     HealthState::Degraded
                 };
-                self.retry_at = Some(now + wait(self.failures, random));
+                self.retry_at = Some(now + backoff(self.failures, random));
             }
         }
     }
@@ -229,7 +229,8 @@ pub fn order(all: &[Health], len: u64, now: Instant) -> Vec<usize> {
 }
 
 /// The wait after the n-th failure in a row: doubling, bounded, shortened at random by up to half.
-fn wait(failures: u32, random: f64) -> Duration {
+#[must_use]
+pub fn backoff(failures: u32, random: f64) -> Duration {
     let doubled = FIRST_WAIT.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled.min(LONGEST_WAIT).mul_f64(1.0 - 0.5 * random.clamp(0.0, 1.0))
 }
@@ -278,9 +279,9 @@ mod tests {
 
     #[test]
     fn waits_are_spread() {
-        assert_eq!(wait(1, 0.0), FIRST_WAIT);
-        assert_eq!(wait(1, 1.0), FIRST_WAIT / 2);
-        assert_eq!(wait(u32::MAX, 1.0), LONGEST_WAIT / 2);
+        assert_eq!(backoff(1, 0.0), FIRST_WAIT);
+        assert_eq!(backoff(1, 1.0), FIRST_WAIT / 2);
+        assert_eq!(backoff(u32::MAX, 1.0), LONGEST_WAIT / 2);
     }
 
     #[test]

@@ -136,6 +136,8 @@ struct Told {
     uploaded_bytes: u64,
     damages: VecDeque<Damage>,
     stopped: Option<Stopped>,
+    /// Class and number of failed writes since the last that succeeded.
+    writes_failing: Option<(ErrorKind, u32)>,
 }
 
 /// One replica.
@@ -258,9 +260,27 @@ impl Replica {
         self.note(&Event::of_error(error, jitter()));
     }
 
-    /// How long to wait before the next try; zero is now.
-    pub(super) fn wait(&self) -> Duration {
-        self.health.lock().wait(Instant::now())
+    /// Takes note of a failed write. Only what may pass says something about reads, too.
+    pub(super) fn note_write_error(&self, error: &StoreError) {
+        self.tell(error.to_string(), Some(error.kind));
+        let first = {
+            let mut told = self.told.lock();
+            let before = told.writes_failing.map_or(0, |(_, n)| n);
+            told.writes_failing = Some((error.kind, before.saturating_add(1)));
+            before == 0
+        };
+        if error.kind.is_passing() {
+            self.note(&Event::of_error(error, jitter()));
+        } else if first {
+            log::error!("{error}");
+        }
+    }
+
+    /// Takes note that writing works, or that there is nothing to write and the replica is ours.
+    pub(super) fn writes_work(&self) {
+        if let Some((kind, _)) = self.told.lock().writes_failing.take() {
+            log::info!("replica {} takes writes again (was: {kind})", self.name());
+        }
     }
 
     /// Sets the last error's text.
@@ -272,9 +292,9 @@ impl Replica {
         self.told.lock().stopped = stopped;
     }
 
-    pub(super) fn uploaded(&self, bytes: u64) {
+    pub(super) fn uploaded(&self, objects: u64, bytes: u64) {
         let mut told = self.told.lock();
-        told.uploaded_objects += 1;
+        told.uploaded_objects += objects;
         told.uploaded_bytes += bytes;
         told.uploads.push_back((Instant::now(), bytes));
         prune(&mut told.uploads);
@@ -321,16 +341,20 @@ impl Replica {
     pub fn status(&self, backlog: Backlog, now: f64) -> ReplicaStatus {
         let health = self.health.lock().clone();
         let mut told = self.told.lock();
-        let state = match (told.stopped, self.is_paused(), health.failing(), health.state()) {
+        let state = match (told.stopped, told.writes_failing, health.failing()) {
             (Some(Stopped::Foreign), ..) => ReplicaState::Foreign,
             (Some(Stopped::Fenced), ..) => ReplicaState::Fenced,
-            (None, true, ..) => ReplicaState::Paused,
-            (_, _, Some(ErrorKind::Denied), _) => ReplicaState::Denied,
-            (_, _, Some(ErrorKind::Full), _) => ReplicaState::Full,
-            (_, _, _, HealthState::Healthy) => ReplicaState::Healthy,
-            (_, _, _, HealthState::Degraded) => ReplicaState::Degraded,
-            (_, _, _, HealthState::Offline) => ReplicaState::Offline,
-            (_, _, _, HealthState::Probing) => ReplicaState::Probing,
+            _ if self.is_paused() => ReplicaState::Paused,
+            (_, Some((ErrorKind::Denied, _)), _) | (_, _, Some(ErrorKind::Denied)) => ReplicaState::Denied,
+            (_, Some((ErrorKind::Full, _)), _) => ReplicaState::Full,
+            (_, Some((kind, n)), _) if n >= 3 || !kind.is_passing() => ReplicaState::Offline,
+            _ => match health.state() {
+                HealthState::Healthy if told.writes_failing.is_some() => ReplicaState::Degraded,
+                HealthState::Healthy => ReplicaState::Healthy,
+                HealthState::Degraded => ReplicaState::Degraded,
+                HealthState::Offline => ReplicaState::Offline,
+                HealthState::Probing => ReplicaState::Probing,
+            },
         };
         prune(&mut told.uploads);
         let sent: u64 = told.uploads.iter().map(|(_, b)| b).sum();
