@@ -53,6 +53,13 @@ pub enum Event {
         /// From asking to the last byte.
         took: Duration,
     },
+    /// A read of `len` bytes was outpaced by another replica after `took` and given up: it is at least that slow.
+    Late {
+        /// Bytes.
+        len: u64,
+        /// From asking to giving up.
+        took: Duration,
+    },
     /// Any other call succeeded. (That an object is absent is an answer, so a success.)
     Success,
     /// A call failed. `random`, from 0 to 1, spreads the waits of many clients.
@@ -110,6 +117,11 @@ impl Health {
                 self.observe(len, took.as_secs_f64());
                 self.recover();
             }
+            Event::Late { len, took } => {
+                if took.as_secs_f64() > self.estimate(len) {
+                    self.observe(len, took.as_secs_f64());
+                }
+            }
             Event::Success => self.recover(),
             Event::Failure { kind, random } => {
                 self.failures = self.failures.saturating_add(1);
@@ -121,7 +133,7 @@ impl Health {
                 } else {
                     HealthState::Degraded
                 };
-                self.retry_at = Some(now + wait(self.failures, random));
+                self.retry_at = Some(now + backoff(self.failures, random));
             }
         }
     }
@@ -217,7 +229,8 @@ pub fn order(all: &[Health], len: u64, now: Instant) -> Vec<usize> {
 }
 
 /// The wait after the n-th failure in a row: doubling, bounded, shortened at random by up to half.
-fn wait(failures: u32, random: f64) -> Duration {
+#[must_use]
+pub fn backoff(failures: u32, random: f64) -> Duration {
     let doubled = FIRST_WAIT.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled.min(LONGEST_WAIT).mul_f64(1.0 - 0.5 * random.clamp(0.0, 1.0))
 }
@@ -266,9 +279,9 @@ mod tests {
 
     #[test]
     fn waits_are_spread() {
-        assert_eq!(wait(1, 0.0), FIRST_WAIT);
-        assert_eq!(wait(1, 1.0), FIRST_WAIT / 2);
-        assert_eq!(wait(u32::MAX, 1.0), LONGEST_WAIT / 2);
+        assert_eq!(backoff(1, 0.0), FIRST_WAIT);
+        assert_eq!(backoff(1, 1.0), FIRST_WAIT / 2);
+        assert_eq!(backoff(u32::MAX, 1.0), LONGEST_WAIT / 2);
     }
 
     #[test]
