@@ -4,5 +4,9 @@ pub mod vfs;
 
 pub mod replica;
 
+pub mod restore;
+
+pub mod checkpoint;
+
 pub mod format;
 pub mod ids;
