@@ -16,6 +16,10 @@ pub mod journal;
 
 pub mod replica;
 
+pub mod restore;
+
+pub mod checkpoint;
+
 pub mod format;
 
 pub mod exit;
