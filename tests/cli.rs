@@ -137,8 +137,8 @@ fn a_wrong_configuration_ends_with_2_and_touches_nothing() {
                 "two replicas are called x: give each a name of its own (NAME=URL)",
             ),
             (
-                "--replica ftp://h/x",
-                "--replica number 1: replica x: URL \"ftp://h/x\": the scheme ftp:// is none of file, s3, gs, az",
+                "--replica ftp://h",
+                "--replica number 1: replica h: URL \"ftp://h\": the scheme ftp:// is none of file, s3, gs, az",
             ),
             (
                 "--replica a --block-size 100000",
