@@ -6,11 +6,15 @@ mod contract;
 mod error;
 pub mod fault;
 mod folder;
+pub mod health;
 mod pace;
+mod shared;
 mod store;
 mod target;
+pub mod volume;
 
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
+pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};
 pub use store::{Conditional, Created, Limits, ObjectInfo, Requests, Store};
 pub use target::{Place, ReplicaSpec, Scheme, TargetError, check_distinct, same_place};
