@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::locate::{self, Located};
 use super::{CommandError, Outcome, human, output, runtime};
-use crate::control::{ReplicaStatus, Status};
+use crate::control::Status;
+use crate::replica::{ReplicaState, ReplicaStatus};
 
 /// Show the state of one mount, or of all
 #[derive(Debug, clap::Args)]
@@ -104,7 +105,7 @@ fn show(status: &Status, now: f64) -> String {
     let titles = ["REPLICA", "STATE", "CURSOR", "BEHIND", "SENT", "RATE", "URL"];
     let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(status.replicas.iter().map(row));
-    let errors: String = status.replicas.iter().filter_map(|r| error_line(r, now)).collect();
+    let errors: String = status.replicas.iter().map(|r| trouble(r, now)).collect();
     format!("{}\n{}{errors}", output::table(&head), output::table(&rows))
 }
 
@@ -121,20 +122,32 @@ fn row(replica: &ReplicaStatus) -> Vec<String> {
     };
     vec![
         replica.name.to_string(),
-        replica.state.clone(),
+        state(replica.state),
         replica.cursor.to_string(),
         behind,
         human::size(replica.uploaded_bytes),
-        human::rate(replica.upload_bytes_per_second),
+        human::rate(replica.upload_rate),
         replica.url.clone(),
     ]
 }
 
-fn error_line(replica: &ReplicaStatus, now: f64) -> Option<String> {
-    let error = replica.last_error.as_ref()?;
-    let age =
-        replica.last_error_at.map(|at| format!(" {} ago", human::seconds(now - at))).unwrap_or_default();
-    Some(format!("last error of {}{age}: {error}\n", replica.name))
+/// The word under which the state also stands in JSON.
+fn state(state: ReplicaState) -> String {
+    let word = serde_json::to_value(state).ok();
+    word.as_ref().and_then(serde_json::Value::as_str).unwrap_or("?").to_owned()
+}
+
+/// Lines about what went wrong on a replica; none when nothing did.
+fn trouble(replica: &ReplicaStatus, now: f64) -> String {
+    let mut lines = String::new();
+    if let Some(error) = &replica.last_error {
+        let age = human::seconds(now - error.at);
+        lines += &format!("last error of {}, {age} ago: {}\n", replica.name, error.text);
+    }
+    if replica.damages > 0 {
+        lines += &format!("damaged places found on {}: {}\n", replica.name, replica.damages);
+    }
+    lines
 }
 
 #[cfg(test)]
@@ -161,12 +174,15 @@ mod tests {
                  unsent      1 B not sealed, 2 B in 3 segments staged\n\
                  cache       1 B of 2 B, 42.9 % hits\n\
                  \n\
-                 REPLICA  STATE  CURSOR  BEHIND                         SENT  RATE  URL\n\
-                 a        ok     5       2 segments, 3.0 MiB, 1 m 15 s  6 B   -     file:///r/a\n\
-                 last error of a 1 m ago: broken\n",
+                 REPLICA  STATE    CURSOR  BEHIND                         SENT  RATE  URL\n\
+                 a        healthy  5       2 segments, 3.0 MiB, 1 m 15 s  6 B   -     file:///r/a\n\
+                 last error of a, 1 m ago: broken\n",
                 status.volume
             )
         );
+        status.replicas[0].last_error = None;
+        status.replicas[0].damages = 3;
+        assert!(show(&status, 0.0).ends_with("\ndamaged places found on a: 3\n"));
         status.read_only = Some("a newer writer took over".into());
         assert!(show(&status, 0.0).contains("writing     no, read-only: a newer writer took over\n"));
     }
