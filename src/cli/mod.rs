@@ -183,10 +183,12 @@ mod tests {
     }
 
     #[test]
-    fn help_lists_every_exit_code() {
+    fn help_and_readme_list_every_exit_code() {
         let help = Cli::command().render_help().to_string();
+        let readme = include_str!("../../README.md");
         for exit in Exit::ALL {
-            assert!(help.contains(exit.meaning()), "{help}");
+            assert!(help.contains(&format!("{:>2}  {}\n", exit.code(), exit.meaning())), "{help}");
+            assert!(readme.contains(&format!("| {} | {} |\n", exit.code(), exit.meaning())), "{exit:?}");
         }
     }
 }

@@ -189,3 +189,17 @@ fn one_replica_is_found_by_name_or_place() {
     assert_eq!(find("x").url, "file:///work/x");
     assert_eq!((find("n=gs://g/h").name.as_str(), find("n=gs://g/h").url.as_str()), ("n", "gs://g/h"));
 }
+
+#[test]
+fn the_documentation_names_every_key() {
+    let text = include_str!("../../docs/configuration.md");
+    for key in keys::VOLUME_KEYS.into_iter().chain(keys::MOUNT_KEYS) {
+        assert!(text.contains(&format!("`{key}`")), "{key}");
+    }
+    use crate::replica::Scheme;
+    for scheme in [Scheme::File, Scheme::S3, Scheme::Gs, Scheme::Az] {
+        for option in scheme.options() {
+            assert!(text.contains(&format!("`{option}`")), "{option}");
+        }
+    }
+}
