@@ -213,6 +213,29 @@ fn flags_win_over_options_over_variables_over_the_file() {
 }
 
 #[test]
+fn switches_can_be_set_by_variables() {
+    let world = World::new();
+    let json = |value: &str| world.run_with(&["version"], &[("MIRRORFS_JSON", value)]).out.starts_with('{');
+    assert!(json("1") && json("true") && json("yes"));
+    assert!(!json("0") && !json("false") && !json(""));
+}
+
+#[test]
+fn the_program_works_as_a_mount_helper() {
+    let world = World::new();
+    let link = world.path().join("mount.mirrorfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_mirrorfs"), &link).unwrap();
+    let ran = Command::new(&link)
+        .args(["a", "m", "-o", "rw,_netdev,alow_other"])
+        .current_dir(world.path())
+        .output()
+        .unwrap();
+    assert_eq!(ran.status.code(), Some(2));
+    let message = String::from_utf8(ran.stderr).unwrap();
+    assert_eq!(message, "mirrorfs: -o alow_other: unknown option; did you mean \"allow_other\"?\n");
+}
+
+#[test]
 fn a_secret_is_not_repeated() {
     let world = World::new();
     world.file("m.toml", "[replica.a]\nurl = \"s3://b/x\"\nsecret_access_key = \"${KEY}\"\nregoin = \"x\"\n");
