@@ -10,6 +10,10 @@ pub mod vfs;
 
 pub mod replica;
 
+pub mod restore;
+
+pub mod checkpoint;
+
 pub mod format;
 
 pub mod exit;
