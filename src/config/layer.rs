@@ -32,6 +32,19 @@ pub struct GivenReplica {
     pub base: PathBuf,
 }
 
+/// One option of replicas that were given elsewhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenOption {
+    /// Name of the replica; `None` means every one.
+    pub replica: Option<String>,
+    /// The option.
+    pub key: String,
+    /// Its value; may be a secret.
+    pub value: String,
+    /// Where it was given.
+    pub source: String,
+}
+
 /// What one source gave. Earlier layers win over later ones, key by key; replicas only as a whole list.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layer {
@@ -39,6 +52,8 @@ pub struct Layer {
     pub values: BTreeMap<&'static str, Given>,
     /// Replicas in order.
     pub replicas: Vec<GivenReplica>,
+    /// Options added to the replicas that count in the end, whichever layer gave them.
+    pub replica_options: Vec<GivenOption>,
 }
 
 impl Layer {
@@ -47,6 +62,22 @@ impl Layer {
         if let Some(key) = keys::known(key) {
             self.values.insert(key, Given { text: text.into(), source: source.into() });
         }
+    }
+
+    /// Adds an option of a replica, written as `[NAME.]KEY=VALUE`.
+    pub fn add_replica_option(&mut self, text: &str, source: &str) -> Result<(), ConfigError> {
+        let Some((path, value)) = text.split_once('=') else {
+            let detail = "must be of the form [NAME.]KEY=VALUE".to_owned();
+            return Err(ConfigError::Value { place: source.to_owned(), detail });
+        };
+        let (replica, key) = path.rsplit_once('.').map_or((None, path), |(name, key)| (Some(name), key));
+        self.replica_options.push(GivenOption {
+            replica: replica.map(str::to_owned),
+            key: key.replace('-', "_"),
+            value: value.to_owned(),
+            source: format!("{source} {path}"),
+        });
+        Ok(())
     }
 
     /// Adds a replica written as `[NAME=]URL`.
@@ -104,7 +135,8 @@ impl Env {
             .transpose()
     }
 
-    /// The settings given as `MIRRORFS_…`. `MIRRORFS_REPLICA` holds replicas separated by white space.
+    /// The settings given as `MIRRORFS_…`. `MIRRORFS_REPLICA` and
+    /// `MIRRORFS_REPLICA_OPTION` hold any number, separated by white space.
     pub fn layer(&self) -> Result<Layer, ConfigError> {
         let mut layer = Layer::default();
         for key in keys::VOLUME_KEYS.into_iter().chain(keys::MOUNT_KEYS) {
@@ -115,6 +147,10 @@ impl Env {
         }
         for replica in self.text("MIRRORFS_REPLICA")?.unwrap_or_default().split_whitespace() {
             layer.add_replica(replica, "MIRRORFS_REPLICA", &self.cwd);
+        }
+        let variable = "MIRRORFS_REPLICA_OPTION";
+        for option in self.text(variable)?.unwrap_or_default().split_whitespace() {
+            layer.add_replica_option(option, variable)?;
         }
         Ok(layer)
     }
@@ -148,6 +184,9 @@ const IGNORED: [&str; 15] = [
     "default_permissions",
 ];
 
+/// Words of `-o` that are no keys of the file.
+const TAKES_VALUE: [&str; 3] = ["config", "replica", "replica_option"];
+
 /// Reads lists as given to `-o`, in order: `allow_other,ro,cache_size=1GiB,x-systemd.automount`. A comma within a value
 /// is written `\,`.
 pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError> {
@@ -166,9 +205,10 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             ("rw", None) => found.layer.set("read_only", "false", "-o rw"),
             ("config", Some(path)) => found.config = Some(cwd.join(path)),
             ("replica", Some(replica)) => found.layer.add_replica(replica, source, cwd),
+            ("replica_option", Some(option)) => found.layer.add_replica_option(option, &source)?,
             (known, None) if keys::SWITCHES.contains(&known) => found.layer.set(known, "true", source),
             (known, Some(value)) if keys::known(known).is_some() => found.layer.set(known, value, source),
-            (known, None) if keys::known(known).is_some() || matches!(known, "config" | "replica") => {
+            (known, None) if keys::known(known).is_some() || TAKES_VALUE.contains(&known) => {
                 return Err(ConfigError::Value {
                     place: source,
                     detail: format!("needs a value: {known}=…"),
@@ -176,8 +216,11 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             }
             (word, None) if IGNORED.contains(&word) => {}
             (unknown, _) => {
-                let known = ["ro", "rw", "config", "replica"];
-                let known = known.into_iter().chain(keys::VOLUME_KEYS).chain(keys::MOUNT_KEYS);
+                let known = ["ro", "rw"]
+                    .into_iter()
+                    .chain(TAKES_VALUE)
+                    .chain(keys::VOLUME_KEYS)
+                    .chain(keys::MOUNT_KEYS);
                 return Err(ConfigError::UnknownOption {
                     option: unknown.to_owned(),
                     suggestion: keys::suggestion(unknown, known),
@@ -256,6 +299,20 @@ mod tests {
         assert_eq!(split_name("/x=y"), (None, "/x=y"));
         assert_eq!(split_name("s3://b/p?region=x"), (None, "s3://b/p?region=x"));
         assert_eq!(split_name("off.site=s3://b/p?region=x"), (Some("off.site"), "s3://b/p?region=x"));
+    }
+
+    #[test]
+    fn a_replica_option_names_its_replica_or_means_all() {
+        let found =
+            list("replica_option=off.site.endpoint=http://h:1,replica_option=allow-http=yes").unwrap();
+        let options: Vec<_> = found.layer.replica_options.iter().collect();
+        assert_eq!((options[0].replica.as_deref(), options[0].key.as_str()), (Some("off.site"), "endpoint"));
+        assert_eq!((options[1].replica.as_deref(), options[1].key.as_str()), (None, "allow_http"));
+        assert_eq!(options[1].value, "yes");
+        assert_eq!(
+            list("replica_option=region").unwrap_err(),
+            "-o replica_option: must be of the form [NAME.]KEY=VALUE"
+        );
     }
 
     #[test]

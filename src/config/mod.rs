@@ -192,7 +192,7 @@ impl Config {
     /// Reads all sources and checks the outcome.
     pub fn load(raw: &Raw, env: &Env) -> Result<Config, ConfigError> {
         let merged = Merged::read(raw, env)?;
-        let replicas = replicas::resolve(merged.replicas())?;
+        let replicas = replicas::resolve(merged.replicas(), &merged.replica_options())?;
         let state = match merged.text("state") {
             Some(given) if given.text.is_empty() => {
                 return Err(ConfigError::Value {
@@ -247,9 +247,14 @@ impl Config {
     }
 }
 
-/// The replicas alone, for commands that need no state folder (`restore`).
-pub fn load_replicas(raw: &Raw, env: &Env) -> Result<Vec<ReplicaSpec>, ConfigError> {
-    replicas::resolve(Merged::read(raw, env)?.replicas())
+/// One replica, for commands that need no volume's configuration (`restore`): `from` is the name of a replica in the
+/// sources, or `[NAME=]URL`.
+pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, ConfigError> {
+    let merged = Merged::read(raw, env)?;
+    let mut wanted = Layer::default();
+    wanted.add_replica(from, "--from", &env.cwd);
+    let wanted = wanted.replicas.pop().ok_or(ConfigError::NoReplica)?;
+    replicas::find(&wanted, merged.replicas(), &merged.replica_options())?.ok_or(ConfigError::NoReplica)
 }
 
 /// The path with as many symbolic links resolved as exist, for comparing places.
@@ -258,7 +263,9 @@ pub fn real_path(path: &Path) -> PathBuf {
     path.ancestors()
         .find_map(|ancestor| {
             let real = ancestor.canonicalize().ok()?;
-            Some(real.join(path.strip_prefix(ancestor).ok()?))
+            let rest = path.strip_prefix(ancestor).ok()?;
+            // Joining nothing would append a slash.
+            Some(if rest.as_os_str().is_empty() { real } else { real.join(rest) })
         })
         .unwrap_or_else(|| path.to_owned())
 }
@@ -290,6 +297,11 @@ impl Merged {
     ) -> Result<T, ConfigError> {
         let Some(given) = self.text(key) else { return Ok(default) };
         parse(&given.text).map_err(|detail| ConfigError::Value { place: given.source.clone(), detail })
+    }
+
+    /// The weakest first, so that the strongest is applied last.
+    fn replica_options(&self) -> Vec<&layer::GivenOption> {
+        self.layers.iter().rev().flat_map(|l| &l.replica_options).collect()
     }
 
     fn replicas(&self) -> &[layer::GivenReplica] {

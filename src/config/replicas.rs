@@ -4,27 +4,54 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::ConfigError;
-use super::layer::GivenReplica;
+use super::layer::{GivenOption, GivenReplica};
+use super::{ConfigError, keys};
 use crate::ids::ReplicaName;
 use crate::replica::{ReplicaSpec, check_distinct};
 
 /// Checks each replica and the list as a whole.
-pub(super) fn resolve(given: &[GivenReplica]) -> Result<Vec<ReplicaSpec>, ConfigError> {
+pub(super) fn resolve(
+    given: &[GivenReplica],
+    extra: &[&GivenOption],
+) -> Result<Vec<ReplicaSpec>, ConfigError> {
     if given.is_empty() {
         return Err(ConfigError::NoReplica);
     }
     let mut specs: Vec<ReplicaSpec> = Vec::with_capacity(given.len());
     for (replica, derived) in given.iter().zip(derived_names(given)) {
         let name = replica.name.as_deref().unwrap_or(&derived);
+        let mut options = replica.options.clone();
+        for option in extra.iter().filter(|o| o.replica.as_deref().is_none_or(|n| n == name)) {
+            options.insert(option.key.clone(), option.value.clone());
+        }
         let name: ReplicaName =
             name.parse().map_err(|detail| ConfigError::Value { place: replica.source.clone(), detail })?;
-        let spec = ReplicaSpec::parse(name, &replica.url, replica.options.clone(), &replica.base)
+        let spec = ReplicaSpec::parse(name, &replica.url, options, &replica.base)
             .map_err(|error| ConfigError::Replica { place: replica.source.clone(), error })?;
         specs.push(spec);
     }
+    let names: Vec<&str> = specs.iter().map(|s| s.name.as_str()).collect();
+    for option in extra {
+        if let Some(name) = option.replica.as_deref().filter(|n| !names.contains(n)) {
+            let near = keys::suggestion(name, names.iter().copied());
+            let detail = format!("no replica is called {name}{near}");
+            return Err(ConfigError::Value { place: option.source.clone(), detail });
+        }
+    }
     check_distinct(&specs).map_err(ConfigError::Replicas)?;
     Ok(specs)
+}
+
+/// The replica that `from` names: by its name in the other sources, or else as `[NAME=]URL`.
+pub(super) fn find(
+    from: &GivenReplica,
+    given: &[GivenReplica],
+    extra: &[&GivenOption],
+) -> Result<Option<ReplicaSpec>, ConfigError> {
+    let named = from.name.is_none() && given.iter().any(|r| r.name.as_deref() == Some(from.url.as_str()));
+    let list = if named { given } else { std::slice::from_ref(from) };
+    let mut specs = resolve(list, extra)?.into_iter();
+    Ok(if named { specs.find(|s| s.name.as_str() == from.url) } else { specs.next() })
 }
 
 /// The URL, or the absolute form of a plain path.

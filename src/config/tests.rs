@@ -153,3 +153,53 @@ fn a_path_is_compared_by_what_it_really_is() {
     let real = dir.path().canonicalize().unwrap().join("real/not/yet");
     assert_eq!(real_path(&dir.path().join("link/not/yet")), real);
 }
+
+#[test]
+fn options_reach_the_replicas_of_any_source() {
+    let environment = env(&[
+        ("MIRRORFS_REPLICA", "a=s3://b/p c=/r"),
+        ("MIRRORFS_REPLICA_OPTION", "a.region=weak a.endpoint=https://h:1"),
+    ]);
+    let mut raw = Raw::default();
+    raw.flags.add_replica_option("a.region=strong", "--replica-option").unwrap();
+    let config = Config::load(&raw, &environment).unwrap();
+    assert_eq!(config.replicas[0].options["region"], "strong");
+    assert_eq!(config.replicas[0].options["endpoint"], "https://h:1");
+    assert!(config.replicas[1].options.is_empty());
+
+    raw.flags.add_replica_option("aa.region=x", "--replica-option").unwrap();
+    let error = Config::load(&raw, &environment).unwrap_err().to_string();
+    assert_eq!(error, "--replica-option aa.region: no replica is called aa; did you mean \"a\"?");
+}
+
+#[test]
+fn an_unknown_option_of_a_replica_names_it_and_the_nearest() {
+    let mut raw = Raw::default();
+    raw.flags.add_replica("a=s3://b/p", "--replica a", Path::new("/work"));
+    raw.flags.add_replica_option("regoin=x", "--replica-option").unwrap();
+    let error = Config::load(&raw, &env(&[])).unwrap_err().to_string();
+    assert_eq!(error, "--replica a: replica a: unknown option \"regoin\" for s3, did you mean \"region\"?");
+}
+
+#[test]
+fn one_replica_is_found_by_name_or_place() {
+    let environment = env(&[("MIRRORFS_REPLICA", "a=s3://b/p c=/r")]);
+    let find = |from: &str| load_replica(from, &Raw::default(), &environment).unwrap();
+    assert_eq!(find("a").url, "s3://b/p");
+    assert_eq!(find("x").url, "file:///work/x");
+    assert_eq!((find("n=gs://g/h").name.as_str(), find("n=gs://g/h").url.as_str()), ("n", "gs://g/h"));
+}
+
+#[test]
+fn the_documentation_names_every_key() {
+    let text = include_str!("../../docs/configuration.md");
+    for key in keys::VOLUME_KEYS.into_iter().chain(keys::MOUNT_KEYS) {
+        assert!(text.contains(&format!("`{key}`")), "{key}");
+    }
+    use crate::replica::Scheme;
+    for scheme in [Scheme::File, Scheme::S3, Scheme::Gs, Scheme::Az] {
+        for option in scheme.options() {
+            assert!(text.contains(&format!("`{option}`")), "{option}");
+        }
+    }
+}

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::replica::{LastError, ReplicaState, ReplicaStatus, Requests};
 
 pub(crate) fn sample_status() -> Status {
     Status {
@@ -33,16 +34,19 @@ pub(crate) fn sample_status() -> Status {
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
             url: "file:///r/a".into(),
-            state: "ok".into(),
+            state: ReplicaState::Healthy,
             cursor: SegmentNo(5),
             lag_segments: 0,
             lag_bytes: 0,
             lag_seconds: 0.0,
-            last_error: Some("broken".into()),
-            last_error_at: Some(2.5),
-            upload_bytes_per_second: 0.5,
+            last_error: Some(LastError { text: "broken".into(), kind: None, at: 2.5 }),
+            upload_rate: 0.5,
+            uploaded_objects: 1,
             uploaded_bytes: 6,
-            requests: 7,
+            read_latency: None,
+            read_rate: None,
+            damages: 0,
+            requests: Requests::default(),
         }],
     }
 }

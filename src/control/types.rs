@@ -6,7 +6,8 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use crate::exit::Exit;
-use crate::ids::{Epoch, Lsn, ReplicaName, SegmentNo, VolumeId};
+use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
+use crate::replica::ReplicaStatus;
 
 /// State of a mounted volume at one moment.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -65,35 +66,6 @@ impl CacheStatus {
         let all = self.hits + self.misses;
         (all > 0).then(|| self.hits as f64 / all as f64)
     }
-}
-
-/// One replica at one moment.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct ReplicaStatus {
-    /// Its name.
-    pub name: ReplicaName,
-    /// Its place, without secrets.
-    pub url: String,
-    /// What it is doing, in a word: `ok`, `behind`, `retrying`, `denied`, …
-    pub state: String,
-    /// Up to here everything is known to be stored there.
-    pub cursor: SegmentNo,
-    /// Sealed segments it lacks.
-    pub lag_segments: u64,
-    /// Their bytes.
-    pub lag_bytes: u64,
-    /// Age of the oldest of them, in seconds.
-    pub lag_seconds: f64,
-    /// What last went wrong; absent when nothing did.
-    pub last_error: Option<String>,
-    /// When, in seconds since 1970.
-    pub last_error_at: Option<f64>,
-    /// Current rate of sending.
-    pub upload_bytes_per_second: f64,
-    /// Bytes sent since the start.
-    pub uploaded_bytes: u64,
-    /// Requests made since the start.
-    pub requests: u64,
 }
 
 /// On how many replicas something is to be committed.
