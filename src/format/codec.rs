@@ -11,12 +11,20 @@ pub struct FormatError {
     pub what: &'static str,
     /// Why it is refused.
     pub why: String,
+    /// The bytes are not damaged but of a format that only a newer mirrorfs reads: never "repair" them.
+    pub newer: bool,
 }
 
 impl FormatError {
     /// A complaint about `what`.
     pub fn new(what: &'static str, why: impl Into<String>) -> Self {
-        Self { what, why: why.into() }
+        Self { what, why: why.into(), newer: false }
+    }
+
+    /// Says that `what` is of a format (`found`) that came after this program (which knows `known`).
+    pub fn newer(what: &'static str, found: impl fmt::Display, known: impl fmt::Display) -> Self {
+        let why = format!("newer format ({found}; this mirrorfs reads {known}): upgrade mirrorfs");
+        Self { what, why, newer: true }
     }
 }
 

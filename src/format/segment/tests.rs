@@ -1,0 +1,217 @@
+//! Tests of segments: round trips, every damage, hostile numbers.
+
+use rand::{Rng, RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::format::frame;
+use crate::format::record::Op;
+use crate::format::tables::FrameLoc;
+use crate::ids::BlockHash;
+
+fn header(number: u64) -> SegmentHeader {
+    SegmentHeader {
+        volume: VolumeId::from_random([5; 16]),
+        number: SegmentNo(number),
+        epoch: Epoch(2),
+        cut_at: Time { secs: 1_790_000_000, nanos: 5 },
+        txg_first: SegmentNo(number),
+        previous: SegmentHash([3; 32]),
+    }
+}
+
+fn record(lsn: u64, len: usize) -> Record {
+    Record { lsn: Lsn(lsn), ops: vec![Op::put(vec![2, 1, 2], vec![7; len]), Op::delete(vec![3, 9])] }
+}
+
+fn sample(blocks: usize, records: usize, commit: Option<Lsn>) -> (Vec<u8>, SegmentMeta) {
+    let mut b = SegmentBuilder::new(header(9));
+    let mut index = Vec::new();
+    for i in (0..blocks as u64).rev() {
+        let raw = vec![i as u8; 300 + i as usize];
+        let frame = frame::encode(&raw, 1).unwrap();
+        let loc = b.push_frame(&frame.bytes).unwrap();
+        let entry = BlockEntry { hash: BlockHash::of(&raw), loc };
+        b.push_index(BlockId(i + 1), entry).unwrap();
+        index.insert(0, (BlockId(i + 1), entry));
+    }
+    let old = FrameLoc {
+        segment: SegmentNo(3),
+        epoch: Epoch(1),
+        offset: 128,
+        stored_len: 21,
+        raw_len: 1,
+        codec: 0,
+    };
+    let shared = BlockEntry { hash: BlockHash([1; 32]), loc: old };
+    b.push_index(BlockId(1000), shared).unwrap();
+    index.push((BlockId(1000), shared));
+    let records: Vec<_> = (0..records as u64).map(|i| record(100 + 3 * i, i as usize * 10)).collect();
+    for r in &records {
+        b.push(r).unwrap();
+    }
+    let most = b.size();
+    let (bytes, summary) = b.finish(commit).unwrap();
+    assert_eq!(bytes.len() as u64, summary.len);
+    assert!(summary.len <= most);
+    (bytes, SegmentMeta { footer: summary.footer, index, records })
+}
+
+#[test]
+fn segments_round_trip() {
+    for (blocks, records, commit) in
+        [(0, 0, None), (0, 0, Some(Lsn(5))), (5, 0, None), (3, 40, Some(Lsn(400))), (0, 1, Some(Lsn(100)))]
+    {
+        let (bytes, expected) = sample(blocks, records, commit);
+        let meta = verify_whole(&bytes).unwrap();
+        assert_eq!(meta, expected);
+        assert_eq!(meta.footer.commit, commit);
+        meta.footer.expect(header(9).volume, SegmentNo(9), Epoch(2)).unwrap();
+        assert!(meta.footer.expect(header(9).volume, SegmentNo(8), Epoch(2)).is_err());
+        assert!(meta.footer.expect(header(9).volume, SegmentNo(9), Epoch(1)).is_err());
+        assert!(meta.footer.expect(VolumeId::from_random([6; 16]), SegmentNo(9), Epoch(2)).is_err());
+        // What a restore does: the tail only.
+        let len = bytes.len() as u64;
+        let footer = parse_footer(&bytes[bytes.len() - FOOTER_LEN..], len).unwrap();
+        let range = footer.meta_range();
+        assert_eq!(range.end + FOOTER_LEN as u64, len);
+        let part = &bytes[range.start as usize..range.end as usize];
+        assert_eq!(parse_meta(&footer, part).unwrap(), expected);
+        for (_, entry) in expected.index.iter().filter(|(_, e)| e.loc.segment == SegmentNo(9)) {
+            let at = entry.loc.offset as usize;
+            let stored = &bytes[at..at + entry.loc.stored_len as usize];
+            assert_eq!(frame::decode_entry(stored, entry).unwrap().len(), entry.loc.raw_len as usize);
+        }
+    }
+}
+
+#[test]
+fn every_truncation_is_refused() {
+    let (bytes, _) = sample(2, 4, Some(Lsn(200)));
+    for cut in 0..bytes.len() {
+        assert!(verify_whole(&bytes[..cut]).is_err(), "cut at {cut}");
+    }
+    let mut longer = bytes.clone();
+    longer.insert(200, 0);
+    assert!(verify_whole(&longer).is_err());
+    let tail = &bytes[bytes.len() - FOOTER_LEN..];
+    assert!(parse_footer(tail, bytes.len() as u64 + 1).is_err());
+    assert!(parse_footer(&tail[1..], bytes.len() as u64).is_err());
+}
+
+#[test]
+fn every_flipped_bit_is_refused() {
+    let (bytes, _) = sample(2, 4, Some(Lsn(200)));
+    for bit in 0..bytes.len() * 8 {
+        let mut bad = bytes.clone();
+        bad[bit / 8] ^= 1 << (bit % 8);
+        assert!(verify_whole(&bad).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn restore_sees_damage_of_records_and_index_without_reading_frames() {
+    let (bytes, _) = sample(2, 4, Some(Lsn(200)));
+    let footer = parse_footer(&bytes, bytes.len() as u64).unwrap();
+    let range = footer.meta_range();
+    for at in range.clone() {
+        let mut meta = bytes[range.start as usize..range.end as usize].to_vec();
+        meta[(at - range.start) as usize] ^= 0x10;
+        assert!(parse_meta(&footer, &meta).is_err());
+    }
+}
+
+/// Rewrites fields of a footer and makes its hash right again: what only an attacker or a bug would do.
+fn forge(bytes: &[u8], change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    let at = out.len() - FOOTER_LEN;
+    change(&mut out[at..]);
+    let hash = blake3::hash(&out[at..at + 288]);
+    out[at + 288..at + 320].copy_from_slice(hash.as_bytes());
+    out
+}
+
+#[test]
+fn forged_numbers_never_panic_nor_allocate_much() {
+    let seed = rand::random();
+    println!("seed {seed}");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (bytes, _) = sample(2, 40, Some(Lsn(400)));
+    for _ in 0..20_000 {
+        let bad = forge(&bytes, |footer| {
+            for _ in 0..rng.random_range(1..4) {
+                let at = rng.random_range(128..224);
+                let len = rng.random_range(1..8usize).min(224 - at);
+                if rng.random() {
+                    rng.fill_bytes(&mut footer[at..at + len]);
+                } else {
+                    footer[at..at + len].fill(rng.random());
+                }
+            }
+        });
+        if let Ok(meta) = verify_whole(&bad) {
+            assert!(meta.records.len() <= 40 && meta.index.len() <= 3);
+        }
+    }
+    let newer = forge(&bytes, |footer| footer[132] = 0x81);
+    assert!(verify_whole(&newer).unwrap_err().newer);
+    let mut newer = bytes.clone();
+    let at = newer.len() - 8;
+    newer[at] = 2;
+    assert!(verify_whole(&newer).unwrap_err().newer);
+    let no_commit = forge(&bytes, |footer| footer[132] = 0);
+    assert!(verify_whole(&no_commit).is_err());
+}
+
+#[test]
+fn random_bytes_never_panic() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    for _ in 0..5_000 {
+        let mut bytes = vec![0; rng.random_range(0..1000)];
+        rng.fill_bytes(&mut bytes);
+        if bytes.len() > FOOTER_LEN && rng.random() {
+            let at = bytes.len() - 6;
+            bytes[at..].copy_from_slice(&END);
+            bytes = forge(&bytes, |_| ());
+        }
+        assert!(verify_whole(&bytes).is_err());
+        assert!(parse_header(&bytes).is_err());
+    }
+}
+
+#[test]
+fn the_builder_refuses_nonsense() {
+    let mut b = SegmentBuilder::new(header(9));
+    assert!(b.is_empty());
+    b.push(&record(5, 1)).unwrap();
+    assert!(b.push(&record(5, 1)).is_err());
+    assert!(b.push(&record(4, 1)).is_err());
+    assert!(b.push_frame(b"not a frame").is_err());
+    let raw = b"content".to_vec();
+    let loc = b.push_frame(&frame::encode(&raw, 0).unwrap().bytes).unwrap();
+    let good = BlockEntry { hash: BlockHash::of(&raw), loc };
+    assert!(b.push_index(BlockId(0), good).is_err());
+    for loc in [
+        FrameLoc { segment: SegmentNo(10), ..loc },
+        FrameLoc { epoch: Epoch(1), ..loc },
+        FrameLoc { offset: loc.offset + 1, ..loc },
+        FrameLoc { offset: u64::MAX, ..loc },
+        FrameLoc { raw_len: u32::MAX, ..loc },
+        FrameLoc { stored_len: 1, ..loc },
+    ] {
+        assert!(b.push_index(BlockId(1), BlockEntry { loc, ..good }).is_err(), "{loc:?}");
+    }
+    b.push_index(BlockId(1), good).unwrap();
+    b.push_index(BlockId(1), good).unwrap();
+    assert!(!b.is_empty());
+    let mut twice = SegmentBuilder::new(header(9));
+    let loc = twice.push_frame(&frame::encode(&raw, 0).unwrap().bytes).unwrap();
+    twice.push_index(BlockId(1), BlockEntry { hash: BlockHash([0; 32]), loc }).unwrap();
+    twice.push_index(BlockId(1), BlockEntry { hash: BlockHash([1; 32]), loc }).unwrap();
+    assert!(twice.finish(None).is_err());
+    let (bytes, _) = b.finish(Some(Lsn(5))).unwrap();
+    assert_eq!(verify_whole(&bytes).unwrap().index.len(), 1);
+    let mut b = SegmentBuilder::new(header(9));
+    b.push(&record(5, 1)).unwrap();
+    assert!(b.finish(Some(Lsn(4))).is_err());
+}
