@@ -598,3 +598,20 @@ fn pjdfstest() {
     println!("{told}");
     assert!(out.status.success(), "{told}");
 }
+
+#[test]
+fn a_mixed_tree_is_as_on_the_local_disk() {
+    let Some(m) = Live::new() else { return };
+    let seed = support::run::seed("a_mixed_tree_is_as_on_the_local_disk");
+    let shape = support::tree::Shape::SMALL;
+    let plain = m.dir.path().join("plain");
+    fs::create_dir(&plain).unwrap();
+    support::tree::build(&plain, seed, shape);
+    support::tree::build(m.session.mountpoint(), seed, shape);
+    let expected = support::tree::Snapshot::take(&plain);
+    assert!(expected.entries.len() > 200);
+    expected.assert_same(&support::tree::Snapshot::take(m.session.mountpoint()), "mount against local disk");
+    // A comparison that cannot fail shows nothing.
+    fs::write(m.path("extra"), b"x").unwrap();
+    assert!(expected.diff(&support::tree::Snapshot::take(m.session.mountpoint())).contains("+ extra"));
+}
