@@ -28,7 +28,7 @@ pub(crate) fn sample_status() -> Status {
         dirty_bytes: 1,
         staged_bytes: 2,
         staged_segments: 3,
-        cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4 },
+        cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
         read_only: None,
         replicas: vec![ReplicaStatus {

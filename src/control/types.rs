@@ -57,6 +57,9 @@ pub struct CacheStatus {
     pub hits: u64,
     /// Blocks that had to be fetched, since the start.
     pub misses: u64,
+    /// Cached blocks that did not match their hash and were dropped, since the start.
+    #[serde(default)]
+    pub corrupt: u64,
 }
 
 impl CacheStatus {

@@ -11,11 +11,11 @@ use tokio::sync::watch;
 
 use super::serve::Running;
 use crate::control::{
-    Backend, CacheStatus, Failure, ReplicaStatus, Status, SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, Status, SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
 use crate::ids::SegmentNo;
-use crate::replica::Outbox;
+use crate::replica::{Outbox, ReplicaStatus};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
@@ -55,7 +55,7 @@ impl Control {
             },
             fsync: r.fsync.to_owned(),
             read_only: r.vfs.read_only(),
-            replicas: r.fleet.statuses().into_iter().map(replica_status).collect(),
+            replicas: r.fleet.statuses(),
         }
     }
 
@@ -93,25 +93,6 @@ impl Control {
             segments_left: nearest.iter().take(needed).map(|r| r.1).sum(),
             replicas,
         }
-    }
-}
-
-fn replica_status(r: crate::replica::ReplicaStatus) -> ReplicaStatus {
-    let state = serde_json::to_value(r.state).ok().and_then(|v| v.as_str().map(str::to_owned));
-    ReplicaStatus {
-        name: r.name,
-        url: r.url,
-        state: state.unwrap_or_default(),
-        cursor: r.cursor,
-        lag_segments: r.lag_segments,
-        lag_bytes: r.lag_bytes,
-        lag_seconds: r.lag_seconds,
-        last_error_at: r.last_error.as_ref().map(|e| e.at),
-        last_error: r.last_error.map(|e| e.text),
-        upload_bytes_per_second: r.upload_rate,
-        uploaded_bytes: r.uploaded_bytes,
-        requests: r.requests.total(),
-        damages: r.damages,
     }
 }
 
@@ -190,7 +171,7 @@ fn metrics(s: &Status) -> String {
         ("replica_lag_bytes", "Bytes of sealed segments it lacks", |r| r.lag_bytes as f64),
         ("replica_lag_seconds", "Age of the oldest segment it lacks", |r| r.lag_seconds),
         ("replica_uploaded_bytes", "Bytes sent", |r| r.uploaded_bytes as f64),
-        ("replica_requests", "Requests made", |r| r.requests as f64),
+        ("replica_requests", "Requests made", |r| r.requests.total() as f64),
         ("replica_damages", "Damaged or missing places met while reading", |r| r.damages as f64),
     ];
     for (name, help, value) in per_replica {

@@ -60,11 +60,6 @@ impl Fleet {
         }
     }
 
-    /// How many replicas hold everything up to `segment`.
-    pub fn count(&self, segment: SegmentNo) -> usize {
-        self.replicas.iter().filter(|r| r.cursor() >= segment).count()
-    }
-
     /// Names of those that do not, with what keeps them.
     pub fn lacking(&self, segment: SegmentNo) -> String {
         let now = super::unix_now();

@@ -78,7 +78,7 @@ impl StateDir {
                 format!("the state folder {} is in use by another daemon{by}: unmount that one first", dir.display()),
             ));
         }
-        let note = || {
+        let mut note = || {
             file.set_len(0)?;
             file.rewind()?;
             writeln!(file, "{}", std::process::id())
