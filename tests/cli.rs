@@ -213,6 +213,51 @@ fn flags_win_over_options_over_variables_over_the_file() {
 }
 
 #[test]
+fn restore_tells_what_is_wrong_with_a_replica_by_its_code() {
+    let world = World::new();
+    let volume = include_str!("golden/v1-volume.json");
+    let restore = |from: &str, more: &[&str]| {
+        let ran = world.run(&[&["restore", "--from", from, "--to", "out"], more].concat());
+        assert!(!world.path().join("out").exists(), "{from}: {}", ran.err);
+        (ran.code, ran.err)
+    };
+    let (code, message) = restore("a", &[]);
+    assert_eq!(code, 3, "{message}");
+    assert!(message.contains("replica a at file://ROOT/a holds no mirrorfs volume"), "{message}");
+
+    let newer = volume.replace("\"format_version\": 1", "\"format_version\": 999");
+    let (checked, _) = newer.split_once(",\n  \"blake3\"").unwrap();
+    let hash = blake3::hash(checked.as_bytes()).to_hex();
+    world.file("a/volume.json", &format!("{checked},\n  \"blake3\": \"{hash}\"\n}}\n"));
+    let (code, message) = restore("a", &[]);
+    assert_eq!(code, 10, "{message}");
+
+    world.file("a/volume.json", &volume.replace("zstd", "zstE"));
+    let (code, message) = restore("a", &[]);
+    assert_eq!(code, 7, "{message}");
+
+    world.file("file", "");
+    let (code, message) = restore("file/a", &[]);
+    assert_eq!(code, 2, "{message}");
+
+    let mut options = Vec::new();
+    // Nobody listens on port 1.
+    for option in
+        ["endpoint=http://127.0.0.1:1", "allow_http=true", "access_key_id=k", "secret_access_key=hunter2"]
+    {
+        options.extend(["--replica-option", option]);
+    }
+    let (code, message) = restore("s3://b/x", &options);
+    assert_eq!(code, 6, "{message}");
+    assert!(message.contains("replica b") && !message.contains("hunter2"), "{message}");
+
+    let (code, message) = restore("s3://b/x", &["--replica-option", "endpoint=ftp://h"]);
+    assert_eq!(code, 2, "{message}");
+    let (code, message) = restore("a", &["../x"]);
+    assert_eq!(code, 2, "{message}");
+}
+
+#[test]
 fn switches_can_be_set_by_variables() {
     let world = World::new();
     let json = |value: &str| world.run_with(&["version"], &[("MIRRORFS_JSON", value)]).out.starts_with('{');
