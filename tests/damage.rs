@@ -54,11 +54,9 @@ fn a_flipped_bit_on_the_preferred_replica_hurts_nobody() {
     let status = m.status();
     assert!(counted(&status) > 0, "not counted: {status}");
     let told = m.told();
-    let warned = told.lines().any(|l| l.contains("WARN") && l.contains("replica") && l.contains(".seg"));
-    assert!(warned, "not logged with replica and object: {told}");
-    // The good one is not blamed.
-    let blamed: Vec<_> = ["a", "b"].map(|n| counted(&m.replica_status(n)) > 0).to_vec();
-    assert_eq!(blamed, [true, false], "{status}");
+    let warnings: Vec<_> = told.lines().filter(|l| l.contains("WARN") && l.contains(".seg")).collect();
+    assert!(warnings.iter().any(|l| l.contains("replica a")), "not logged with replica and object: {told}");
+    assert!(!warnings.iter().any(|l| l.contains("replica b")), "the good one is blamed: {told}");
 }
 
 #[test]
