@@ -1,13 +1,11 @@
 //! The adapter: decodes a kernel request, asks the filesystem, answers.
 //!
-//! Owns what only the kernel's protocol needs: how long the kernel may believe an answer, which descriptors may have
-//! unwritten pages in the kernel, and the threads for requests that must wait. Knows no rule of POSIX but the one the
-//! protocol hands to the server: when set-user-id bits fall.
+//! Owns what only the kernel's protocol needs: how long the kernel may believe an answer, and which requests go to a
+//! thread that may wait. Knows no rule of POSIX but the one the protocol hands to the server: when set-user-id bits fall.
 //!
 //! Nothing else changes the volume while it is mounted, so the kernel may believe answers for long ([`TTL`]). It
 //! refreshes by itself what its own operations touch; where it does not, this module tells it ([`Shared::forget_attr`]).
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -17,21 +15,20 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, PollEvents,
-    PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags,
+    PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory,
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use parking_lot::Mutex;
 
 use super::convert::{
     bare_attr, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
-    without_privileges, xattr_mode,
+    xattr_mode,
 };
 use super::errno::errno;
 use super::guard::guarded;
-use super::pool::Pool;
 use super::reply;
+use super::shared::{Shared, may_write};
 use crate::ids::Ino;
 use crate::vfs::api::FileSystem;
 use crate::vfs::types::{Caller, FileKind, Seek, SetAttr, VfsError, Wait};
@@ -55,100 +52,15 @@ pub(super) struct Adapter {
     skip_opendir: bool,
 }
 
-/// What the adapter's threads share.
-struct Shared {
-    fs: Arc<dyn FileSystem>,
-    /// Reads that wait for a replica.
-    reads: Pool,
-    /// Writes that wait for space, or for a block that they change in part.
-    writes: Pool,
-    /// All syncs: they wait for the disk at least.
-    syncs: Pool,
-    /// How many descriptors may write to an inode: only then the kernel may hold pages of it that we have not seen.
-    writers: Mutex<HashMap<Ino, u32>>,
-    notifier: Arc<OnceLock<Notifier>>,
-}
-
 impl Adapter {
     /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
     pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        let shared = Shared {
-            fs,
-            reads: Pool::new("mirrorfs-read", 48),
-            writes: Pool::new("mirrorfs-write", 32),
-            syncs: Pool::new("mirrorfs-sync", 48),
-            writers: Mutex::default(),
-            notifier,
-        };
-        Self { shared: Arc::new(shared), skip_opendir: false }
+        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false }
     }
 
     fn fs(&self) -> &dyn FileSystem {
         &*self.shared.fs
     }
-}
-
-impl Shared {
-    /// Makes the kernel ask again for an inode's attributes.
-    fn forget_attr(&self, ino: Ino) {
-        if let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino.0), -1, 0)
-        {
-            log::debug!("the kernel kept its attributes of inode {ino}: {e}");
-        }
-    }
-
-    /// Makes the kernel hand over the pages of `ino` that it has not written yet. Waits for our own answers to its
-    /// writes: never call this on a thread that serves requests.
-    fn pull_pages(&self, ino: Ino) {
-        if let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino.0), 0, 0)
-        {
-            log::debug!("the kernel kept its pages of inode {ino}: {e}");
-        }
-    }
-
-    fn opened(&self, ino: Ino, flags: OpenFlags) {
-        if may_write(flags) {
-            *self.writers.lock().entry(ino).or_default() += 1;
-        }
-    }
-
-    fn closed(&self, ino: Ino, flags: OpenFlags) {
-        if may_write(flags) {
-            let mut writers = self.writers.lock();
-            if let Some(n) = writers.get_mut(&ino) {
-                *n -= 1;
-                if *n == 0 {
-                    writers.remove(&ino);
-                }
-            }
-        }
-    }
-
-    fn has_writers(&self, ino: Ino) -> bool {
-        self.writers.lock().contains_key(&ino)
-    }
-
-    /// The permission bits to set because content or owner of `ino` change, if that changes them.
-    fn fallen_privileges(&self, ino: Ino) -> Option<u16> {
-        let attr = self.fs.getattr(ino).ok()?;
-        let perm = without_privileges(attr.perm);
-        (perm != attr.perm && !matches!(attr.kind, FileKind::Directory | FileKind::Symlink)).then_some(perm)
-    }
-
-    /// Takes set-user-id and set-group-id from `ino`, as before a write or truncation by an unprivileged process.
-    fn drop_privileges(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
-        if let Some(perm) = self.fallen_privileges(ino) {
-            self.fs.setattr(ino, &SetAttr { perm: Some(perm), ..SetAttr::default() }, caller)?;
-            self.forget_attr(ino);
-        }
-        Ok(())
-    }
-}
-
-fn may_write(flags: OpenFlags) -> bool {
-    flags.acc_mode() != OpenAccMode::O_RDONLY
 }
 
 fn caller(req: &Request) -> Caller {

@@ -22,6 +22,7 @@ mod guard;
 pub mod mountinfo;
 mod pool;
 mod reply;
+mod shared;
 
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
