@@ -48,9 +48,9 @@ pub struct SegmentSeen {
     pub epoch: Epoch,
     /// Its length: verified when `hash` is known, else as most replicas list it.
     pub len: u64,
-    /// Its hash; `None` when it lies before the checkpoint and was not read.
+    /// Its hash; `None` when it lies before the checkpoint's replay and was not read.
     pub hash: Option<SegmentHash>,
-    /// Its commit, when it was read and has one.
+    /// Its commit, when that is known and it has one.
     pub commit: Option<Lsn>,
     /// When its group was cut, when it was read.
     pub cut_at: Option<Time>,
@@ -123,9 +123,6 @@ pub enum LoadError {
     /// The sink refused.
     #[error("the tables could not be written: {0}")]
     Sink(String),
-    /// A task of the loader itself broke off.
-    #[error("loading broke off: {0}")]
-    Broken(String),
 }
 
 /// Brings the volume's tables back into `sink`. `stores` are those that were surveyed, in the same order.
@@ -183,12 +180,14 @@ fn finish(
     }
     let mut segments = Vec::new();
     for place in plan.segments.range(..=last).map(|(_, place)| place) {
+        // A checkpoint that needs no replay vouches for the segment that it belongs to.
+        let vouched = place.number == last;
         segments.push(state.seen.get(&place.number).copied().unwrap_or(SegmentSeen {
             number: place.number,
             epoch: place.epoch,
             len: place.holders.first().map_or(0, |(_, size)| *size),
-            hash: None,
-            commit: None,
+            hash: vouched.then_some(state.hash),
+            commit: vouched.then_some(state.commit),
             cut_at: None,
         }));
     }

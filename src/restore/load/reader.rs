@@ -31,7 +31,11 @@ impl<T: Send + 'static> Task<T> {
     }
 
     pub(super) async fn join(mut self) -> Result<T, LoadError> {
-        (&mut self.0).await.map_err(|e| LoadError::Broken(e.to_string()))
+        (&mut self.0).await.map_err(|e| match e.try_into_panic() {
+            // A bug of ours stays one, as if no task had been between.
+            Ok(payload) => std::panic::resume_unwind(payload),
+            Err(e) => LoadError::Unavailable { object: "an object".into(), detail: e.to_string() },
+        })
     }
 }
 
