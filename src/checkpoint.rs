@@ -86,10 +86,16 @@ pub struct Dump {
     raw_bytes: u64,
 }
 
+/// What a scan of the tables gives: keys and values, in order.
+pub type Batch<E> = Result<Vec<(Bytes, Bytes)>, E>;
+
+/// Gives up to the third argument's number of entries from the first argument's key up to, not including, the second's.
+pub type Scan<'a, E> = dyn Fn(&[u8], &[u8], usize) -> Batch<E> + 'a;
+
 /// Writes the replicated tables into part files in `folder`, which is emptied first. `scan(start, end, limit)` gives up to
 /// `limit` entries of `[start, end)` in order; each key may be read at another moment.
 pub fn dump<E: std::fmt::Display>(
-    scan: &dyn Fn(&[u8], &[u8], usize) -> Result<Vec<(Bytes, Bytes)>, E>,
+    scan: &Scan<'_, E>,
     begin: Begin,
     folder: &Path,
 ) -> Result<Dump, CheckpointError> {

@@ -6,7 +6,7 @@ use super::*;
 
 type Table = BTreeMap<Vec<u8>, Vec<u8>>;
 
-fn scan(table: &Table) -> impl Fn(&[u8], &[u8], usize) -> Result<Vec<(Bytes, Bytes)>, String> + '_ {
+fn scan(table: &Table) -> impl Fn(&[u8], &[u8], usize) -> Batch<String> + '_ {
     |start, end, limit| {
         let range = table.range(start.to_vec()..end.to_vec()).take(limit);
         Ok(range.map(|(k, v)| (k.clone().into(), v.clone().into())).collect())

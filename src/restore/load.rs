@@ -5,26 +5,24 @@
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
 use futures::stream::{self, StreamExt};
-use tokio::task::JoinHandle;
 
-use super::fetch::{Meaning, meaning, read};
 use super::{Damage, Place, Plan, Start};
-use crate::format::checkpoint::{Manifest, Part, parse_part};
-use crate::format::codec::FormatError;
+use crate::format::checkpoint::Manifest;
 use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
-use crate::format::segment::{FOOTER_LEN, SegmentHash, SegmentMeta, parse_footer, parse_meta};
+use crate::format::segment::{SegmentHash, SegmentMeta};
 use crate::format::tables::{BlockEntry, Time, block_key, is_replicated};
 use crate::format::volume::Volume;
-use crate::ids::{BlockId, Epoch, Lsn, SegmentNo, VolumeId};
+use crate::ids::{BlockId, Epoch, Lsn, SegmentNo};
 use crate::replica::Store;
 
+mod reader;
 #[cfg(test)]
 mod tests;
+
+use reader::{Fetched, Reader, Task, settle};
 
 /// Segments fetched at a time.
 const SEGMENTS_IN_FLIGHT: usize = 8;
@@ -32,8 +30,6 @@ const SEGMENTS_IN_FLIGHT: usize = 8;
 const PARTS_IN_FLIGHT: usize = 4;
 /// Changes given to the sink at a time, about.
 const BATCH: usize = 8192;
-/// How much of a segment's end is asked for at first, in bytes; follows what was needed.
-const TAIL: (u64, u64) = (64 << 10, 4 << 20);
 
 /// Takes the tables as they are loaded. Nothing that it was given counts before [`load`] has returned.
 pub trait Sink {
@@ -52,9 +48,9 @@ pub struct SegmentSeen {
     pub epoch: Epoch,
     /// Its length: verified when `hash` is known, else as most replicas list it.
     pub len: u64,
-    /// Its hash; `None` when it lies before the checkpoint and was not read.
+    /// Its hash; `None` when it lies before the checkpoint's replay and was not read.
     pub hash: Option<SegmentHash>,
-    /// Its commit, when it was read and has one.
+    /// Its commit, when that is known and it has one.
     pub commit: Option<Lsn>,
     /// When its group was cut, when it was read.
     pub cut_at: Option<Time>,
@@ -127,31 +123,23 @@ pub enum LoadError {
     /// The sink refused.
     #[error("the tables could not be written: {0}")]
     Sink(String),
-    /// A task of the loader itself broke off.
-    #[error("loading broke off: {0}")]
-    Broken(String),
 }
 
 /// Brings the volume's tables back into `sink`. `stores` are those that were surveyed, in the same order.
 pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<Loaded, LoadError> {
     let mut reasons = Vec::new();
     let mut damaged: Vec<Damage> = plan.damaged.clone();
-    let bytes = Arc::new(AtomicU64::new(0));
+    let reader = Reader::new(stores, plan.volume.volume);
     for start in &plan.starts {
         sink.reset().map_err(LoadError::Sink)?;
-        let reader = Reader {
-            stores: stores.into(),
-            volume: plan.volume.volume,
-            bytes: bytes.clone(),
-            tail: Arc::new(AtomicU64::new(TAIL.0 * 2)),
-        };
-        let mut loader = Loader { plan, start, reader, damaged: &mut damaged, state: State::new(start) };
+        let mut loader =
+            Loader { plan, start, reader: reader.clone(), damaged: &mut damaged, state: State::new(start) };
         match loader.run(sink).await? {
             Ok(()) => {
                 let state = loader.state;
                 let mut met = HashSet::new();
                 damaged.retain(|d| met.insert((d.replica.clone(), d.object.clone())));
-                return Ok(finish(plan, start, state, damaged, reasons, bytes.load(Ordering::Relaxed)));
+                return Ok(finish(plan, start, state, damaged, reasons, reader.bytes()));
             }
             Err(why) => reasons.push(why),
         }
@@ -192,12 +180,14 @@ fn finish(
     }
     let mut segments = Vec::new();
     for place in plan.segments.range(..=last).map(|(_, place)| place) {
+        // A checkpoint that needs no replay vouches for the segment that it belongs to.
+        let vouched = place.number == last;
         segments.push(state.seen.get(&place.number).copied().unwrap_or(SegmentSeen {
             number: place.number,
             epoch: place.epoch,
             len: place.holders.first().map_or(0, |(_, size)| *size),
-            hash: None,
-            commit: None,
+            hash: vouched.then_some(state.hash),
+            commit: vouched.then_some(state.commit),
             cut_at: None,
         }));
     }
@@ -368,7 +358,7 @@ impl Loader<'_> {
         let mut parts = stream::iter(0..count)
             .map(|index| {
                 let (reader, manifest, holders) = (self.reader.clone(), manifest.clone(), holders.to_vec());
-                Task(tokio::spawn(async move { reader.part(&manifest, index, &holders).await }))
+                Task::spawn(async move { reader.part(&manifest, index, &holders).await })
             })
             .map(Task::join)
             .buffered(PARTS_IN_FLIGHT);
@@ -444,174 +434,5 @@ impl Loader<'_> {
             refused.push(holder);
             fetched = self.reader.begin(place, refused.clone()).join().await?;
         }
-    }
-}
-
-/// A spawned task that ends with its handle.
-struct Task<T>(JoinHandle<T>);
-
-impl<T> Task<T> {
-    async fn join(mut self) -> Result<T, LoadError> {
-        (&mut self.0).await.map_err(|e| LoadError::Broken(e.to_string()))
-    }
-}
-
-impl<T> Drop for Task<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// What came of asking the holders of an object, one after the other.
-struct Fetched<T> {
-    value: Option<T>,
-    /// The holder that had it.
-    from: Option<usize>,
-    /// Copies found damaged on the way.
-    damaged: Vec<Damage>,
-    /// Holders that did not answer.
-    silent: Vec<String>,
-    /// Set when a copy is of a newer format.
-    newer: Option<String>,
-}
-
-/// The value; or why there is none; or an error when that is not certain.
-fn settle<T>(
-    object: &ObjectName,
-    fetched: Fetched<T>,
-    damaged: &mut Vec<Damage>,
-) -> Result<Result<T, String>, LoadError> {
-    let whys: Vec<_> = fetched.damaged.iter().map(|d| format!("replica {}: {}", d.replica, d.why)).collect();
-    damaged.extend(fetched.damaged);
-    match fetched.value {
-        Some(value) => Ok(Ok(value)),
-        None => match fetched.newer {
-            Some(why) => Err(LoadError::Newer { object: object.path(), why }),
-            None if !fetched.silent.is_empty() => {
-                Err(LoadError::Unavailable { object: object.path(), detail: fetched.silent.join("; ") })
-            }
-            None => Ok(Err(format!("no replica holds an intact copy ({})", whys.join("; ")))),
-        },
-    }
-}
-
-/// Reads objects from whoever holds them.
-#[derive(Clone)]
-struct Reader {
-    stores: Arc<[Store]>,
-    volume: VolumeId,
-    bytes: Arc<AtomicU64>,
-    /// How many bytes of a segment's end to ask for.
-    tail: Arc<AtomicU64>,
-}
-
-enum ReadError {
-    Store(crate::replica::StoreError),
-    Format(FormatError),
-}
-
-impl Reader {
-    fn begin(&self, place: &Place, without: Vec<usize>) -> Task<Fetched<SegmentMeta>> {
-        let (reader, place) = (self.clone(), place.clone());
-        Task(tokio::spawn(async move {
-            let object = ObjectName::Segment(place.number, place.epoch).path();
-            let mut fetched = Fetched::nothing();
-            for (holder, size) in place.holders.iter().filter(|(h, _)| !without.contains(h)) {
-                let answer = reader.segment(*holder, &object, *size, &place).await;
-                if reader.take(&mut fetched, *holder, &object, answer) {
-                    break;
-                }
-            }
-            fetched
-        }))
-    }
-
-    async fn part(&self, manifest: &Manifest, index: u32, holders: &[usize]) -> Fetched<Part> {
-        let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, index).path();
-        let len = manifest.parts.get(index as usize).map_or(0, |p| p.len);
-        let mut fetched = Fetched::nothing();
-        for holder in holders {
-            let answer = match self.read(*holder, &object, 0, len).await {
-                Ok(bytes) => parse_part(&bytes, manifest, index).map_err(ReadError::Format),
-                Err(e) => Err(e),
-            };
-            if self.take(&mut fetched, *holder, &object, answer) {
-                break;
-            }
-        }
-        fetched
-    }
-
-    async fn read(&self, holder: usize, object: &str, offset: u64, len: u64) -> Result<Bytes, ReadError> {
-        let store = &self.stores[holder];
-        let bytes = read(store, object, Some((offset, len))).await.map_err(ReadError::Store)?;
-        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Ok(bytes)
-    }
-
-    /// Footer, index and records of a segment; the frames stay where they are.
-    async fn segment(
-        &self,
-        holder: usize,
-        object: &str,
-        size: u64,
-        place: &Place,
-    ) -> Result<SegmentMeta, ReadError> {
-        let ask = self.tail.load(Ordering::Relaxed).min(size);
-        let tail = self.read(holder, object, size - ask, ask).await?;
-        let footer = parse_footer(&tail, size).map_err(ReadError::Format)?;
-        footer.expect(self.volume, place.number, place.epoch).map_err(ReadError::Format)?;
-        let range = footer.meta_range();
-        let tail_start = size - ask;
-        let needed = range.end - range.start + FOOTER_LEN as u64;
-        self.tail.store((needed + needed / 4).clamp(TAIL.0, TAIL.1), Ordering::Relaxed);
-        let meta = if range.start >= tail_start {
-            tail.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize)
-        } else {
-            let missing_end = tail_start.min(range.end);
-            let head = self.read(holder, object, range.start, missing_end - range.start).await?;
-            let mut meta = head.to_vec();
-            if range.end > tail_start {
-                meta.extend_from_slice(&tail[..(range.end - tail_start) as usize]);
-            }
-            meta.into()
-        };
-        parse_meta(&footer, &meta).map_err(ReadError::Format)
-    }
-
-    /// Notes an answer; true when the search is over.
-    fn take<T>(
-        &self,
-        fetched: &mut Fetched<T>,
-        holder: usize,
-        object: &str,
-        answer: Result<T, ReadError>,
-    ) -> bool {
-        let replica = self.stores[holder].name().clone();
-        let why = match answer {
-            Ok(value) => {
-                fetched.value = Some(value);
-                fetched.from = Some(holder);
-                return true;
-            }
-            Err(ReadError::Format(e)) if e.newer => {
-                fetched.newer = Some(e.to_string());
-                return false;
-            }
-            Err(ReadError::Store(e)) if meaning(&e) == Meaning::Unreachable => {
-                fetched.silent.push(e.to_string());
-                return false;
-            }
-            Err(ReadError::Store(e)) => format!("{} ({})", e.kind, e.detail),
-            Err(ReadError::Format(e)) => e.to_string(),
-        };
-        fetched.damaged.push(Damage { replica, object: object.to_owned(), why });
-        false
-    }
-}
-
-impl<T> Fetched<T> {
-    fn nothing() -> Self {
-        Self { value: None, from: None, damaged: Vec::new(), silent: Vec::new(), newer: None }
     }
 }
