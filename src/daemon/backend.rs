@@ -5,14 +5,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::future::BoxFuture;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::serve::Running;
-use crate::control::{
-    Backend, CacheStatus, Failure, Status, SyncProgress, SyncReplica, SyncRequest,
-};
+use crate::control::{Backend, CacheStatus, Failure, Status, SyncProgress, SyncReplica, SyncRequest};
 use crate::exit::Exit;
 use crate::ids::SegmentNo;
 use crate::replica::{Outbox, ReplicaStatus};
@@ -136,7 +134,7 @@ impl Backend for Control {
     fn shutdown(&self) -> BoxFuture<'_, Result<Status, Failure>> {
         async move {
             let running = Arc::clone(&self.0);
-            running.unmount().await.map_err(|e| Failure::new(Exit::Failure, e))?;
+            running.unmount().await.map_err(|e| Failure::new(Exit::InUse, e))?;
             let status = self.status_now();
             running.wait_closed().await;
             Ok(status)
@@ -154,7 +152,10 @@ fn metrics(s: &Status) -> String {
     use std::fmt::Write;
     let mut out = String::new();
     let mut gauge = |name: &str, help: &str, value: f64| {
-        let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge\nmirrorfs_{name} {value}");
+        let _ = writeln!(
+            out,
+            "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge\nmirrorfs_{name} {value}"
+        );
     };
     gauge("lsn", "Last change made", s.lsn.0 as f64);
     gauge("sealed_lsn", "Last change in a sealed transaction group", s.sealed_lsn.0 as f64);

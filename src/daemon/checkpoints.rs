@@ -62,8 +62,7 @@ impl Checkpoints {
         let commit_lsn = commit(number)?;
         // Nothing sealed: nothing replicated has changed since the last group, and the scan saw exactly that.
         let lsn = if sealed.is_some() { seen } else { begin.lsn };
-        let end =
-            End { lsn, number, epoch: self.epoch, commit_lsn, created_at: super::unix_now() as u64 };
+        let end = End { lsn, number, epoch: self.epoch, commit_lsn, created_at: super::unix_now() as u64 };
         let len = dumped.len();
         let (path, manifest) = dumped.finish(end, &area).map_err(|e| e.to_string())?;
         self.last_len = len;

@@ -2,9 +2,11 @@
 //!
 //! Owns the rule when staged segments may go. Each replica ships for itself.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
@@ -14,19 +16,33 @@ use crate::journal::{Journal, JournalError};
 use crate::replica::{CursorStore, Outbox, Replica, ReplicaStatus};
 use crate::txg::Staging;
 
-/// Cursors in the local tables.
-pub(super) struct Cursors(pub Arc<Journal>);
+/// Cursors in the local tables, by name and place: a name given to another place begins anew.
+pub(super) struct Cursors {
+    pub journal: Arc<Journal>,
+    pub places: BTreeMap<ReplicaName, String>,
+}
+
+/// Key of a replica's cursor.
+pub(super) fn cursor_of(name: &ReplicaName, url: &str) -> Bytes {
+    cursor_key(&format!("{name} {url}"))
+}
+
+impl Cursors {
+    fn key(&self, replica: &ReplicaName) -> Bytes {
+        cursor_of(replica, self.places.get(replica).map_or("", String::as_str))
+    }
+}
 
 impl CursorStore for Cursors {
     fn load(&self, replica: &ReplicaName) -> Result<SegmentNo, String> {
-        let value = self.0.get(&cursor_key(replica.as_str())).map_err(|e| e.to_string())?;
+        let value = self.journal.get(&self.key(replica)).map_err(|e| e.to_string())?;
         let number = value.and_then(|v| v[..].try_into().ok()).map_or(0, u64::from_le_bytes);
         Ok(SegmentNo(number))
     }
 
     fn save(&self, replica: &ReplicaName, cursor: SegmentNo) -> Result<(), String> {
-        let key = cursor_key(replica.as_str());
-        self.0
+        let key = self.key(replica);
+        self.journal
             .transact::<_, JournalError>(|tx| {
                 tx.put(key, cursor.0.to_le_bytes().to_vec());
                 Ok(())
@@ -78,7 +94,11 @@ impl Fleet {
     }
 
     /// Removes staged files as replicas take them over; ends when `stop` resolves.
-    pub async fn trim(self: Arc<Self>, short: impl Fn() -> bool + Send, stop: impl Future<Output = ()> + Send) {
+    pub async fn trim(
+        self: Arc<Self>,
+        short: impl Fn() -> bool + Send,
+        stop: impl Future<Output = ()> + Send,
+    ) {
         let mut stop = std::pin::pin!(stop);
         loop {
             let upto = trimmable(self.replicas.iter().map(|r| r.cursor()), short());

@@ -120,34 +120,34 @@ fn stores(config: &Config) -> Result<Vec<Store>, Error> {
     config
         .replicas
         .iter()
-        .map(|spec| {
-            spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))
-        })
+        .map(|spec| spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name))))
         .collect()
 }
 
 /// Creates a volume on all replicas of `config`, which must be empty.
 pub fn init(config: &Config) -> Result<VolumeInfo, Error> {
     let stores = stores(config)?;
-    runtime()?.block_on(async {
-        let seen = open::look(&stores).await;
-        match open::decide(None, &seen)? {
-            open::Decision::Create => create(config, &stores).await,
-            _ => {
-                let there = seen.iter().find(|s| matches!(s.found, Ok(volume::Found::Volume(_))));
-                let place = there.map_or_else(String::new, |s| format!(" {} ({})", s.store.name(), s.store.url()));
-                Err(Error::new(
-                    Exit::WrongVolume,
-                    format!("replica{place} holds a volume already: mount it, or give another place"),
-                ))
+    runtime()?
+        .block_on(async {
+            let seen = open::look(&stores).await;
+            match open::decide(None, &seen)? {
+                open::Decision::Create => create(config, &stores).await,
+                _ => {
+                    let there = seen.iter().find(|s| matches!(s.found, Ok(volume::Found::Volume(_))));
+                    let place = there
+                        .map_or_else(String::new, |s| format!(" {} ({})", s.store.name(), s.store.url()));
+                    Err(Error::new(
+                        Exit::WrongVolume,
+                        format!("replica{place} holds a volume already: mount it, or give another place"),
+                    ))
+                }
             }
-        }
-    })
-    .map(|volume| VolumeInfo {
-        volume: volume.volume,
-        block_size: volume.block_size,
-        replicas: stores.iter().map(|s| s.url().to_owned()).collect(),
-    })
+        })
+        .map(|volume| VolumeInfo {
+            volume: volume.volume,
+            block_size: volume.block_size,
+            replicas: stores.iter().map(|s| s.url().to_owned()).collect(),
+        })
 }
 
 /// Writes a new volume's `volume.json` on every replica, after making sure that each can keep two writers apart.

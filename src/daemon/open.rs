@@ -34,9 +34,11 @@ pub(super) enum Decision {
 
 /// Looks what is at each replica's place.
 pub(super) async fn look(stores: &[Store]) -> Vec<Seen> {
-    join_all(stores.iter().map(|store| async move {
-        Seen { store: store.clone(), found: volume::inspect(store).await }
-    }))
+    join_all(
+        stores
+            .iter()
+            .map(|store| async move { Seen { store: store.clone(), found: volume::inspect(store).await } }),
+    )
     .await
 }
 
@@ -205,7 +207,8 @@ mod tests {
         assert_eq!(refused(None, vec![empty(), Err(ErrorKind::Timeout)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![v(), Err(ErrorKind::Denied)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![Ok(Found::Headless), empty()]), Exit::Damaged);
-        let Decision::GoOn { warnings } = decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)])).unwrap()
+        let Decision::GoOn { warnings } =
+            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)])).unwrap()
         else {
             panic!("an unreachable replica must not stop a mount with local state")
         };

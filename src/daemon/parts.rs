@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::sync::{Arc, OnceLock};
 
+use super::fleet::cursor_of;
 use super::open::{self, Decision};
 use super::restore::{self, Restored};
 use super::state::{Local, StateDir};
@@ -16,7 +17,7 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::format::local::{SEALED_MARK, SealedMark};
 use crate::format::names::ObjectName;
-use crate::format::tables::{cursor_key, local_key};
+use crate::format::tables::local_key;
 use crate::format::volume::{Claim, Volume};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 use crate::journal::{self, Journal, JournalError, Opened};
@@ -49,7 +50,10 @@ fn open_with_ballast(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>
     let ballast = state.path().join("ballast");
     let opened = match open_journal(state, slots) {
         Err(JournalError::Full { .. }) if ballast.exists() => {
-            log::warn!("the disk of the state folder is full; giving up {} to be able to start", ballast.display());
+            log::warn!(
+                "the disk of the state folder is full; giving up {} to be able to start",
+                ballast.display()
+            );
             let _ = fs::remove_file(&ballast);
             open_journal(state, slots)
         }
@@ -91,7 +95,9 @@ pub(super) async fn open(
                 if reachable {
                     match volume::tenures(store, local.volume.volume).await {
                         Ok(tenures) => open::check_tenures(&local, store, &tenures)?,
-                        Err(volume::VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
+                        Err(volume::VolumeError::Store(e)) => {
+                            notes.push(format!("its claims were not checked: {e}"))
+                        }
                         Err(e) => return Err(e.into()),
                     }
                 }
@@ -141,7 +147,7 @@ pub(super) async fn open(
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &restored)?;
-            save_cursors(&journal, &restored.cursors)?;
+            save_cursors(&journal, &holders(seen), &restored.cursors)?;
             let loaded = &restored.loaded;
             let local = take_over(
                 config,
@@ -192,13 +198,21 @@ fn describe(restored: &Restored, notes: &mut Vec<String>) {
         notes.push(format!("segments {} to {} could not be used: {}", lost.from, lost.upto, lost.why));
     }
     notes.extend(loaded.warnings.iter().cloned());
-    notes.extend(loaded.damaged.iter().map(|d| format!("replica {}: {} is damaged: {}", d.replica, d.object, d.why)));
+    notes.extend(
+        loaded.damaged.iter().map(|d| format!("replica {}: {} is damaged: {}", d.replica, d.object, d.why)),
+    );
 }
 
-fn save_cursors(journal: &Journal, cursors: &BTreeMap<ReplicaName, SegmentNo>) -> Result<(), Error> {
+fn save_cursors(
+    journal: &Journal,
+    stores: &[Store],
+    cursors: &BTreeMap<ReplicaName, SegmentNo>,
+) -> Result<(), Error> {
     journal.transact::<_, JournalError>(|tx| {
-        for (name, cursor) in cursors {
-            tx.put(cursor_key(name.as_str()), cursor.0.to_le_bytes().to_vec());
+        for store in stores {
+            if let Some(cursor) = cursors.get(store.name()) {
+                tx.put(cursor_of(store.name(), store.url()), cursor.0.to_le_bytes().to_vec());
+            }
         }
         Ok(())
     })?;
@@ -283,7 +297,7 @@ async fn rebuild(
     describe(&restored, notes);
     let (journal, _) = open_with_ballast(state, slots)?;
     restore::import(&journal, &restored)?;
-    save_cursors(&journal, &restored.cursors)?;
+    save_cursors(&journal, &holders(seen), &restored.cursors)?;
     let after = restored.loaded.commit_lsn;
     let records = match journal::salvage(&aside, after) {
         Ok(records) => records,

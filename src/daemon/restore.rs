@@ -112,8 +112,8 @@ fn local_tables(restored: &Restored) -> Result<Vec<Op>, Error> {
     let mut frames: HashMap<BlockHash, FrameValue> = HashMap::new();
     let (start, end) = prefix_range(&[table::BLOCK]);
     for (_, value) in restored.tables.range(start, end) {
-        let entry =
-            BlockEntry::decode(value).map_err(|e| Error::new(Exit::Damaged, format!("restored tables: {e}")))?;
+        let entry = BlockEntry::decode(value)
+            .map_err(|e| Error::new(Exit::Damaged, format!("restored tables: {e}")))?;
         frames.entry(entry.hash).or_insert(FrameValue { entry, uses: 0 }).uses += 1;
     }
     let mut live: HashMap<SegmentNo, u64> = HashMap::new();

@@ -189,8 +189,7 @@ fn assemble(
     let failure = |e: &dyn std::fmt::Display| Error::new(Exit::Failure, e.to_string());
     let volume = local.volume.clone();
     let epoch = local.epoch();
-    let staging =
-        Staging::open(&state.staging(), &journal, Arc::clone(&blocks)).map_err(|e| failure(&e))?;
+    let staging = Staging::open(&state.staging(), &journal, Arc::clone(&blocks)).map_err(|e| failure(&e))?;
     let options = vfs::Options {
         clock: Arc::new(wall_clock),
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
@@ -211,7 +210,10 @@ fn assemble(
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
     let mut tasks = JoinSet::new();
-    let cursors: Arc<dyn crate::replica::CursorStore> = Arc::new(Cursors(Arc::clone(&journal)));
+    let cursors: Arc<dyn crate::replica::CursorStore> = {
+        let places = stores.iter().map(|s| (s.name().clone(), s.url().to_owned())).collect();
+        Arc::new(Cursors { journal: Arc::clone(&journal), places })
+    };
     let engine = if config.read_only {
         vfs.set_read_only("mounted read-only");
         for replica in &replicas {
@@ -248,7 +250,11 @@ fn assemble(
             Arc::clone(&journal),
             Arc::clone(&blocks),
             sealer,
-            EngineOptions { interval: config.commit_interval, bytes: GROUP_BYTES, clock: Arc::new(wall_clock) },
+            EngineOptions {
+                interval: config.commit_interval,
+                bytes: GROUP_BYTES,
+                clock: Arc::new(wall_clock),
+            },
             Box::new(move |sealer| checkpoints.after_seal(sealer)),
         )
         .map_err(|e| failure(&e))?;
@@ -308,7 +314,10 @@ fn assemble(
     let server = {
         let _guard = runtime.enter();
         Server::bind(state.path()).map_err(|e| {
-            Error::new(Exit::Failure, format!("cannot make the control socket in {}: {e}", state.path().display()))
+            Error::new(
+                Exit::Failure,
+                format!("cannot make the control socket in {}: {e}", state.path().display()),
+            )
         })?
     };
     let session = fuse::mount(
@@ -323,8 +332,11 @@ fn assemble(
         };
         Error::new(exit, e.to_string())
     })?;
-    let entry =
-        Entry { mountpoint: session.mountpoint().to_owned(), state: state.path().to_owned(), pid: std::process::id() };
+    let entry = Entry {
+        mountpoint: session.mountpoint().to_owned(),
+        state: state.path().to_owned(),
+        pid: std::process::id(),
+    };
     let registration = Registry::of_user()
         .enter(&entry)
         .inspect_err(|e| log::warn!("this mount will not be found by its mountpoint alone: {e}"))
@@ -374,7 +386,8 @@ fn start_commits(vfs: &Arc<Vfs>, journal: &Arc<Journal>, stop: mpsc::Receiver<()
         let mut failed = false;
         while let Err(mpsc::RecvTimeoutError::Timeout) = stop.recv_timeout(COMMIT_EVERY) {
             let idle = vfs.pending_files() == 0 && journal.last_lsn() == journal.durable_lsn();
-            let done = if idle { vfs.blocks().housekeep().map_err(Into::into) } else { vfs.commit().map(|_| ()) };
+            let done =
+                if idle { vfs.blocks().housekeep().map_err(Into::into) } else { vfs.commit().map(|_| ()) };
             match done {
                 Ok(()) => failed = false,
                 Err(e) if !failed => {
@@ -456,7 +469,8 @@ impl Started {
 /// SIGTERM and SIGINT unmount; a second one unmounts lazily.
 async fn unmount_on_signal(running: Arc<Running>) {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         log::error!("signals cannot be caught; use `mirrorfs umount`");
         return;
     };

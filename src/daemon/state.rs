@@ -75,7 +75,10 @@ impl StateDir {
             let by = if holder.is_empty() { String::new() } else { format!(" (process {holder})") };
             return Err(Error::new(
                 Exit::InUse,
-                format!("the state folder {} is in use by another daemon{by}: unmount that one first", dir.display()),
+                format!(
+                    "the state folder {} is in use by another daemon{by}: unmount that one first",
+                    dir.display()
+                ),
             ));
         }
         let mut note = || {
