@@ -239,7 +239,7 @@ fn of_load(error: &LoadError) -> CommandError {
         LoadError::Unavailable { .. } => Exit::Unreachable,
         LoadError::Newer { .. } => Exit::TooNew,
         LoadError::Nothing(_) => Exit::Damaged,
-        LoadError::Sink(_) | LoadError::Broken(_) => Exit::Failure,
+        LoadError::Sink(_) => Exit::Failure,
     };
     CommandError::new(exit, error.to_string())
 }

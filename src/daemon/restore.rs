@@ -34,7 +34,7 @@ impl From<LoadError> for Error {
         let exit = match &e {
             LoadError::Unavailable { .. } => Exit::Unreachable,
             LoadError::Newer { .. } => Exit::TooNew,
-            LoadError::Nothing(_) | LoadError::Broken(_) => Exit::Damaged,
+            LoadError::Nothing(_) => Exit::Damaged,
             LoadError::Sink(_) => Exit::Failure,
         };
         Error::new(exit, e.to_string())
