@@ -23,6 +23,8 @@ use crate::journal::{Journal, JournalError};
 pub const SEGMENT_TARGET: u64 = 16 << 20;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
+/// Local records behind which the sealed mark is written down even when nothing was sealed.
+const SKIP_RECORDS: u64 = 4096;
 
 /// Why a transaction group could not be sealed. Nothing is lost: it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,8 @@ pub struct Sealer {
     epoch: Epoch,
     encoder: FrameEncoder,
     mark: SealedMark,
+    /// `mark.lsn` as the journal has it.
+    recorded: Lsn,
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
 }
@@ -113,6 +117,7 @@ impl Sealer {
             epoch,
             encoder: FrameEncoder::new(level)?,
             mark,
+            recorded: mark.lsn,
             unpublished: Vec::new(),
         })
     }
@@ -130,6 +135,7 @@ impl Sealer {
             Ok(())
         })?;
         self.mark = mark;
+        self.recorded = mark.lsn;
         Ok(())
     }
 
@@ -161,9 +167,7 @@ impl Sealer {
         let sealed = match result {
             Ok(Some(sealed)) => sealed,
             Ok(None) => {
-                // Only local changes: nothing to ship. The tail may go all the same.
-                self.mark.lsn = cut.lsn;
-                self.journal.release(cut.lsn);
+                self.skip(cut.lsn)?;
                 return Ok(None);
             }
             Err(e) => {
@@ -182,6 +186,24 @@ impl Sealer {
         }
         self.publish()?;
         Ok(Some(self.mark.segment))
+    }
+
+    /// Goes on behind a group of local changes only, of which nothing is shipped. Now and then that is written down, so
+    /// that the tail may go; not each time, because that is a local change too.
+    fn skip(&mut self, lsn: Lsn) -> Result<(), SealError> {
+        self.mark.lsn = lsn;
+        if lsn.0 - self.recorded.0 < SKIP_RECORDS {
+            return Ok(());
+        }
+        let mark = self.mark;
+        let (_, lsn) = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(local_key(SEALED_MARK), mark.encode());
+            Ok(())
+        })?;
+        self.journal.barrier(lsn)?;
+        self.recorded = mark.lsn;
+        self.journal.release(mark.lsn);
+        Ok(())
     }
 
     /// Makes registered segments durable and hands them to the shippers.
@@ -276,6 +298,7 @@ impl Sealer {
             Ok(())
         })?;
         self.mark = mark;
+        self.recorded = mark.lsn;
         self.unpublished.extend(values);
         Ok(())
     }
