@@ -564,11 +564,13 @@ impl BlockStore {
         sealed: &[(Arc<DirtyBlock>, BlockEntry)],
     ) -> Result<(), StoreError> {
         for (block, entry) in sealed {
-            if block.is_dead() || self.dirty(block.id).is_none() {
+            // The table decides, not the flag: a release that is committed but not yet noted has deleted the key.
+            let key = dirty_key(block.id);
+            if tx.get(&key)?.is_none() {
                 continue;
             }
             tx.put(block_key(block.id), entry.encode());
-            tx.delete(dirty_key(block.id));
+            tx.delete(key);
             use_frame(tx, entry)?;
         }
         Ok(())
