@@ -23,6 +23,8 @@ use crate::journal::{Journal, JournalError};
 pub const SEGMENT_TARGET: u64 = 16 << 20;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
+/// Records that are local only, after which the mark is written anew.
+const REMEMBER_STEP: u64 = 4096;
 
 /// Why a transaction group could not be sealed. Nothing is lost: it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,8 @@ pub struct Sealer {
     epoch: Epoch,
     encoder: FrameEncoder,
     mark: SealedMark,
+    /// As far as the mark in the tables goes: the tail is kept from there on.
+    remembered: Lsn,
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
 }
@@ -105,6 +109,7 @@ impl Sealer {
         level: i32,
         mark: SealedMark,
     ) -> Result<Self, SealError> {
+        journal.release(mark.lsn);
         Ok(Self {
             journal,
             blocks,
@@ -112,6 +117,7 @@ impl Sealer {
             volume,
             epoch,
             encoder: FrameEncoder::new(level)?,
+            remembered: mark.lsn,
             mark,
             unpublished: Vec::new(),
         })
@@ -124,12 +130,29 @@ impl Sealer {
 
     /// Notes that a checkpoint as of segment `number` was staged.
     pub fn checkpointed(&mut self, number: SegmentNo) -> Result<(), SealError> {
-        let mark = SealedMark { checkpoint: number, log_bytes: 0, ..self.mark };
-        self.journal.transact::<_, JournalError>(|tx| {
+        self.remember(SealedMark { checkpoint: number, log_bytes: 0, ..self.mark })?;
+        Ok(())
+    }
+
+    fn remember(&mut self, mark: SealedMark) -> Result<Lsn, JournalError> {
+        let (_, lsn) = self.journal.transact::<_, JournalError>(|tx| {
             tx.put(local_key(SEALED_MARK), mark.encode());
             Ok(())
         })?;
         self.mark = mark;
+        self.remembered = mark.lsn;
+        Ok(lsn)
+    }
+
+    /// Notes that there was nothing to ship up to `lsn`. The tail may only be cut behind a mark that the next start will
+    /// find; writing one each time would never come to rest, so it is written once in many records.
+    fn pass(&mut self, lsn: Lsn) -> Result<(), SealError> {
+        self.mark.lsn = lsn;
+        if lsn.0 - self.remembered.0 >= REMEMBER_STEP {
+            let written = self.remember(self.mark)?;
+            self.journal.barrier(written)?;
+            self.journal.release(lsn);
+        }
         Ok(())
     }
 
@@ -161,9 +184,7 @@ impl Sealer {
         let sealed = match result {
             Ok(Some(sealed)) => sealed,
             Ok(None) => {
-                // Only local changes: nothing to ship. The tail may go all the same.
-                self.mark.lsn = cut.lsn;
-                self.journal.release(cut.lsn);
+                self.pass(cut.lsn)?;
                 return Ok(None);
             }
             Err(e) => {
@@ -276,6 +297,7 @@ impl Sealer {
             Ok(())
         })?;
         self.mark = mark;
+        self.remembered = mark.lsn;
         self.unpublished.extend(values);
         Ok(())
     }
