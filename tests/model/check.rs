@@ -57,7 +57,9 @@ pub fn decode(t: &Tables, block_size: u32) -> Decoded {
         inodes: of(t, table::INODE).map(|(k, v)| (Ino(number(k)), Inode::decode(v).unwrap())).collect(),
         dirents: BTreeMap::new(),
         extents: BTreeMap::new(),
-        blocks: of(t, table::BLOCK).map(|(k, v)| (BlockId(number(k)), BlockEntry::decode(v).unwrap())).collect(),
+        blocks: of(t, table::BLOCK)
+            .map(|(k, v)| (BlockId(number(k)), BlockEntry::decode(v).unwrap()))
+            .collect(),
         dirty: of(t, table::DIRTY)
             .map(|(k, v)| (BlockId(number(k)), DirtyValue::decode(v, block_size).unwrap()))
             .collect(),
@@ -143,7 +145,11 @@ pub fn consistent(t: &Tables, block_size: u32) -> Decoded {
             let len = len_of(id);
             assert!(len > 0, "block {id} of {ino} is empty");
             // A half deleted inode keeps its size until the end; so this holds for it, too.
-            assert!(index * bs + u64::from(len) <= inode.size, "block {index} of {ino} ends beyond {}", inode.size);
+            assert!(
+                index * bs + u64::from(len) <= inode.size,
+                "block {index} of {ino} ends beyond {}",
+                inode.size
+            );
             *references.entry(*id).or_default() += 1;
             counted += units(len);
         }
@@ -154,7 +160,8 @@ pub fn consistent(t: &Tables, block_size: u32) -> Decoded {
         used_inodes += 1;
     }
     for (id, n) in &references {
-        let more = t.get(&tables::block_refs_key(*id)).map_or(0, |v| u64::from_le_bytes(v[..].try_into().unwrap()));
+        let more =
+            t.get(&tables::block_refs_key(*id)).map_or(0, |v| u64::from_le_bytes(v[..].try_into().unwrap()));
         assert_eq!(*n, 1 + more, "references of block {id}");
     }
     for table in [table::BLOCK, table::DIRTY, table::BLOCK_REFS] {

@@ -34,7 +34,16 @@ fn all_operations_agree_with_the_reference() {
     let setup = Setup { limit: 256 << 20, space_wait: Duration::from_secs(5) };
     play(
         "roomy",
-        Plan { setup, operations: 65_000, commit: 150, seal: 150, restart: 4000, crash: 1500, restore: 6000, failing: 0 },
+        Plan {
+            setup,
+            operations: 65_000,
+            commit: 150,
+            seal: 150,
+            restart: 4000,
+            crash: 1500,
+            restore: 6000,
+            failing: 0,
+        },
     );
 }
 
@@ -43,6 +52,15 @@ fn content_comes_back_from_the_replica_when_the_cache_is_tiny() {
     let setup = Setup { limit: 3 << 20, space_wait: Duration::from_secs(5) };
     play(
         "tiny cache",
-        Plan { setup, operations: 40_000, commit: 150, seal: 40, restart: 4000, crash: 2000, restore: 6000, failing: 300 },
+        Plan {
+            setup,
+            operations: 40_000,
+            commit: 150,
+            seal: 40,
+            restart: 4000,
+            crash: 2000,
+            restore: 6000,
+            failing: 300,
+        },
     );
 }

@@ -456,7 +456,8 @@ impl Run {
         while let Some((ino, parent)) = todo.pop() {
             let attr = vfs.getattr(ino).unwrap();
             let names = vfs.listxattr(ino).unwrap();
-            let xattrs = names.into_iter().map(|n| (n.clone(), vfs.getxattr(ino, &n).unwrap().to_vec())).collect();
+            let xattrs =
+                names.into_iter().map(|n| (n.clone(), vfs.getxattr(ino, &n).unwrap().to_vec())).collect();
             let is_dir = attr.kind == FileKind::Directory;
             let body = match attr.kind {
                 FileKind::Directory => {
@@ -499,20 +500,21 @@ impl Run {
     /// Whether what a crash left is a past that may be: the namespace of one moment since the last commit, and each
     /// file with attributes of one such moment and bytes of such moments.
     fn explain(&self, found: &Model, window: &Window) {
-        let names = |m: &Model| -> BTreeMap<Ino, (Meta, BTreeMap<Vec<u8>, Vec<u8>>, Option<BTreeMap<Vec<u8>, Ino>>)> {
-            m.nodes
-                .iter()
-                .filter(|(_, n)| n.meta.nlink > 0)
-                .map(|(ino, n)| {
-                    let mut meta = n.meta;
-                    if n.content().is_some() {
-                        // A file's attributes may be of another moment, but not its links.
-                        meta = Meta { nlink: meta.nlink, ..FILE };
-                    }
-                    (*ino, (meta, n.xattrs.clone(), n.entries().cloned()))
-                })
-                .collect()
-        };
+        let names =
+            |m: &Model| -> BTreeMap<Ino, (Meta, BTreeMap<Vec<u8>, Vec<u8>>, Option<BTreeMap<Vec<u8>, Ino>>)> {
+                m.nodes
+                    .iter()
+                    .filter(|(_, n)| n.meta.nlink > 0)
+                    .map(|(ino, n)| {
+                        let mut meta = n.meta;
+                        if n.content().is_some() {
+                            // A file's attributes may be of another moment, but not its links.
+                            meta = Meta { nlink: meta.nlink, ..FILE };
+                        }
+                        (*ino, (meta, n.xattrs.clone(), n.entries().cloned()))
+                    })
+                    .collect()
+            };
         let wanted = names(found);
         let moment = window.past[window.floor..].iter().position(|m| names(m) == wanted);
         let Some(moment) = moment else {
@@ -543,7 +545,8 @@ impl Run {
             if contents.iter().any(|c| c.same(content)) {
                 continue;
             }
-            let pages: BTreeSet<u64> = contents.iter().flat_map(|c| c.pages()).chain(content.pages()).collect();
+            let pages: BTreeSet<u64> =
+                contents.iter().flat_map(|c| c.pages()).chain(content.pages()).collect();
             for page in pages {
                 let got = content.read(page, 4096);
                 let mut known: Vec<Vec<u8>> = contents.iter().map(|c| c.read(page, 4096)).collect();
@@ -702,7 +705,10 @@ impl Run {
         };
         let new = New { kind, perm, rdev, target: if kind == FileKind::Symlink { target } else { b"" } };
         if let Ok(attr) = &got {
-            assert!(!self.model.nodes.contains_key(&attr.ino) && !self.dead.contains(&attr.ino), "a number twice");
+            assert!(
+                !self.model.nodes.contains_key(&attr.ino) && !self.dead.contains(&attr.ino),
+                "a number twice"
+            );
         }
         let ino = got.as_ref().ok().map(|a| a.ino);
         let expected = self.model.make(parent, &name, &new, &caller, ino);
@@ -846,7 +852,10 @@ impl Run {
         let ino = self.any();
         let time = |rng: &mut ChaCha8Rng| match rng.random_range(0..4) {
             0 => Some(SetTime::Now),
-            1 => Some(SetTime::At(Time { secs: rng.random_range(-5..5), nanos: rng.random_range(0..1_000_000_000) })),
+            1 => Some(SetTime::At(Time {
+                secs: rng.random_range(-5..5),
+                nanos: rng.random_range(0..1_000_000_000),
+            })),
             _ => None,
         };
         let set = SetAttr {
@@ -965,7 +974,8 @@ impl Run {
                 self.say("removexattr", format!("{ino} {name:?} {got:?}"));
             }
             _ => {
-                let mode = *[XattrMode::Any, XattrMode::Create, XattrMode::Replace].choose(&mut self.rng).unwrap();
+                let mode =
+                    *[XattrMode::Any, XattrMode::Create, XattrMode::Replace].choose(&mut self.rng).unwrap();
                 let len = *[0, 10, 300, 65536, 65537].choose(&mut self.rng).unwrap();
                 let len = if len > 1000 && !self.once_in(10) { 20 } else { len };
                 let value = self.data(len);

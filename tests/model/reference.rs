@@ -85,7 +85,8 @@ impl Content {
         let to = to.min(self.size);
         self.pages.range(from / PAGE..to.div_ceil(PAGE).max(from / PAGE)).all(|(n, page)| {
             let (start, end) = ((n * PAGE).max(from), ((n + 1) * PAGE).min(to));
-            start >= end || page[(start - n * PAGE) as usize..(end - n * PAGE) as usize].iter().all(|b| *b == 0)
+            start >= end
+                || page[(start - n * PAGE) as usize..(end - n * PAGE) as usize].iter().all(|b| *b == 0)
         })
     }
 
@@ -180,8 +181,14 @@ pub struct Model {
 
 impl Model {
     pub fn new(root: Meta) -> Self {
-        let root =
-            Node { meta: root, xattrs: BTreeMap::new(), body: Body::Dir(BTreeMap::new()), parent: Ino::ROOT, refs: 1, opens: 0 };
+        let root = Node {
+            meta: root,
+            xattrs: BTreeMap::new(),
+            body: Body::Dir(BTreeMap::new()),
+            parent: Ino::ROOT,
+            refs: 1,
+            opens: 0,
+        };
         Self { nodes: BTreeMap::from([(Ino::ROOT, root)]), now: Time::default() }
     }
 
@@ -263,7 +270,14 @@ impl Model {
     }
 
     /// Makes an inode; `ino` is the number that the code under test gave. Called with `None` when that failed.
-    pub fn make(&mut self, parent: Ino, name: &[u8], new: &New<'_>, caller: &Caller, ino: Option<Ino>) -> Result<()> {
+    pub fn make(
+        &mut self,
+        parent: Ino,
+        name: &[u8],
+        new: &New<'_>,
+        caller: &Caller,
+        ino: Option<Ino>,
+    ) -> Result<()> {
         if new.kind == FileKind::Symlink {
             match new.target.len() {
                 0 => return Err(VfsError::NotFound),
@@ -299,7 +313,8 @@ impl Model {
             _ => Body::Other,
         };
         let parent_of = if is_dir { parent } else { Ino(0) };
-        self.nodes.insert(ino, Node { meta, xattrs: BTreeMap::new(), body, parent: parent_of, refs: 1, opens: 0 });
+        self.nodes
+            .insert(ino, Node { meta, xattrs: BTreeMap::new(), body, parent: parent_of, refs: 1, opens: 0 });
         self.set_entry(parent, name, Some(ino));
         self.recount();
         Ok(())

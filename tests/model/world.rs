@@ -18,7 +18,7 @@ use mirrorfs::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue}
 use mirrorfs::format::record::Op;
 use mirrorfs::format::segment::verify_whole;
 use mirrorfs::format::tables::{
-    BlockEntry, block_key, frame_key, is_replicated, local_key, segment_key, table, Time,
+    BlockEntry, Time, block_key, frame_key, is_replicated, local_key, segment_key, table,
 };
 use mirrorfs::ids::{BlockHash, Epoch, Lsn, SegmentNo, VolumeId};
 use mirrorfs::journal::{Journal, Options as JournalOptions};
@@ -53,7 +53,10 @@ impl Source {
     fn read(&self, entry: &BlockEntry) -> Result<Bytes, FetchError> {
         use std::os::unix::fs::FileExt;
         let path = segment_file(&self.folder, entry.loc.segment, entry.loc.epoch);
-        let lost = |e: &dyn std::fmt::Display| FetchError::Lost { what: entry.hash.to_string(), detail: e.to_string() };
+        let lost = |e: &dyn std::fmt::Display| FetchError::Lost {
+            what: entry.hash.to_string(),
+            detail: e.to_string(),
+        };
         let file = fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let mut stored = vec![0; entry.loc.stored_len as usize];
         file.read_exact_at(&mut stored, entry.loc.offset).map_err(|e| lost(&e))?;
@@ -252,7 +255,8 @@ impl World {
             journal.import(self.replay.lsn, &mut import.iter().cloned().map(Ok)).unwrap();
         }
         let blocks =
-            BlockStore::open(&state.join("slots"), BLOCK_SIZE, self.setup.limit, Arc::clone(&journal)).unwrap();
+            BlockStore::open(&state.join("slots"), BLOCK_SIZE, self.setup.limit, Arc::clone(&journal))
+                .unwrap();
         slots.set(Arc::clone(blocks.slots())).ok().unwrap();
         blocks.set_source(Arc::clone(&self.source) as _);
         let staging = Staging::open(&state.join("staging"), &journal, Arc::clone(&blocks)).unwrap();
