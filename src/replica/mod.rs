@@ -14,6 +14,8 @@ pub mod ship_plan;
 mod shipper;
 mod store;
 mod target;
+#[cfg(test)]
+mod testing;
 mod transfer;
 pub mod volume;
 
