@@ -76,7 +76,7 @@ pub enum Conditional {
 }
 
 /// What was asked of a replica so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Requests {
     /// Objects or ranges read.
     pub get: u64,

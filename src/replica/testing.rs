@@ -162,7 +162,11 @@ impl Outbox for FakeOutbox {
 
     fn checkpoint(&self, after: SegmentNo, cursor: SegmentNo) -> Option<Staged> {
         let checkpoints = self.checkpoints.lock();
-        checkpoints.iter().filter(|c| c.number > after && c.number <= cursor).max_by_key(|c| c.number).cloned()
+        checkpoints
+            .iter()
+            .filter(|c| c.number > after && c.number <= cursor)
+            .max_by_key(|c| c.number)
+            .cloned()
     }
 
     fn watch(&self) -> watch::Receiver<SegmentNo> {
