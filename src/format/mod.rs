@@ -6,8 +6,12 @@ pub mod checkpoint;
 pub mod codec;
 pub mod frame;
 mod json;
+pub mod local;
 pub mod names;
 pub mod record;
 pub mod segment;
 pub mod tables;
 pub mod volume;
+
+/// Largest JSON object (volume, claim, manifest) that is read, in bytes.
+pub use json::MAX_LEN as MAX_JSON;

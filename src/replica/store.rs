@@ -94,6 +94,14 @@ pub struct Requests {
     pub bytes_received: u64,
 }
 
+impl Requests {
+    /// All requests together.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.get + self.put + self.head + self.list + self.delete
+    }
+}
+
 #[derive(Default)]
 struct Counters {
     get: AtomicU64,

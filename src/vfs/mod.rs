@@ -1,3 +1,485 @@
-//! Inodes, directories, files: the POSIX rules. Knows no sled, no network.
+//! Inodes, directories, files: the POSIX rules.
+//!
+//! Owns the meaning of every filesystem operation and the order in which changes reach the journal. Knows no sled, no
+//! network and no FUSE.
+//!
+//! Locks, always taken in this order: the *gate* (shared by whoever changes something, exclusive for a cut), the state of
+//! one or two *cells* (by inode number), the journal's transaction. Nothing waits for network or space while holding any.
 
+pub mod api;
+mod attrs;
+mod cell;
+mod content;
+mod copy;
+mod fs;
+mod names;
+mod readahead;
+mod reap;
+mod rename;
+mod sync;
+#[cfg(test)]
+mod tests;
 pub mod types;
+mod usage;
+mod xattrs;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+
+use self::cell::{Cell, CellState};
+use self::types::{Attr, Time, VfsError};
+use crate::cache::{BlockStore, StoreError};
+use crate::format::codec::FormatError;
+use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key, volume_key};
+use crate::ids::{BlockId, Ino, Lsn};
+use crate::journal::{Journal, JournalError, Tx};
+
+pub use self::sync::Durability;
+pub use self::usage::Usage;
+
+/// Longest file name in bytes.
+pub const NAME_MAX: usize = 255;
+/// Longest symbolic link target in bytes.
+pub const TARGET_MAX: usize = 4095;
+/// Largest file size in bytes.
+pub const SIZE_MAX: u64 = i64::MAX as u64;
+/// Most names one inode may have.
+pub const LINK_MAX: u32 = 1 << 30;
+
+type Result<T, E = VfsError> = std::result::Result<T, E>;
+
+const SHARDS: usize = 32;
+const NEXT_INO: &str = "next_ino";
+const INO_STEP: u64 = 4096;
+
+/// How the filesystem is run.
+pub struct Options {
+    /// The clock.
+    pub clock: Arc<dyn Fn() -> Time + Send + Sync>,
+    /// Whether fsync waits for replicas (through the [`Durability`] given later).
+    pub remote_fsync: bool,
+    /// How long a writer waits for space before ENOSPC.
+    pub space_wait: Duration,
+}
+
+/// The filesystem.
+pub struct Vfs {
+    journal: Arc<Journal>,
+    blocks: Arc<BlockStore>,
+    options: Options,
+    gate: RwLock<()>,
+    cells: Vec<Mutex<HashMap<Ino, Arc<Cell>>>>,
+    /// References the kernel holds, by inode.
+    references: Vec<Mutex<HashMap<Ino, u64>>>,
+    /// Cells with pending changes.
+    pending: Mutex<HashMap<Ino, Arc<Cell>>>,
+    /// Inodes without names that are still referenced or open.
+    orphans: Mutex<HashSet<Ino>>,
+    next_ino: AtomicU64,
+    reserved_ino: Mutex<u64>,
+    read_only: RwLock<Option<String>>,
+    durability: OnceLock<Arc<dyn Durability>>,
+    reaper: reap::Queue,
+    prefetch: OnceLock<std::sync::mpsc::SyncSender<Vec<crate::format::tables::BlockEntry>>>,
+}
+
+/// An answer inside a transaction: a refusal, or "look again", because what was looked up outside has changed.
+enum TxError {
+    Refuse(VfsError),
+    Again,
+}
+
+impl From<JournalError> for TxError {
+    fn from(e: JournalError) -> Self {
+        TxError::Refuse(e.into())
+    }
+}
+
+impl From<StoreError> for TxError {
+    fn from(e: StoreError) -> Self {
+        TxError::Refuse(e.into())
+    }
+}
+
+impl From<FormatError> for TxError {
+    fn from(e: FormatError) -> Self {
+        TxError::Refuse(e.into())
+    }
+}
+
+impl From<VfsError> for TxError {
+    fn from(e: VfsError) -> Self {
+        TxError::Refuse(e)
+    }
+}
+
+impl From<JournalError> for VfsError {
+    fn from(e: JournalError) -> Self {
+        let text = e.to_string();
+        match e {
+            JournalError::Poisoned(why) => VfsError::ReadOnly(why),
+            JournalError::Full { .. } => VfsError::NoSpace,
+            _ => {
+                log::error!("journal: {text}");
+                VfsError::Io(text)
+            }
+        }
+    }
+}
+
+impl From<FormatError> for VfsError {
+    fn from(e: FormatError) -> Self {
+        log::error!("local tables: {e}");
+        VfsError::Io(e.to_string())
+    }
+}
+
+impl From<StoreError> for VfsError {
+    fn from(e: StoreError) -> Self {
+        match e {
+            StoreError::Miss(_) => VfsError::WouldBlock,
+            StoreError::Journal(e) => e.into(),
+            StoreError::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => VfsError::NoSpace,
+            other => {
+                log::error!("{other}");
+                VfsError::Io(other.to_string())
+            }
+        }
+    }
+}
+
+fn shard(ino: Ino) -> usize {
+    (ino.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 59) as usize % SHARDS
+}
+
+impl Vfs {
+    /// Opens the filesystem in `journal`; makes the root directory when there is none. Resumes deletions.
+    pub fn open(journal: Arc<Journal>, blocks: Arc<BlockStore>, options: Options) -> Result<Arc<Self>> {
+        let next = match journal.get(&volume_key(NEXT_INO))? {
+            Some(v) => v[..].try_into().map_or(2, u64::from_le_bytes),
+            None => 2,
+        };
+        let vfs = Arc::new(Self {
+            journal,
+            blocks,
+            options,
+            gate: RwLock::new(()),
+            cells: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            references: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            pending: Mutex::default(),
+            orphans: Mutex::default(),
+            next_ino: AtomicU64::new(next),
+            reserved_ino: Mutex::new(next),
+            read_only: RwLock::new(None),
+            durability: OnceLock::new(),
+            reaper: reap::Queue::default(),
+            prefetch: OnceLock::new(),
+        });
+        vfs.make_root()?;
+        vfs.start_reaper()?;
+        Ok(vfs)
+    }
+
+    fn make_root(&self) -> Result<()> {
+        if self.journal.get(&inode_key(Ino::ROOT))?.is_some() {
+            return Ok(());
+        }
+        let now = self.now();
+        // SAFETY: these two calls only read the process's credentials.
+        let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
+        let root = Inode {
+            kind: FileKind::Directory,
+            perm: 0o755,
+            uid,
+            gid,
+            nlink: 2,
+            rdev: 0,
+            size: 0,
+            blocks: 0,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            btime: now,
+            generation: 1,
+            flags: 0,
+            parent: Ino::ROOT,
+            body: Body::Blocks,
+        };
+        self.journal.transact::<_, VfsError>(|tx| {
+            tx.put(inode_key(Ino::ROOT), root.encode());
+            usage::change(tx, 0, 1)?;
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// The journal below.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.journal
+    }
+
+    /// The block store below.
+    pub fn blocks(&self) -> &Arc<BlockStore> {
+        &self.blocks
+    }
+
+    /// From now on every change is refused with this reason.
+    pub fn set_read_only(&self, why: &str) {
+        let mut read_only = self.read_only.write();
+        if read_only.is_none() {
+            log::warn!("the mount is read-only from now on: {why}");
+            *read_only = Some(why.to_owned());
+        }
+    }
+
+    /// Why changes are refused, if they are.
+    pub fn read_only(&self) -> Option<String> {
+        self.read_only.read().clone().or_else(|| self.journal.poisoned())
+    }
+
+    fn now(&self) -> Time {
+        (self.options.clock)()
+    }
+
+    /// Enters the gate, unless the filesystem is read-only.
+    fn enter(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        if let Some(why) = self.read_only.read().as_ref() {
+            return Err(VfsError::ReadOnly(why.clone()));
+        }
+        Ok(self.gate.read())
+    }
+
+    /// A number for a new inode; never inside a transaction.
+    fn new_ino(&self) -> Result<Ino> {
+        let ino = self.next_ino.fetch_add(1, Ordering::AcqRel);
+        let mut reserved = self.reserved_ino.lock();
+        if ino >= *reserved {
+            let upto = ino + INO_STEP;
+            self.journal.transact::<_, VfsError>(|tx| {
+                tx.put(volume_key(NEXT_INO), upto.to_le_bytes().to_vec());
+                Ok(())
+            })?;
+            *reserved = upto;
+        }
+        Ok(Ino(ino))
+    }
+
+    // ---- cells ---------------------------------------------------------------------------------------------------
+
+    /// The cell of a file; made when there is none. Not for directories.
+    fn cell(&self, ino: Ino) -> Result<Arc<Cell>> {
+        let mut cells = self.cells[shard(ino)].lock();
+        if let Some(cell) = cells.get(&ino) {
+            return Ok(Arc::clone(cell));
+        }
+        let inode = self.load(ino)?;
+        if inode.kind == FileKind::Directory {
+            return Err(VfsError::IsDirectory);
+        }
+        let cell = Arc::new(Cell::new(ino, inode));
+        cells.insert(ino, Arc::clone(&cell));
+        Ok(cell)
+    }
+
+    /// The cell of a file, when there is one.
+    fn existing_cell(&self, ino: Ino) -> Option<Arc<Cell>> {
+        self.cells[shard(ino)].lock().get(&ino).cloned()
+    }
+
+    /// Lets the cell go when nobody needs it.
+    fn let_go(&self, cell: Arc<Cell>) {
+        let mut cells = self.cells[shard(cell.ino)].lock();
+        // Ours and the map's.
+        if Arc::strong_count(&cell) <= 2 && !cell.is_open() && cell.state.try_read().is_some_and(|s| !s.dirty)
+        {
+            cells.remove(&cell.ino);
+        }
+    }
+
+    fn mark_pending(&self, cell: &Arc<Cell>, state: &mut CellState) {
+        if !state.dirty {
+            state.dirty = true;
+            self.pending.lock().insert(cell.ino, Arc::clone(cell));
+        }
+    }
+
+    /// Puts what is pending of a file into the journal. The caller is inside the gate and holds the cell's state.
+    fn flush_cell(&self, cell: &Cell, state: &mut CellState) -> Result<Option<Lsn>> {
+        if !state.dirty || state.gone {
+            return Ok(None);
+        }
+        let inode = state.inode.clone();
+        let mut gone = Vec::new();
+        let (_, lsn) = self.journal.transact::<_, VfsError>(|tx| {
+            state.put(tx, cell.ino, &inode, &self.blocks, &mut gone)?;
+            Ok(())
+        })?;
+        self.committed(cell, state, inode, lsn, &gone);
+        Ok(Some(lsn))
+    }
+
+    /// Notes that the journal has all of a file now.
+    fn committed(&self, cell: &Cell, state: &mut CellState, inode: Inode, lsn: Lsn, gone: &[BlockId]) {
+        self.blocks.after_commit(lsn, gone);
+        if state.dirty {
+            self.pending.lock().remove(&cell.ino);
+        }
+        state.flushed(inode);
+    }
+
+    // ---- inodes --------------------------------------------------------------------------------------------------
+
+    /// The inode as the journal has it.
+    fn load(&self, ino: Ino) -> Result<Inode> {
+        match self.journal.get(&inode_key(ino))? {
+            Some(value) => Ok(Inode::decode(&value)?),
+            None => Err(VfsError::Stale),
+        }
+    }
+
+    /// The inode with pending changes.
+    fn inode(&self, ino: Ino) -> Result<Inode> {
+        if let Some(cell) = self.existing_cell(ino) {
+            let state = cell.state.read();
+            if !state.gone {
+                return Ok(state.inode.clone());
+            }
+        }
+        self.load(ino)
+    }
+
+    fn attr(&self, ino: Ino, inode: &Inode) -> Attr {
+        let (size, blocks) = match (inode.kind, &inode.body) {
+            (FileKind::Directory, _) => (4096, 8),
+            (FileKind::Symlink, Body::Target(t)) => (t.len() as u64, 0),
+            _ => (inode.size, inode.blocks),
+        };
+        Attr {
+            ino,
+            kind: inode.kind,
+            perm: inode.perm,
+            nlink: inode.nlink,
+            uid: inode.uid,
+            gid: inode.gid,
+            rdev: inode.rdev,
+            size,
+            blocks,
+            atime: inode.atime,
+            mtime: inode.mtime,
+            ctime: inode.ctime,
+            btime: inode.btime,
+            blksize: 4096,
+            generation: inode.generation,
+        }
+    }
+
+    /// Changes an inode's attributes in one transaction, with whatever of it is pending. `change` may run more than once.
+    fn modify<R>(
+        &self,
+        ino: Ino,
+        change: impl Fn(&mut Tx<'_>, &mut Inode) -> Result<R>,
+    ) -> Result<(R, Inode)> {
+        let _gate = self.enter()?;
+        let cell = match self.cell(ino) {
+            Ok(cell) => cell,
+            Err(VfsError::IsDirectory) => {
+                let (answer, _) = self.journal.transact::<_, VfsError>(|tx| {
+                    let mut inode = tx_inode(tx, ino)?;
+                    let answer = change(tx, &mut inode)?;
+                    tx.put(inode_key(ino), inode.encode());
+                    Ok((answer, inode))
+                })?;
+                return Ok(answer);
+            }
+            Err(e) => return Err(e),
+        };
+        let answer = {
+            let mut state = cell.state.write();
+            if state.gone {
+                return Err(VfsError::Stale);
+            }
+            let mut gone = Vec::new();
+            let ((answer, inode), lsn) = self.journal.transact::<_, VfsError>(|tx| {
+                let mut inode = state.inode.clone();
+                let answer = change(tx, &mut inode)?;
+                state.put(tx, ino, &inode, &self.blocks, &mut gone)?;
+                Ok((answer, inode))
+            })?;
+            self.committed(&cell, &mut state, inode.clone(), lsn, &gone);
+            (answer, inode)
+        };
+        self.let_go(cell);
+        Ok(answer)
+    }
+
+    // ---- references ----------------------------------------------------------------------------------------------
+
+    fn reference(&self, ino: Ino) {
+        *self.references[shard(ino)].lock().entry(ino).or_insert(0) += 1;
+    }
+
+    fn is_referenced(&self, ino: Ino) -> bool {
+        self.references[shard(ino)].lock().contains_key(&ino)
+    }
+}
+
+impl TxError {
+    /// The refusal; "look again" is the caller's business.
+    fn into_refusal(self) -> Option<VfsError> {
+        match self {
+            TxError::Refuse(e) => Some(e),
+            TxError::Again => None,
+        }
+    }
+}
+
+/// An inode inside a transaction.
+fn tx_inode(tx: &Tx<'_>, ino: Ino) -> Result<Inode> {
+    match tx.get(&inode_key(ino))? {
+        Some(value) => Ok(Inode::decode(&value)?),
+        None => Err(VfsError::Stale),
+    }
+}
+
+/// A directory inside a transaction that may get or lose names.
+fn tx_dir(tx: &Tx<'_>, ino: Ino) -> Result<Inode> {
+    let inode = match tx_inode(tx, ino) {
+        Err(VfsError::Stale) => return Err(VfsError::NotFound),
+        other => other?,
+    };
+    if inode.kind != FileKind::Directory {
+        return Err(VfsError::NotDirectory);
+    }
+    if inode.nlink == 0 {
+        return Err(VfsError::NotFound);
+    }
+    Ok(inode)
+}
+
+/// A directory entry inside a transaction.
+fn tx_entry(tx: &Tx<'_>, parent: Ino, name: &[u8]) -> Result<Option<Dirent>> {
+    Ok(match tx.get(&dirent_key(parent, name))? {
+        Some(value) => Some(Dirent::decode(&value)?),
+        None => None,
+    })
+}
+
+/// Whether a directory has no names, inside a transaction.
+fn tx_is_empty(tx: &Tx<'_>, dir: Ino) -> Result<bool> {
+    let (start, end) = crate::format::tables::dirent_range(dir, 0);
+    Ok(tx.scan(&start, &end, 1)?.is_empty())
+}
+
+fn check_name(name: &[u8]) -> Result<()> {
+    if name.len() > NAME_MAX {
+        return Err(VfsError::NameTooLong);
+    }
+    if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') || name.contains(&0) {
+        return Err(VfsError::Invalid);
+    }
+    Ok(())
+}

@@ -1,0 +1,256 @@
+//! The slot file: one sparse file of block-sized slots, local storage of all block content.
+//!
+//! Owns which slots are free. Knows neither blocks nor hashes: whoever holds a [`Slot`] owns its bytes.
+//!
+//! A freed slot is not reused at once. The journal on disk may still name it until the record that freed it is durable;
+//! reusing it earlier would let a crash show one file's bytes in another. So freed slots wait in limbo until
+//! [`SlotFile::reclaim`] is told that everything up to their LSN is durable.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::ids::Lsn;
+
+/// The slot file. Shared by every slot handed out.
+pub struct SlotFile {
+    file: File,
+    path: PathBuf,
+    block_size: u32,
+    state: Mutex<State>,
+    unsynced: AtomicBool,
+    /// LSN of the newest record, told by the owner; freed slots are tagged with it.
+    lsn: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    free: Vec<u32>,
+    /// All slots from here on were never used.
+    high: u32,
+    limbo: VecDeque<(u32, Lsn)>,
+}
+
+impl SlotFile {
+    /// Opens or creates the slot file at `path`. `used` are the slots that the tables name; all others are free.
+    pub fn open(path: &Path, block_size: u32, used: &[u32]) -> io::Result<Arc<Self>> {
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let high = used.iter().max().map_or(0, |m| m + 1);
+        let mut taken = vec![false; high as usize];
+        for s in used {
+            taken[*s as usize] = true;
+        }
+        let free: Vec<u32> = (0..high).rev().filter(|s| !taken[*s as usize]).collect();
+        let slots = Arc::new(Self {
+            file,
+            path: path.to_owned(),
+            block_size,
+            state: Mutex::new(State { free: free.clone(), high, limbo: VecDeque::new() }),
+            unsynced: AtomicBool::new(false),
+            lsn: AtomicU64::new(0),
+        });
+        // What a crash left in free slots must not be read as zeros-to-be.
+        for s in free {
+            slots.punch(s)?;
+        }
+        slots.file.set_len(u64::from(high) * u64::from(block_size))?;
+        Ok(slots)
+    }
+
+    /// Where the file lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of a slot in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Takes an empty slot; all of it reads as zeros.
+    pub fn allocate(self: &Arc<Self>) -> Slot {
+        let mut state = self.state.lock();
+        let index = state.free.pop().unwrap_or_else(|| {
+            let next = state.high;
+            state.high += 1;
+            next
+        });
+        Slot { file: Arc::clone(self), index }
+    }
+
+    /// A slot that the tables name. Each may be claimed once.
+    pub fn claim(self: &Arc<Self>, index: u32) -> Slot {
+        Slot { file: Arc::clone(self), index }
+    }
+
+    /// Tells the newest LSN; slots freed from now on wait for it.
+    pub fn advance(&self, lsn: Lsn) {
+        self.lsn.fetch_max(lsn.0, Ordering::AcqRel);
+    }
+
+    /// Empties and frees the slots whose freeing is durable.
+    pub fn reclaim(&self, durable: Lsn) -> io::Result<()> {
+        loop {
+            let next = {
+                let mut state = self.state.lock();
+                match state.limbo.front() {
+                    Some((_, lsn)) if *lsn <= durable => state.limbo.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some((index, _)) = next else { return Ok(()) };
+            self.punch(index)?;
+            self.state.lock().free.push(index);
+        }
+    }
+
+    /// Slots that wait in limbo.
+    pub fn in_limbo(&self) -> usize {
+        self.state.lock().limbo.len()
+    }
+
+    /// Makes all content written so far durable. Cheap when nothing was written since the last call.
+    pub fn sync(&self) -> io::Result<()> {
+        if self.unsynced.swap(false, Ordering::AcqRel)
+            && let Err(e) = self.file.sync_data()
+        {
+            self.unsynced.store(true, Ordering::Release);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn offset(&self, index: u32) -> u64 {
+        u64::from(index) * u64::from(self.block_size)
+    }
+
+    fn punch(&self, index: u32) -> io::Result<()> {
+        self.punch_range(self.offset(index), u64::from(self.block_size))
+    }
+
+    fn punch_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the descriptor is open for the life of `self`; fallocate reads no memory of ours.
+        let rc = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset as i64, len as i64) };
+        if rc == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+            return Err(error);
+        }
+        // A filesystem without holes: write the zeros.
+        let end = (offset + len).min(self.file.metadata()?.len());
+        let zeros = vec![0; 64 * 1024];
+        let mut at = offset;
+        while at < end {
+            let n = zeros.len().min((end - at) as usize);
+            self.file.write_all_at(&zeros[..n], at)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+}
+
+/// One slot, owned. Dropping it frees the slot, once what freed it is durable.
+pub struct Slot {
+    file: Arc<SlotFile>,
+    index: u32,
+}
+
+impl Slot {
+    /// The slot's number in the file.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Fills `buf` from byte `at` of the slot; what was never written is zeros.
+    pub fn read(&self, at: u32, buf: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        let offset = self.file.offset(self.index) + u64::from(at);
+        while done < buf.len() {
+            match self.file.file.read_at(&mut buf[done..], offset + done as u64) {
+                Ok(0) => {
+                    buf[done..].fill(0);
+                    return Ok(());
+                }
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `data` at byte `at` of the slot.
+    pub fn write(&self, at: u32, data: &[u8]) -> io::Result<()> {
+        debug_assert!(at as usize + data.len() <= self.file.block_size as usize);
+        self.file.unsynced.store(true, Ordering::Release);
+        self.file.file.write_all_at(data, self.file.offset(self.index) + u64::from(at))
+    }
+
+    /// Makes `[at, at + len)` read as zeros.
+    pub fn zero(&self, at: u32, len: u32) -> io::Result<()> {
+        self.file.unsynced.store(true, Ordering::Release);
+        self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let lsn = Lsn(self.file.lsn.load(Ordering::Acquire));
+        self.file.state.lock().limbo.push_back((self.index, lsn));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freed_slot_waits_for_durability_and_comes_back_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let slots = SlotFile::open(&dir.path().join("slots"), 65536, &[]).unwrap();
+        let a = slots.allocate();
+        a.write(10, b"hello").unwrap();
+        let index = a.index();
+        slots.advance(Lsn(5));
+        drop(a);
+        slots.reclaim(Lsn(4)).unwrap();
+        assert_eq!(slots.in_limbo(), 1);
+        assert_ne!(slots.allocate().index(), index);
+        slots.reclaim(Lsn(5)).unwrap();
+        let again = [slots.allocate(), slots.allocate()].into_iter().find(|s| s.index() == index).unwrap();
+        let mut buf = [1; 32];
+        again.read(0, &mut buf).unwrap();
+        assert_eq!(buf, [0; 32]);
+    }
+
+    #[test]
+    fn reopening_keeps_claimed_slots_and_empties_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slots");
+        {
+            let slots = SlotFile::open(&path, 65536, &[]).unwrap();
+            let all: Vec<Slot> = (0..3).map(|_| slots.allocate()).collect();
+            for s in &all {
+                s.write(0, &[s.index() as u8 + 1]).unwrap();
+            }
+            slots.sync().unwrap();
+        }
+        let slots = SlotFile::open(&path, 65536, &[2]).unwrap();
+        let mut buf = [9];
+        slots.claim(2).read(0, &mut buf).unwrap();
+        assert_eq!(buf, [3]);
+        slots.allocate().read(0, &mut buf).unwrap();
+        assert_eq!(buf, [0]);
+    }
+}

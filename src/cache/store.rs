@@ -1,0 +1,681 @@
+//! The block store: dirty blocks pinned, clean blocks in an LRU, both in the slot file.
+//!
+//! Owns which block lives where and how many references it has; knows neither files nor replicas (a
+//! [`FrameSource`] answers misses). Dirty blocks are not in the LRU, so nothing can address them for eviction.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use lru::LruCache;
+use parking_lot::{Mutex, RwLock};
+
+use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
+use super::ranges::Ranges;
+use super::slots::{Slot, SlotFile};
+use super::space::Space;
+use crate::format::codec::FormatError;
+use crate::format::local::{CachedValue, FrameValue, SegmentValue};
+use crate::format::tables::{
+    BlockEntry, block_key, block_refs_key, cached_key, dirty_key, frame_key, number_of_key, prefix_range,
+    segment_key, table, volume_key,
+};
+use crate::ids::{BlockHash, BlockId, Lsn};
+use crate::journal::{Journal, JournalError, Tx};
+use crate::replica::{FetchError, FrameSource};
+
+/// Why block content cannot be had or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The block is only on replicas: fetch it, then ask again.
+    #[error("block {} is not local", .0.hash)]
+    Miss(Box<BlockEntry>),
+    /// The journal refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The slot file failed.
+    #[error("slot file: {0}")]
+    Io(#[from] io::Error),
+    /// A table holds bytes that cannot be.
+    #[error("local tables are damaged: {0}")]
+    Format(#[from] FormatError),
+    /// A table names a block that is nowhere.
+    #[error(
+        "block {0} is referenced but neither dirty nor sealed; run with an empty state directory to rebuild"
+    )]
+    Dangling(BlockId),
+    /// No replica could give it.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+}
+
+/// Content already fetched for one request, so that a small cache cannot starve it.
+pub type Supply = HashMap<BlockHash, Bytes>;
+
+struct Clean {
+    slot: Arc<Slot>,
+    len: u32,
+    /// Its hash was checked since this process started.
+    verified: bool,
+}
+
+/// Counters for status.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Block reads answered locally.
+    pub hits: AtomicU64,
+    /// Block reads that needed a replica.
+    pub misses: AtomicU64,
+    /// Local clean blocks whose hash did not match (dropped, fetched again).
+    pub corrupt: AtomicU64,
+}
+
+/// All local block content.
+pub struct BlockStore {
+    journal: Arc<Journal>,
+    slots: Arc<SlotFile>,
+    block_size: u32,
+    dirty: RwLock<HashMap<BlockId, Arc<DirtyBlock>>>,
+    clean: Mutex<LruCache<BlockHash, Clean>>,
+    /// Changes of the cached-block table not yet in the journal.
+    index_changes: Mutex<HashMap<BlockHash, Option<CachedValue>>>,
+    txg: AtomicU64,
+    next_id: AtomicU64,
+    reserved_id: Mutex<u64>,
+    source: OnceLock<Arc<dyn FrameSource>>,
+    /// The allowance of local disk.
+    pub space: Space,
+    /// Counters for status.
+    pub counters: Counters,
+}
+
+const NEXT_BLOCK: &str = "next_block";
+const ID_STEP: u64 = 4096;
+
+fn decode_u64(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or(0, u64::from_le_bytes)
+}
+
+impl BlockStore {
+    /// Opens the slot file at `path` and reads the dirty and cached tables of `journal`. `limit` is the allowance in
+    /// bytes.
+    pub fn open(
+        path: &Path,
+        block_size: u32,
+        limit: u64,
+        journal: Arc<Journal>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let mut used = HashMap::new();
+        let mut dirty_values = Vec::new();
+        scan_table::<StoreError>(&journal, table::DIRTY, |key, value| {
+            let value = DirtyValue::decode(value, block_size)?;
+            let id = BlockId(number_of_key(key).unwrap_or(0));
+            used.insert(value.slot, 2u8);
+            dirty_values.push((id, value));
+            Ok(())
+        })?;
+        let mut cached = Vec::new();
+        scan_table::<StoreError>(&journal, table::CACHED, |key, value| {
+            let value = CachedValue::decode(value)?;
+            if let Ok(hash) = <[u8; 32]>::try_from(&key[1..]) {
+                let claims = used.entry(value.slot).or_insert(0);
+                *claims = (*claims + 1).min(3);
+                cached.push((BlockHash(hash), value));
+            }
+            Ok(())
+        })?;
+        // A cached entry that shares its slot with anything is stale: forget it (its content can be fetched again).
+        let (cached, stale): (Vec<_>, Vec<_>) =
+            cached.into_iter().partition(|(_, v)| used.get(&v.slot) == Some(&1));
+        let live: Vec<u32> =
+            dirty_values.iter().map(|(_, v)| v.slot).chain(cached.iter().map(|(_, v)| v.slot)).collect();
+        let slots = SlotFile::open(path, block_size, &live)?;
+        slots.advance(journal.last_lsn());
+        let next = journal.get(&volume_key(NEXT_BLOCK))?.map_or(1, |v| decode_u64(&v));
+        let store = Self {
+            slots: Arc::clone(&slots),
+            block_size,
+            dirty: RwLock::new(HashMap::new()),
+            clean: Mutex::new(LruCache::unbounded()),
+            index_changes: Mutex::new(stale.into_iter().map(|(h, _)| (h, None)).collect()),
+            txg: AtomicU64::new(1),
+            next_id: AtomicU64::new(next),
+            reserved_id: Mutex::new(next),
+            source: OnceLock::new(),
+            space: Space::new(limit),
+            counters: Counters::default(),
+            journal,
+        };
+        for (id, v) in dirty_values {
+            let shared = store.journal.get(&block_refs_key(id))?.is_some();
+            store.space.add_dirty(v.valid.bytes());
+            let content =
+                Content { slot: Arc::new(slots.claim(v.slot)), len: v.len, valid: v.valid, base: v.base };
+            store.dirty.write().insert(id, Arc::new(DirtyBlock::new(id, 1, content, shared)));
+        }
+        {
+            let mut clean = store.clean.lock();
+            for (hash, v) in cached {
+                store.space.add_clean(u64::from(v.len));
+                clean.put(hash, Clean { slot: Arc::new(slots.claim(v.slot)), len: v.len, verified: false });
+            }
+        }
+        store.evict();
+        Ok(Arc::new(store))
+    }
+
+    /// Gives the store the replicas to ask. Once.
+    pub fn set_source(&self, source: Arc<dyn FrameSource>) {
+        let _ = self.source.set(source);
+    }
+
+    /// Size of a block in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// The slot file.
+    pub fn slots(&self) -> &Arc<SlotFile> {
+        &self.slots
+    }
+
+    /// The dirty block `id`, if it is one.
+    pub fn dirty(&self, id: BlockId) -> Option<Arc<DirtyBlock>> {
+        self.dirty.read().get(&id).cloned()
+    }
+
+    /// The sealed block `id`'s entry.
+    pub fn entry(&self, id: BlockId) -> Result<BlockEntry, StoreError> {
+        match self.journal.get(&block_key(id))? {
+            Some(value) => Ok(BlockEntry::decode(&value)?),
+            None => Err(StoreError::Dangling(id)),
+        }
+    }
+
+    /// Logical length of block `id` in bytes.
+    pub fn block_len(&self, id: BlockId) -> Result<u32, StoreError> {
+        match self.dirty(id) {
+            Some(block) => Ok(block.len()),
+            None => Ok(self.entry(id)?.loc.raw_len),
+        }
+    }
+
+    // ---- reading -------------------------------------------------------------------------------------------------
+
+    /// Copies bytes `[start, start + out.len())` of block `id` into `out`; zeros behind its end.
+    pub fn read(&self, id: BlockId, start: u32, out: &mut [u8], supply: &Supply) -> Result<(), StoreError> {
+        if let Some(block) = self.dirty(id) {
+            return self.read_dirty(&block, start, out, supply);
+        }
+        match self.entry(id) {
+            Ok(entry) => self.read_sealed(&entry, start, out, supply),
+            // Sealed or written between the two looks.
+            Err(StoreError::Dangling(_)) => match self.dirty(id) {
+                Some(block) => self.read_dirty(&block, start, out, supply),
+                None => Err(StoreError::Dangling(id)),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    fn read_dirty(
+        &self,
+        block: &DirtyBlock,
+        start: u32,
+        out: &mut [u8],
+        supply: &Supply,
+    ) -> Result<(), StoreError> {
+        block.with(|c| {
+            for piece in c.pieces(start, start + out.len() as u32) {
+                match piece {
+                    Piece::Slot { start: s, end: e } => {
+                        c.slot.read(s, &mut out[(s - start) as usize..(e - start) as usize])?;
+                    }
+                    Piece::Zero { start: s, end: e } => {
+                        out[(s - start) as usize..(e - start) as usize].fill(0)
+                    }
+                    Piece::Base { start: s, end: e, entry } => {
+                        let part = &mut out[(s - start) as usize..(e - start) as usize];
+                        self.read_sealed(&entry, s, part, supply)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies bytes of a sealed block out of the cache or `supply`.
+    pub fn read_sealed(
+        &self,
+        entry: &BlockEntry,
+        start: u32,
+        out: &mut [u8],
+        supply: &Supply,
+    ) -> Result<(), StoreError> {
+        let live = (entry.loc.raw_len.saturating_sub(start) as usize).min(out.len());
+        out[live..].fill(0);
+        if live == 0 {
+            return Ok(());
+        }
+        if let Some(raw) = supply.get(&entry.hash) {
+            let end = (start as usize + live).min(raw.len());
+            let part = &raw[(start as usize).min(end)..end];
+            out[..part.len()].copy_from_slice(part);
+            return Ok(());
+        }
+        let found = self.clean.lock().get(&entry.hash).map(|c| (Arc::clone(&c.slot), c.len, c.verified));
+        let Some((slot, len, verified)) = found else { return Err(StoreError::Miss(Box::new(*entry))) };
+        if !verified && !self.verify(entry, &slot, len)? {
+            return Err(StoreError::Miss(Box::new(*entry)));
+        }
+        self.counters.hits.fetch_add(1, Ordering::Relaxed);
+        slot.read(start, &mut out[..live])?;
+        Ok(())
+    }
+
+    /// Checks a clean block that an earlier process left; drops it when it is not what its hash says.
+    fn verify(&self, entry: &BlockEntry, slot: &Slot, len: u32) -> Result<bool, StoreError> {
+        let mut raw = vec![0; len as usize];
+        slot.read(0, &mut raw)?;
+        if len == entry.loc.raw_len && BlockHash::of(&raw) == entry.hash {
+            if let Some(c) = self.clean.lock().peek_mut(&entry.hash) {
+                c.verified = true;
+            }
+            return Ok(true);
+        }
+        self.counters.corrupt.fetch_add(1, Ordering::Relaxed);
+        log::warn!("cached block {} does not match its hash; dropped, a replica will be asked", entry.hash);
+        self.drop_clean(&entry.hash);
+        Ok(false)
+    }
+
+    /// Whether a sealed block is in the cache.
+    pub fn is_cached(&self, hash: &BlockHash) -> bool {
+        self.clean.lock().contains(hash)
+    }
+
+    /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
+    pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
+        let source = self.source.get().ok_or_else(|| FetchError::Unavailable {
+            what: format!("block {}", entry.hash),
+            detail: "no replica is attached".into(),
+        })?;
+        self.counters.misses.fetch_add(1, Ordering::Relaxed);
+        let deliver = |e: &BlockEntry, raw: Bytes| {
+            if let Err(error) = self.insert_clean(e, &raw) {
+                log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
+            }
+        };
+        let raw = source.fetch(entry, ahead, &deliver)?;
+        deliver(entry, raw.clone());
+        Ok(raw)
+    }
+
+    /// Puts a verified raw block into the cache.
+    pub fn insert_clean(&self, entry: &BlockEntry, raw: &[u8]) -> Result<(), StoreError> {
+        if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
+            return Ok(());
+        }
+        let slot = self.slots.allocate();
+        slot.write(0, raw)?;
+        self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
+        Ok(())
+    }
+
+    fn keep_clean(&self, hash: BlockHash, slot: Arc<Slot>, len: u32) {
+        let index = slot.index();
+        {
+            let mut clean = self.clean.lock();
+            if clean.contains(&hash) {
+                return;
+            }
+            clean.put(hash, Clean { slot, len, verified: true });
+        }
+        self.space.add_clean(u64::from(len));
+        self.index_changes.lock().insert(hash, Some(CachedValue { slot: index, len }));
+        self.evict();
+    }
+
+    fn drop_clean(&self, hash: &BlockHash) {
+        let popped = self.clean.lock().pop(hash);
+        if let Some(c) = popped {
+            self.space.sub_clean(u64::from(c.len));
+            self.index_changes.lock().insert(*hash, None);
+        }
+    }
+
+    /// Evicts the least recently used clean blocks until the allowance is kept.
+    pub fn evict(&self) {
+        while self.space.excess() > 0 {
+            let popped = self.clean.lock().pop_lru();
+            let Some((hash, c)) = popped else { return };
+            self.space.sub_clean(u64::from(c.len));
+            self.index_changes.lock().insert(hash, None);
+        }
+    }
+
+    /// Drops every clean block (they can be fetched again).
+    pub fn drop_all_clean(&self) {
+        let all: Vec<BlockHash> = self.clean.lock().iter().map(|(h, _)| *h).collect();
+        all.iter().for_each(|h| self.drop_clean(h));
+    }
+
+    // ---- writing -------------------------------------------------------------------------------------------------
+
+    /// The transaction group that collects now.
+    pub fn current_txg(&self) -> u64 {
+        self.txg.load(Ordering::Acquire)
+    }
+
+    /// The dirty block `id`, when it may be written in place.
+    pub fn writable(&self, id: BlockId) -> Option<Arc<DirtyBlock>> {
+        self.dirty(id).filter(|b| b.is_writable(self.current_txg()))
+    }
+
+    fn next_id(&self) -> Result<BlockId, StoreError> {
+        let id = self.next_id.fetch_add(1, Ordering::AcqRel);
+        let mut reserved = self.reserved_id.lock();
+        if id >= *reserved {
+            let upto = id + ID_STEP;
+            self.journal.transact::<_, JournalError>(|tx| {
+                tx.put(volume_key(NEXT_BLOCK), Bytes::copy_from_slice(&upto.to_le_bytes()));
+                Ok(())
+            })?;
+            *reserved = upto;
+        }
+        Ok(BlockId(id))
+    }
+
+    /// A new dirty block, with the content of `below` up to `keep` bytes (nothing when there is none).
+    pub fn create(&self, below: Option<BlockId>, keep: u32) -> Result<Arc<DirtyBlock>, StoreError> {
+        let id = self.next_id()?;
+        let slot = Arc::new(self.slots.allocate());
+        let mut content = Content { slot, len: 0, valid: Ranges::default(), base: None };
+        if let Some(below) = below.filter(|_| keep > 0) {
+            match self.dirty(below) {
+                Some(old) => old.with(|o| -> Result<(), StoreError> {
+                    // Frozen or shared: take over what it has locally, and its base.
+                    let len = o.len.min(keep);
+                    let mut buf = Vec::new();
+                    for (s, e) in o.valid.iter() {
+                        let e = e.min(len);
+                        if s < e {
+                            buf.resize((e - s) as usize, 0);
+                            o.slot.read(s, &mut buf)?;
+                            content.slot.write(s, &buf)?;
+                            content.valid.insert(s, e);
+                        }
+                    }
+                    content.len = len;
+                    content.base = o.base.map(|b| Base { entry: b.entry, limit: b.limit.min(len) });
+                    Ok(())
+                })?,
+                None => {
+                    let entry = self.entry(below)?;
+                    let len = entry.loc.raw_len.min(keep);
+                    content.len = len;
+                    content.base = Some(Base { entry, limit: len });
+                }
+            }
+        }
+        self.space.add_dirty(content.valid.bytes());
+        let block = Arc::new(DirtyBlock::new(id, self.current_txg(), content, false));
+        self.dirty.write().insert(id, Arc::clone(&block));
+        Ok(block)
+    }
+
+    /// Writes into a dirty block that [`BlockStore::writable`] or [`BlockStore::create`] gave.
+    pub fn write(&self, block: &DirtyBlock, at: u32, data: &[u8]) -> Result<(), StoreError> {
+        let grown = block.write(at, data)?;
+        self.space.add_dirty(grown);
+        Ok(())
+    }
+
+    /// Makes `[at, end)` of such a block zeros.
+    pub fn zero(&self, block: &DirtyBlock, at: u32, end: u32) -> Result<(), StoreError> {
+        let grown = block.zero(at, end)?;
+        self.space.add_dirty(grown);
+        Ok(())
+    }
+
+    /// Cuts such a block at `at`.
+    pub fn truncate(&self, block: &DirtyBlock, at: u32) {
+        let before = block.bytes();
+        block.truncate(at);
+        self.space.sub_dirty(before.saturating_sub(block.bytes()));
+    }
+
+    /// Makes the slot of a frozen block hold all of its content `full`, so that it can serve as a clean one.
+    pub fn fill(&self, block: &DirtyBlock, full: &[u8]) -> Result<(), StoreError> {
+        let grown = block.fill(full)?;
+        self.space.add_dirty(grown);
+        Ok(())
+    }
+
+    /// Takes back a block from [`BlockStore::create`] that no file came to name.
+    pub fn discard(&self, id: BlockId) {
+        self.forget_dirty(&[id]);
+    }
+
+    // ---- references ----------------------------------------------------------------------------------------------
+
+    /// Drops one reference of `id` within `tx`. When it was the last, the block goes; its number is added to `gone`, to
+    /// be given to [`BlockStore::after_commit`].
+    pub fn release(&self, tx: &mut Tx<'_>, id: BlockId, gone: &mut Vec<BlockId>) -> Result<(), StoreError> {
+        let refs_key = block_refs_key(id);
+        if let Some(value) = tx.get(&refs_key)? {
+            let refs = decode_u64(&value);
+            if refs > 1 {
+                tx.put(refs_key, Bytes::copy_from_slice(&(refs - 1).to_le_bytes()));
+            } else {
+                tx.delete(refs_key);
+            }
+            if refs > 0 {
+                return Ok(());
+            }
+        }
+        if let Some(value) = tx.get(&block_key(id))? {
+            let entry = BlockEntry::decode(&value)?;
+            tx.delete(block_key(id));
+            unuse_frame(tx, &entry)?;
+        } else if let Some(block) = self.dirty(id) {
+            tx.delete(dirty_key(id));
+            if block.txg < self.current_txg() {
+                // Its txg's index will name it; the log must take it away again.
+                tx.delete(block_key(id));
+            }
+        }
+        gone.push(id);
+        Ok(())
+    }
+
+    /// Adds one reference to `id` within `tx`; from now on it is not written in place.
+    pub fn share(&self, tx: &mut Tx<'_>, id: BlockId) -> Result<(), StoreError> {
+        if let Some(block) = self.dirty(id) {
+            block.set_shared();
+        }
+        let key = block_refs_key(id);
+        let refs = tx.get(&key)?.map_or(0, |v| decode_u64(&v));
+        tx.put(key, Bytes::copy_from_slice(&(refs + 1).to_le_bytes()));
+        Ok(())
+    }
+
+    /// Lets go of what a committed transaction released. `lsn` is that transaction's.
+    pub fn after_commit(&self, lsn: Lsn, gone: &[BlockId]) {
+        self.slots.advance(lsn);
+        self.forget_dirty(gone);
+    }
+
+    fn forget_dirty(&self, ids: &[BlockId]) {
+        if ids.is_empty() {
+            return;
+        }
+        let mut dirty = self.dirty.write();
+        for id in ids {
+            if let Some(block) = dirty.remove(id) {
+                block.set_dead();
+                self.space.sub_dirty(block.bytes());
+            }
+        }
+    }
+
+    // ---- cut and seal --------------------------------------------------------------------------------------------
+
+    /// Ends the collecting txg: what is dirty now is frozen. The caller holds off all writers.
+    pub fn freeze(&self) -> Vec<Arc<DirtyBlock>> {
+        let ended = self.txg.fetch_add(1, Ordering::AcqRel);
+        let dirty = self.dirty.read();
+        let mut frozen: Vec<_> = dirty.values().filter(|b| b.txg <= ended).cloned().collect();
+        frozen.sort_by_key(|b| b.id);
+        frozen
+    }
+
+    /// The whole content of a frozen block; asks replicas for what is not local. Blocks.
+    pub fn seal_content(&self, block: &DirtyBlock) -> Result<Vec<u8>, StoreError> {
+        let mut out = vec![0; block.len() as usize];
+        let mut supply = Supply::new();
+        loop {
+            match self.read_dirty(block, 0, &mut out, &supply) {
+                Ok(()) => return Ok(out),
+                Err(StoreError::Miss(entry)) => {
+                    let raw = self.fetch(&entry, &[])?;
+                    supply.insert(entry.hash, raw);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The frame that holds this content already, if any.
+    pub fn frame(&self, hash: &BlockHash) -> Result<Option<BlockEntry>, StoreError> {
+        Ok(match self.journal.get(&frame_key(hash))? {
+            Some(value) => Some(FrameValue::decode(&value)?.entry),
+            None => None,
+        })
+    }
+
+    /// Enters sealed blocks into the tables within `tx`; those that died meanwhile are left out.
+    pub fn register(
+        &self,
+        tx: &mut Tx<'_>,
+        sealed: &[(Arc<DirtyBlock>, BlockEntry)],
+    ) -> Result<(), StoreError> {
+        for (block, entry) in sealed {
+            if block.is_dead() || self.dirty(block.id).is_none() {
+                continue;
+            }
+            tx.put(block_key(block.id), entry.encode());
+            tx.delete(dirty_key(block.id));
+            use_frame(tx, entry)?;
+        }
+        Ok(())
+    }
+
+    /// Turns registered blocks from dirty to clean.
+    pub fn after_register(&self, lsn: Lsn, sealed: &[(Arc<DirtyBlock>, BlockEntry)]) {
+        self.slots.advance(lsn);
+        for (block, entry) in sealed {
+            let removed = self.dirty.write().remove(&block.id);
+            if removed.is_none() {
+                continue;
+            }
+            self.space.sub_dirty(block.bytes());
+            let slot = block.with(|c| {
+                (c.valid.covers(0, c.len) && c.len == entry.loc.raw_len).then(|| Arc::clone(&c.slot))
+            });
+            if let Some(slot) = slot {
+                self.keep_clean(entry.hash, slot, entry.loc.raw_len);
+            }
+        }
+        self.evict();
+    }
+
+    /// Writes the changes of the cached-block table into the journal and frees slots whose freeing is durable. Called
+    /// every second or so.
+    pub fn housekeep(&self) -> Result<(), StoreError> {
+        let changes: Vec<_> = self.index_changes.lock().drain().collect();
+        for part in changes.chunks(2000) {
+            self.journal.transact::<_, JournalError>(|tx| {
+                for (hash, change) in part {
+                    match change {
+                        Some(value) => tx.put(cached_key(hash), value.encode()),
+                        None => tx.delete(cached_key(hash)),
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        self.slots.reclaim(self.journal.durable_lsn())?;
+        Ok(())
+    }
+
+    /// Number of clean blocks and of dirty blocks.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.clean.lock().len(), self.dirty.read().len())
+    }
+}
+
+/// One more block uses the frame.
+fn use_frame(tx: &mut Tx<'_>, entry: &BlockEntry) -> Result<(), StoreError> {
+    let key = frame_key(&entry.hash);
+    let frame = match tx.get(&key)? {
+        Some(value) => {
+            let mut frame = FrameValue::decode(&value)?;
+            frame.uses += 1;
+            frame
+        }
+        None => {
+            add_live(tx, entry, i64::from(entry.loc.stored_len))?;
+            FrameValue { entry: *entry, uses: 1 }
+        }
+    };
+    tx.put(key, frame.encode());
+    Ok(())
+}
+
+/// One block less uses the frame.
+fn unuse_frame(tx: &mut Tx<'_>, entry: &BlockEntry) -> Result<(), StoreError> {
+    let key = frame_key(&entry.hash);
+    let Some(value) = tx.get(&key)? else { return Ok(()) };
+    let mut frame = FrameValue::decode(&value)?;
+    if frame.uses > 1 {
+        frame.uses -= 1;
+        tx.put(key, frame.encode());
+    } else {
+        tx.delete(key);
+        add_live(tx, &frame.entry, -i64::from(frame.entry.loc.stored_len))?;
+    }
+    Ok(())
+}
+
+fn add_live(tx: &mut Tx<'_>, entry: &BlockEntry, delta: i64) -> Result<(), StoreError> {
+    let key = segment_key(entry.loc.segment);
+    if let Some(value) = tx.get(&key)? {
+        let mut segment = SegmentValue::decode(&value)?;
+        segment.live = segment.live.saturating_add_signed(delta);
+        tx.put(key, segment.encode());
+    }
+    Ok(())
+}
+
+/// Calls `f` for each entry of a table, in order.
+pub fn scan_table<E: From<JournalError> + From<FormatError>>(
+    journal: &Journal,
+    table: u8,
+    mut f: impl FnMut(&[u8], &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let (mut start, end) = prefix_range(&[table]);
+    loop {
+        let page = journal.scan(&start, &end, 4096)?;
+        let Some((last, _)) = page.last() else { return Ok(()) };
+        let mut next = last.to_vec();
+        next.push(0);
+        for (key, value) in &page {
+            f(key, value)?;
+        }
+        start = next.into();
+    }
+}

@@ -1,0 +1,332 @@
+//! sled, fenced in: the only file that names it.
+//!
+//! Owns opening, bounded synced steps, checksummed values, and turning its panics into errors. Knows neither the tail
+//! nor the memtables. What is done here and why was measured: see "sled" in `docs/` (flush is no fsync; more than
+//! about a segment written between real syncs can damage *older* data on power loss; a torn `.generating` file makes
+//! open fail; a flipped bit can return older intact values).
+//!
+//! ```text
+//! stored value = crc32(lsn, key, payload):u32  lsn:u64  payload
+//! ```
+//! `flush_every_ms` is `None`: sled's own flusher would move pages between our syncs (up to 250 ms of garbage
+//! collection with no sync in between). Without it sled writes only inside our steps (it also collects garbage there,
+//! one page per change), and each step ends with a sync of our own.
+
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::error::{JournalError, is_full};
+use super::witness::{Point, Sum};
+use crate::ids::Lsn;
+
+/// Payload bytes between two syncs.
+const STEP_BYTES: usize = 256 << 10;
+/// Changes between two syncs: small changes cost sled far more than their payload.
+const STEP_CHANGES: usize = 2_000;
+const SEGMENT: usize = 4 << 20;
+const CACHE: u64 = 48 << 20;
+const WRAP: usize = 12;
+/// Outside every table: tables are below it.
+const APPLIED: &[u8] = b"\xffapplied";
+/// End of the range of table keys.
+const TABLES_END: &[u8] = b"\xff";
+
+/// A value as sled holds it.
+#[derive(Debug)]
+pub(super) struct Stored {
+    /// The record that wrote it.
+    pub(super) lsn: Lsn,
+    /// The checksum stored with it, which was verified.
+    pub(super) crc: u32,
+    /// The payload.
+    pub(super) value: Bytes,
+}
+
+/// One change for [`SledStore::apply`].
+pub(super) struct Change<'a> {
+    pub(super) key: &'a [u8],
+    pub(super) lsn: Lsn,
+    pub(super) value: Option<&'a [u8]>,
+}
+
+/// The open database.
+pub(super) struct SledStore {
+    dir: PathBuf,
+    db: sled::Db,
+    /// Our own descriptor of sled's file, for real syncs.
+    file: File,
+}
+
+/// The checksum that is stored with a value.
+pub(super) fn checksum(key: &[u8], lsn: Lsn, value: &[u8]) -> u32 {
+    let mut h = crc32fast::Hasher::new();
+    h.update(&lsn.0.to_le_bytes());
+    h.update(&(key.len() as u32).to_le_bytes());
+    h.update(key);
+    h.update(value);
+    h.finalize()
+}
+
+fn wrap(key: &[u8], lsn: Lsn, value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(WRAP + value.len());
+    out.extend_from_slice(&checksum(key, lsn, value).to_le_bytes());
+    out.extend_from_slice(&lsn.0.to_le_bytes());
+    out.extend_from_slice(value);
+    out
+}
+
+impl SledStore {
+    /// Opens or creates the database in `dir`; every file and directory is synced afterwards.
+    pub(super) fn open(dir: &Path) -> Result<Self, JournalError> {
+        remove_leftovers(dir)?;
+        let io = |what, e| JournalError::io(what, dir, e);
+        fs::create_dir_all(dir).map_err(|e| io("create", e))?;
+        let db = open_unlocked(dir)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(dir.join("db"))
+            .map_err(|e| io("open sled's file in", e))?;
+        let store = Self { dir: dir.to_owned(), db, file };
+        store.guard("flush", || store.db.flush())?;
+        sync_tree(dir)?;
+        Ok(store)
+    }
+
+    /// Runs a call into sled; a panic is damage. A sled call that panics leaves nothing locked that we rely on.
+    fn guard<T>(&self, what: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, JournalError> {
+        match catch_unwind(AssertUnwindSafe(call)) {
+            Ok(Ok(t)) => Ok(t),
+            Ok(Err(e)) => Err(translate(&self.dir, what, e)),
+            Err(panic) => Err(damaged(&self.dir, what, &panic_text(&*panic))),
+        }
+    }
+
+    fn unwrap_value(&self, key: &[u8], stored: &[u8]) -> Result<Stored, JournalError> {
+        let parts = stored.split_first_chunk::<4>().and_then(|(crc, rest)| {
+            let (lsn, value) = rest.split_first_chunk::<8>()?;
+            Some((u32::from_le_bytes(*crc), Lsn(u64::from_le_bytes(*lsn)), value))
+        });
+        match parts {
+            Some((crc, lsn, value)) if checksum(key, lsn, value) == crc => {
+                Ok(Stored { lsn, crc, value: Bytes::copy_from_slice(value) })
+            }
+            _ => Err(damaged(&self.dir, "read", &format!("wrong checksum of the value of key {}", hex(key)))),
+        }
+    }
+
+    /// The value of a key, verified.
+    pub(super) fn get(&self, key: &[u8]) -> Result<Option<Stored>, JournalError> {
+        match self.guard("read", || self.db.get(key))? {
+            Some(v) => self.unwrap_value(key, &v).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The record up to which everything is applied; 0 in a new database.
+    pub(super) fn applied(&self) -> Result<Lsn, JournalError> {
+        Ok(self.get(APPLIED)?.map_or(Lsn(0), |s| s.lsn))
+    }
+
+    /// Calls `each` with the pairs in `[start, end)` in order, until it returns `false`.
+    pub(super) fn scan(
+        &self,
+        start: &[u8],
+        end: &[u8],
+        backwards: bool,
+        mut each: impl FnMut(Bytes, Stored) -> bool,
+    ) -> Result<(), JournalError> {
+        let end = end.min(TABLES_END);
+        if start >= end {
+            return Ok(());
+        }
+        let mut iter = self.guard("scan", || Ok(self.db.range(start..end)))?;
+        loop {
+            let item = self.guard("scan", || {
+                let item = if backwards { iter.next_back() } else { iter.next() };
+                item.transpose()
+            })?;
+            let Some((key, stored)) = item else { return Ok(()) };
+            let stored = self.unwrap_value(&key, &stored)?;
+            if !each(Bytes::copy_from_slice(&key), stored) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Applies changes in synced steps, then records that everything up to `applied` is in (unless `None`).
+    pub(super) fn apply<'a>(
+        &self,
+        changes: impl Iterator<Item = Change<'a>>,
+        applied: Option<Lsn>,
+        mut step_done: impl FnMut(),
+    ) -> Result<(), JournalError> {
+        let mut batch = sled::Batch::default();
+        let (mut bytes, mut count) = (0, 0);
+        for c in changes {
+            let size = c.key.len() + WRAP + c.value.map_or(0, <[u8]>::len);
+            if count > 0 && (bytes + size > STEP_BYTES || count >= STEP_CHANGES) {
+                self.step(std::mem::take(&mut batch))?;
+                step_done();
+                (bytes, count) = (0, 0);
+            }
+            match c.value {
+                Some(v) => batch.insert(c.key, wrap(c.key, c.lsn, v)),
+                None => batch.remove(c.key),
+            }
+            bytes += size;
+            count += 1;
+        }
+        if let Some(lsn) = applied {
+            batch.insert(APPLIED, wrap(APPLIED, lsn, &[]));
+            count += 1;
+        }
+        if count > 0 {
+            self.step(batch)?;
+            step_done();
+        }
+        Ok(())
+    }
+
+    fn step(&self, batch: sled::Batch) -> Result<(), JournalError> {
+        self.guard("write", || self.db.apply_batch(batch))?;
+        self.guard("flush", || self.db.flush())?;
+        let path = self.dir.join("db");
+        self.file.sync_data().map_err(|e| JournalError::Io { what: "sync", path, source: Arc::new(e) })
+    }
+
+    /// Reads and verifies everything: what the witness must agree with. Fails on a value newer than `newest`.
+    pub(super) fn survey(&self, newest: Lsn) -> Result<Point, JournalError> {
+        let mut sum = Sum::default();
+        let mut late = None;
+        self.scan(&[], TABLES_END, false, |key, s| {
+            if s.lsn > newest {
+                late = Some((key.clone(), s.lsn));
+            }
+            sum.add(&key, s.lsn, s.crc);
+            late.is_none()
+        })?;
+        if let Some((key, lsn)) = late {
+            let why = format!("key {} is of record {lsn}, which is yet to come", hex(&key));
+            return Err(damaged(&self.dir, "verify", &why));
+        }
+        Ok(Point { applied: self.applied()?, sum })
+    }
+
+    /// Where it lies.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Closes the database and waits until its lock is free (sled lets go of it a little later).
+    pub(super) fn close(self) {
+        let Self { dir, db, file } = self;
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(move || drop(db))) {
+            log::warn!("closing sled in {}: {}", dir.display(), panic_text(&*panic));
+        }
+        let until = Instant::now() + Duration::from_secs(2);
+        while !lock_is_free(&file) && Instant::now() < until {
+            // sled's last references sit in deferred work of crossbeam-epoch: push it along.
+            crossbeam_epoch::pin().flush();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn lock_is_free(file: &File) -> bool {
+    // The standard library's lock is flock(2), as sled's is.
+    match file.try_lock() {
+        Ok(()) => file.unlock().is_ok(),
+        Err(_) => false,
+    }
+}
+
+/// A torn `.generating` file would make sled refuse to open.
+fn remove_leftovers(dir: &Path) -> Result<(), JournalError> {
+    let Ok(entries) = fs::read_dir(dir) else { return Ok(()) };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            let path = entry.path();
+            fs::remove_file(&path).map_err(|e| JournalError::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
+}
+
+fn open_unlocked(dir: &Path) -> Result<sled::Db, JournalError> {
+    let until = Instant::now() + Duration::from_secs(2);
+    loop {
+        let config = sled::Config::new()
+            .path(dir)
+            .segment_size(SEGMENT)
+            .cache_capacity(CACHE)
+            .flush_every_ms(None)
+            .mode(sled::Mode::HighThroughput);
+        match catch_unwind(AssertUnwindSafe(|| config.open())) {
+            Ok(Ok(db)) => return Ok(db),
+            Ok(Err(sled::Error::Io(e))) if e.to_string().contains("could not acquire lock") => {
+                if Instant::now() > until {
+                    return Err(JournalError::Locked { path: dir.join("db") });
+                }
+                // A journal of this process that was just closed, perhaps.
+                crossbeam_epoch::pin().flush();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(Err(e)) => return Err(translate(dir, "open", e)),
+            Err(panic) => {
+                let text = panic_text(&*panic);
+                if text.contains("No space left") || text.contains("StorageFull") {
+                    return Err(JournalError::Full { path: dir.to_owned() });
+                }
+                return Err(damaged(dir, "open", &text));
+            }
+        }
+    }
+}
+
+/// fsyncs every file and directory below `dir`, and `dir`'s own entry.
+fn sync_tree(dir: &Path) -> Result<(), JournalError> {
+    let err = |path: &Path, e| JournalError::io("sync", path, e);
+    for entry in fs::read_dir(dir).map_err(|e| err(dir, e))? {
+        let path = entry.map_err(|e| err(dir, e))?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            File::open(&path).and_then(|f| f.sync_all()).map_err(|e| err(&path, e))?;
+        }
+    }
+    File::open(dir).and_then(|f| f.sync_all()).map_err(|e| err(dir, e))
+}
+
+fn translate(dir: &Path, what: &str, e: sled::Error) -> JournalError {
+    match e {
+        sled::Error::Io(e) if is_full(&e) => JournalError::Full { path: dir.to_owned() },
+        sled::Error::Io(e) => {
+            JournalError::Io { what: "use sled in", path: dir.to_owned(), source: Arc::new(e) }
+        }
+        other => damaged(dir, what, &other.to_string()),
+    }
+}
+
+fn damaged(dir: &Path, what: &str, why: &str) -> JournalError {
+    JournalError::Damaged(format!("sled in {} ({what}): {why}", dir.display()))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+        .unwrap_or_else(|| "it panicked".into())
+}
+
+fn hex(key: &[u8]) -> String {
+    key.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,313 @@
+//! Sealing: frozen blocks and records become segments.
+//!
+//! Owns the content of segments and their registration in the tables. Runs on one thread; a failed seal leaves nothing
+//! behind and is tried again with the same cut.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Cut;
+use super::staging::{Staging, StagingError};
+use crate::cache::dirty::DirtyBlock;
+use crate::cache::{BlockStore, StoreError};
+use crate::format::codec::FormatError;
+use crate::format::frame::FrameEncoder;
+use crate::format::local::{SEALED_MARK, SealedMark, SegmentValue};
+use crate::format::record::{Op, Record};
+use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader, SegmentSummary};
+use crate::format::tables::{BlockEntry, Time, is_replicated, local_key, segment_key, table};
+use crate::ids::{BlockHash, Epoch, Lsn, SegmentNo, VolumeId};
+use crate::journal::{Journal, JournalError};
+
+/// A segment is closed when it reaches this many bytes.
+pub const SEGMENT_TARGET: u64 = 16 << 20;
+/// Blocks entered into the tables by one record.
+const REGISTER_STEP: usize = 1024;
+/// Local records behind which the sealed mark is written down even when nothing was sealed.
+const SKIP_RECORDS: u64 = 4096;
+
+/// Why a transaction group could not be sealed. Nothing is lost: it is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum SealError {
+    /// Block content is out of reach.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The staging area failed.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+    /// The journal refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Something does not fit the format.
+    #[error("sealing: {0}")]
+    Format(#[from] FormatError),
+}
+
+/// Turns cuts into segments.
+pub struct Sealer {
+    journal: Arc<Journal>,
+    blocks: Arc<BlockStore>,
+    staging: Arc<Staging>,
+    volume: VolumeId,
+    epoch: Epoch,
+    encoder: FrameEncoder,
+    mark: SealedMark,
+    /// `mark.lsn` as the journal has it.
+    recorded: Lsn,
+    /// Registered segments that are not published yet, because something failed in between.
+    unpublished: Vec<(SegmentNo, SegmentValue)>,
+}
+
+/// The segments of one txg while they are written.
+struct Draft<'a> {
+    sealer_staging: &'a Staging,
+    volume: VolumeId,
+    epoch: Epoch,
+    cut_at: Time,
+    first: SegmentNo,
+    current: SegmentBuilder,
+    done: Vec<(SegmentNo, SegmentSummary)>,
+}
+
+impl Draft<'_> {
+    fn header(&self, number: SegmentNo, previous: SegmentHash) -> SegmentHeader {
+        SegmentHeader {
+            volume: self.volume,
+            number,
+            epoch: self.epoch,
+            cut_at: self.cut_at,
+            txg_first: self.first,
+            previous,
+        }
+    }
+
+    /// Closes the current segment; `commit` ends the txg.
+    fn close(&mut self, commit: Option<Lsn>) -> Result<(), SealError> {
+        let number = self.current.header().number;
+        // The builder is replaced first; when finishing fails the whole draft is thrown away.
+        let next = SegmentBuilder::new(self.header(number.next(), SegmentHash::default()));
+        let (bytes, summary) = std::mem::replace(&mut self.current, next).finish(commit)?;
+        self.sealer_staging.write(number, self.epoch, &bytes)?;
+        self.done.push((number, summary));
+        self.current = SegmentBuilder::new(self.header(number.next(), summary.hash));
+        Ok(())
+    }
+
+    fn roll(&mut self) -> Result<(), SealError> {
+        if self.current.size() >= SEGMENT_TARGET { self.close(None) } else { Ok(()) }
+    }
+}
+
+impl Sealer {
+    /// A sealer that goes on after `mark`, writing as `epoch`. `level` is zstd's (0: store raw).
+    pub fn new(
+        journal: Arc<Journal>,
+        blocks: Arc<BlockStore>,
+        staging: Arc<Staging>,
+        volume: VolumeId,
+        epoch: Epoch,
+        level: i32,
+        mark: SealedMark,
+    ) -> Result<Self, SealError> {
+        Ok(Self {
+            journal,
+            blocks,
+            staging,
+            volume,
+            epoch,
+            encoder: FrameEncoder::new(level)?,
+            mark,
+            recorded: mark.lsn,
+            unpublished: Vec::new(),
+        })
+    }
+
+    /// How far the log is sealed.
+    pub fn mark(&self) -> &SealedMark {
+        &self.mark
+    }
+
+    /// Notes that a checkpoint as of segment `number` was staged.
+    pub fn checkpointed(&mut self, number: SegmentNo) -> Result<(), SealError> {
+        let mark = SealedMark { checkpoint: number, log_bytes: 0, ..self.mark };
+        self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(local_key(SEALED_MARK), mark.encode());
+            Ok(())
+        })?;
+        self.mark = mark;
+        self.recorded = mark.lsn;
+        Ok(())
+    }
+
+    /// Seals one cut, stages it, enters it into the tables and hands it to the shippers. Answers the txg's last segment,
+    /// or `None` when nothing of it belongs on a replica.
+    pub fn seal(&mut self, cut: &Cut, cut_at: Time) -> Result<Option<SegmentNo>, SealError> {
+        self.publish()?;
+        let first = self.mark.segment.next();
+        let staging = Arc::clone(&self.staging);
+        let header = SegmentHeader {
+            volume: self.volume,
+            number: first,
+            epoch: self.epoch,
+            cut_at,
+            txg_first: first,
+            previous: SegmentHash(self.mark.blake3),
+        };
+        let mut draft = Draft {
+            sealer_staging: &staging,
+            volume: self.volume,
+            epoch: self.epoch,
+            cut_at,
+            first,
+            current: SegmentBuilder::new(header),
+            done: Vec::new(),
+        };
+        let result = self.fill(&mut draft, cut);
+        let numbers: Vec<_> = draft.done.iter().map(|(n, _)| (*n, self.epoch)).collect();
+        let sealed = match result {
+            Ok(Some(sealed)) => sealed,
+            Ok(None) => {
+                self.skip(cut.lsn)?;
+                return Ok(None);
+            }
+            Err(e) => {
+                staging.discard(&numbers);
+                return Err(e);
+            }
+        };
+        if let Err(e) = self.register_segments(&draft.done, cut, cut_at) {
+            staging.discard(&numbers);
+            return Err(e);
+        }
+        // From here on these segments exist, whatever fails.
+        for part in sealed.chunks(REGISTER_STEP) {
+            let (_, lsn) = self.journal.transact::<_, StoreError>(|tx| self.blocks.register(tx, part))?;
+            self.blocks.after_register(lsn, part);
+        }
+        self.publish()?;
+        Ok(Some(self.mark.segment))
+    }
+
+    /// Goes on behind a group of local changes only, of which nothing is shipped. Now and then that is written down, so
+    /// that the tail may go; not each time, because that is a local change too.
+    fn skip(&mut self, lsn: Lsn) -> Result<(), SealError> {
+        self.mark.lsn = lsn;
+        if lsn.0 - self.recorded.0 < SKIP_RECORDS {
+            return Ok(());
+        }
+        let mark = self.mark;
+        let (_, lsn) = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(local_key(SEALED_MARK), mark.encode());
+            Ok(())
+        })?;
+        self.journal.barrier(lsn)?;
+        self.recorded = mark.lsn;
+        self.journal.release(mark.lsn);
+        Ok(())
+    }
+
+    /// Makes registered segments durable and hands them to the shippers.
+    fn publish(&mut self) -> Result<(), SealError> {
+        if !self.unpublished.is_empty() {
+            self.journal.barrier(self.journal.last_lsn())?;
+            self.journal.release(self.mark.lsn);
+            self.staging.publish(&std::mem::take(&mut self.unpublished));
+        }
+        Ok(())
+    }
+
+    /// Writes frames, index and records. `None`: there was nothing.
+    fn fill(
+        &mut self,
+        draft: &mut Draft<'_>,
+        cut: &Cut,
+    ) -> Result<Option<Vec<(Arc<DirtyBlock>, BlockEntry)>>, SealError> {
+        let mut sealed = Vec::with_capacity(cut.frozen.len());
+        let mut fresh: HashMap<BlockHash, BlockEntry> = HashMap::new();
+        for block in &cut.frozen {
+            let raw = self.blocks.seal_content(block)?;
+            let hash = BlockHash::of(&raw);
+            let known = match fresh.get(&hash) {
+                Some(entry) => Some(*entry),
+                None => self.blocks.frame(&hash)?.filter(|e| e.loc.raw_len as usize == raw.len()),
+            };
+            let entry = match known {
+                Some(entry) => entry,
+                None => {
+                    let frame = self.encoder.encode(&raw)?;
+                    let entry = BlockEntry { hash, loc: draft.current.push_frame(&frame.bytes)? };
+                    fresh.insert(hash, entry);
+                    entry
+                }
+            };
+            draft.current.push_index(block.id, entry)?;
+            if !block.is_dead() {
+                self.blocks.fill(block, &raw)?;
+            }
+            sealed.push((Arc::clone(block), entry));
+            draft.roll()?;
+        }
+        for record in self.journal.records(self.mark.lsn, cut.lsn)? {
+            let record = record?;
+            let ops: Vec<Op> = record.ops.into_iter().filter(is_shipped).collect();
+            if !ops.is_empty() {
+                draft.current.push(&Record { lsn: record.lsn, ops })?;
+                draft.roll()?;
+            }
+        }
+        if draft.done.is_empty() && draft.current.is_empty() {
+            return Ok(None);
+        }
+        draft.close(Some(cut.lsn))?;
+        Ok(Some(sealed))
+    }
+
+    /// Makes the staged segments the volume's own, in one record. The blocks in them follow in later records; a crash in
+    /// between leaves blocks dirty that are sealed already, and they are sealed once more.
+    fn register_segments(
+        &mut self,
+        segments: &[(SegmentNo, SegmentSummary)],
+        cut: &Cut,
+        cut_at: Time,
+    ) -> Result<(), SealError> {
+        let cut_at = cut_at.secs as f64 + f64::from(cut_at.nanos) / 1e9;
+        let values: Vec<(SegmentNo, SegmentValue)> = segments
+            .iter()
+            .map(|(number, s)| {
+                let commit = s.footer.commit.unwrap_or_default();
+                let v =
+                    SegmentValue { epoch: self.epoch, len: s.len, blake3: s.hash.0, commit, cut_at, live: 0 };
+                (*number, v)
+            })
+            .collect();
+        let log_bytes: u64 = segments.iter().map(|(_, s)| s.footer.records_len + s.footer.index_len).sum();
+        let (number, hash) =
+            values.last().map_or((self.mark.segment, self.mark.blake3), |(n, v)| (*n, v.blake3));
+        let mark = SealedMark {
+            lsn: cut.lsn,
+            segment: number,
+            blake3: hash,
+            checkpoint: self.mark.checkpoint,
+            log_bytes: self.mark.log_bytes + log_bytes,
+        };
+        self.journal.transact::<_, JournalError>(|tx| {
+            for (number, value) in &values {
+                tx.put(segment_key(*number), value.encode());
+            }
+            tx.put(local_key(SEALED_MARK), mark.encode());
+            Ok(())
+        })?;
+        self.mark = mark;
+        self.recorded = mark.lsn;
+        self.unpublished.extend(values);
+        Ok(())
+    }
+}
+
+/// Whether an operation of a record is part of the log that replicas get. Block entries are put by the index.
+fn is_shipped(op: &Op) -> bool {
+    match op {
+        Op::Put { key, .. } => is_replicated(key) && key.first() != Some(&table::BLOCK),
+        Op::Delete { key } => is_replicated(key),
+    }
+}

@@ -1,0 +1,289 @@
+//! The staging area: sealed objects on local disk, from sealing until every replica has them.
+//!
+//! Owns the files below `staging/` and what is known of every segment of the volume. Decides nothing about when a
+//! segment may go; it is told. Segments lie under the same names as on a replica, so that a rebuild of the local tables
+//! can read the area like one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::cache::BlockStore;
+use crate::cache::store::scan_table;
+use crate::format::codec::FormatError;
+use crate::format::local::SegmentValue;
+use crate::format::names::ObjectName;
+use crate::format::tables::{FrameLoc, number_of_key, table};
+use crate::ids::{Epoch, SegmentNo};
+use crate::journal::{Journal, JournalError};
+use crate::replica::{Backlog, Outbox, Staged, StagedKind};
+
+/// Why the staging area cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StagingError {
+    /// A file operation failed.
+    #[error("staging area {path}: {source}")]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The journal refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The segment table holds bytes that cannot be.
+    #[error("local tables are damaged: {0}")]
+    Format(#[from] FormatError),
+}
+
+fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, StagingError> {
+    result.map_err(|source| StagingError::Io { path: path.to_owned(), source })
+}
+
+/// The staging area.
+pub struct Staging {
+    dir: PathBuf,
+    blocks: Arc<BlockStore>,
+    state: Mutex<State>,
+    newest: watch::Sender<SegmentNo>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Every published segment of the volume.
+    known: BTreeMap<SegmentNo, Known>,
+    checkpoints: BTreeMap<SegmentNo, Staged>,
+    /// Bytes of files.
+    bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Known {
+    epoch: Epoch,
+    len: u64,
+    cut_at: f64,
+    on_disk: bool,
+}
+
+impl Staging {
+    /// Opens the area in `dir`: keeps the files of registered segments, removes what a crash left unregistered (no byte of
+    /// it was ever sent).
+    pub fn open(dir: &Path, journal: &Journal, blocks: Arc<BlockStore>) -> Result<Arc<Self>, StagingError> {
+        for sub in ["segments", "checkpoints"] {
+            at(dir, fs::create_dir_all(dir.join(sub)))?;
+        }
+        let mut state = State::default();
+        scan_table::<StagingError>(journal, table::SEGMENT, |key, value| {
+            let v = SegmentValue::decode(value)?;
+            let number = SegmentNo(number_of_key(key).unwrap_or(0));
+            let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: false };
+            state.known.insert(number, known);
+            Ok(())
+        })?;
+        for path in segment_files(dir)? {
+            let name = path.strip_prefix(dir).ok().and_then(|p| ObjectName::parse(&p.to_string_lossy()));
+            let len = at(&path, fs::metadata(&path))?.len();
+            let known = match name {
+                Some(ObjectName::Segment(number, epoch)) => {
+                    state.known.get_mut(&number).filter(|k| k.epoch == epoch && k.len == len)
+                }
+                _ => None,
+            };
+            match known {
+                Some(known) => {
+                    known.on_disk = true;
+                    state.bytes += len;
+                }
+                None => {
+                    log::info!("removing {}: not registered, left by a crash", path.display());
+                    at(&path, fs::remove_file(&path))?;
+                }
+            }
+        }
+        // A checkpoint is written again when it is due; half a one is of no use.
+        let folder = dir.join("checkpoints");
+        for entry in at(&folder, fs::read_dir(&folder))? {
+            let path = at(&folder, entry)?.path();
+            at(&path, fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path)))?;
+        }
+        let newest = state.known.keys().next_back().copied().unwrap_or_default();
+        blocks.space.set_staged(state.bytes);
+        Ok(Arc::new(Self {
+            dir: dir.to_owned(),
+            blocks,
+            state: Mutex::new(state),
+            newest: watch::channel(newest).0,
+        }))
+    }
+
+    /// Where a segment's file lies.
+    pub fn segment_path(&self, number: SegmentNo, epoch: Epoch) -> PathBuf {
+        self.dir.join(ObjectName::Segment(number, epoch).path())
+    }
+
+    /// Folder in which a checkpoint is built and kept.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.dir.join("checkpoints")
+    }
+
+    /// Writes a segment's file durably. It is not sent before [`Staging::publish`].
+    pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: &[u8]) -> Result<(), StagingError> {
+        let path = self.segment_path(number, epoch);
+        let write = || {
+            let folder = path.parent().unwrap_or(&self.dir);
+            if !folder.exists() {
+                fs::create_dir_all(folder)?;
+                File::open(self.dir.join("segments"))?.sync_all()?;
+            }
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            File::open(folder)?.sync_all()
+        };
+        at(&path, write())
+    }
+
+    /// Removes files of segments that will not be registered.
+    pub fn discard(&self, segments: &[(SegmentNo, Epoch)]) {
+        for (number, epoch) in segments {
+            let _ = fs::remove_file(self.segment_path(*number, *epoch));
+        }
+    }
+
+    /// Hands registered segments to the shippers.
+    pub fn publish(&self, segments: &[(SegmentNo, SegmentValue)]) {
+        let mut state = self.state.lock();
+        for (number, v) in segments {
+            state.bytes += v.len;
+            let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: true };
+            state.known.insert(*number, known);
+        }
+        self.blocks.space.set_staged(state.bytes);
+        if let Some((last, _)) = segments.last() {
+            self.newest.send_replace(*last);
+        }
+    }
+
+    /// Hands a finished checkpoint to the shippers; older ones go.
+    pub fn publish_checkpoint(&self, staged: Staged) {
+        let mut state = self.state.lock();
+        let newest = staged.number;
+        state.checkpoints.insert(newest, staged);
+        let kept = state.checkpoints.split_off(&newest);
+        for old in std::mem::replace(&mut state.checkpoints, kept).into_values() {
+            let _ = fs::remove_dir_all(&old.path);
+        }
+        drop(state);
+        self.newest.send_modify(|_| {});
+    }
+
+    /// Removes the files of all segments up to `upto`.
+    pub fn trim(&self, upto: SegmentNo) {
+        let mut gone = Vec::new();
+        {
+            let mut state = self.state.lock();
+            let mut freed = 0;
+            for (number, known) in state.known.range_mut(..=upto) {
+                if known.on_disk {
+                    known.on_disk = false;
+                    freed += known.len;
+                    gone.push((*number, known.epoch));
+                }
+            }
+            state.bytes -= freed.min(state.bytes);
+            self.blocks.space.set_staged(state.bytes);
+        }
+        self.discard(&gone);
+    }
+
+    /// Oldest segment that still has a file, and the bytes of all files.
+    pub fn oldest(&self) -> (Option<SegmentNo>, u64) {
+        let state = self.state.lock();
+        (state.known.iter().find(|(_, k)| k.on_disk).map(|(n, _)| *n), state.bytes)
+    }
+
+    /// The newest published segment.
+    pub fn newest(&self) -> SegmentNo {
+        *self.newest.borrow()
+    }
+
+    /// The staged file that holds a frame, if there is one.
+    pub fn file_of(&self, loc: &FrameLoc) -> Option<PathBuf> {
+        let on_disk =
+            self.state.lock().known.get(&loc.segment).is_some_and(|k| k.on_disk && k.epoch == loc.epoch);
+        on_disk.then(|| self.segment_path(loc.segment, loc.epoch))
+    }
+}
+
+/// All files below `segments/`, two levels deep.
+fn segment_files(dir: &Path) -> Result<Vec<PathBuf>, StagingError> {
+    let top = dir.join("segments");
+    let mut files = Vec::new();
+    for folder in at(&top, fs::read_dir(&top))? {
+        let folder = at(&top, folder)?.path();
+        if !folder.is_dir() {
+            files.push(folder);
+            continue;
+        }
+        for entry in at(&folder, fs::read_dir(&folder))? {
+            files.push(at(&folder, entry)?.path());
+        }
+    }
+    Ok(files)
+}
+
+impl Outbox for Staging {
+    fn segments_after(&self, after: SegmentNo, limit: usize) -> Vec<Staged> {
+        let state = self.state.lock();
+        let mut next = after.next();
+        let mut out = Vec::new();
+        for (number, known) in state.known.range(next..).take(limit) {
+            if *number != next {
+                break;
+            }
+            next = number.next();
+            out.push(Staged {
+                kind: StagedKind::Segment,
+                number: *number,
+                epoch: known.epoch,
+                path: self.segment_path(*number, known.epoch),
+                len: known.len,
+                cut_at: known.cut_at,
+            });
+        }
+        out
+    }
+
+    fn backlog(&self, after: SegmentNo) -> Backlog {
+        let state = self.state.lock();
+        let mut backlog = Backlog::default();
+        for (_, known) in state.known.range(after.next()..) {
+            if backlog.segments == 0 {
+                backlog.oldest_cut_at = known.cut_at;
+            }
+            backlog.segments += 1;
+            backlog.bytes += known.len;
+        }
+        backlog
+    }
+
+    fn checkpoint(&self, after: SegmentNo, cursor: SegmentNo) -> Option<Staged> {
+        self.state
+            .lock()
+            .checkpoints
+            .range(after.next()..=cursor.max(after.next()))
+            .next_back()
+            .map(|(_, s)| s.clone())
+            .filter(|s| s.number <= cursor)
+    }
+
+    fn watch(&self) -> watch::Receiver<SegmentNo> {
+        self.newest.subscribe()
+    }
+}

@@ -1,0 +1,467 @@
+//! File content: read, write, truncate, holes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+
+use super::cell::{Cell, CellState};
+use super::types::{Fallocate, FileKind, Seek, VfsError, Wait};
+use super::{Result, SIZE_MAX, Vfs};
+use crate::cache::space::Admission;
+use crate::cache::{StoreError, Supply};
+use crate::format::tables::{BlockEntry, INLINE_MAX};
+use crate::ids::{BlockId, Ino};
+
+/// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
+fn units(len: u32) -> u64 {
+    u64::from(len).div_ceil(4096) * 8
+}
+
+impl Vfs {
+    // ---- opening -------------------------------------------------------------------------------------------------
+
+    pub(super) fn do_open(&self, ino: Ino, write: bool, truncate: bool) -> Result<()> {
+        if (write || truncate)
+            && let Some(why) = self.read_only.read().as_ref()
+        {
+            return Err(VfsError::ReadOnly(why.clone()));
+        }
+        let cell = self.cell(ino)?;
+        cell.open.fetch_add(1, Ordering::AcqRel);
+        if truncate
+            && let Err(e) = self.do_setattr(
+                ino,
+                &super::types::SetAttr { size: Some(0), ..Default::default() },
+                &super::types::Caller::default(),
+            )
+        {
+            self.do_release(ino);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    pub(super) fn do_release(&self, ino: Ino) {
+        let Some(cell) = self.existing_cell(ino) else { return };
+        let before = cell.open.fetch_sub(1, Ordering::AcqRel);
+        if before == 0 {
+            cell.open.store(0, Ordering::Release);
+        }
+        self.let_go(cell);
+        if before <= 1 {
+            self.reap_if_unused(ino);
+        }
+    }
+
+    // ---- reading -------------------------------------------------------------------------------------------------
+
+    pub(super) fn do_read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> Result<Bytes> {
+        let cell = self.cell(ino)?;
+        let mut out = BytesMut::zeroed(len as usize);
+        let mut supply = Supply::new();
+        let n = loop {
+            let read = {
+                let state = cell.state.read();
+                self.read_state(ino, &state, offset, &mut out, &supply)
+            };
+            match read {
+                Ok(n) => break n,
+                Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
+                Err(StoreError::Miss(entry)) => {
+                    let raw = self.fetch(ino, &entry)?;
+                    supply.insert(entry.hash, raw);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        };
+        out.truncate(n);
+        self.read_ahead(&cell, offset, n as u64);
+        self.let_go(cell);
+        Ok(out.freeze())
+    }
+
+    fn fetch(&self, ino: Ino, entry: &BlockEntry) -> Result<Bytes> {
+        self.blocks.fetch(entry, &[]).map_err(|e| {
+            log::error!("inode {ino}: {e}");
+            VfsError::Io(e.to_string())
+        })
+    }
+
+    /// Fills `out` from `offset`; answers how many bytes are there before the end of the file.
+    fn read_state(
+        &self,
+        ino: Ino,
+        state: &CellState,
+        offset: u64,
+        out: &mut [u8],
+        supply: &Supply,
+    ) -> Result<usize, StoreError> {
+        if state.gone || offset >= state.inode.size {
+            return Ok(0);
+        }
+        let len = (state.inode.size - offset).min(out.len() as u64) as usize;
+        let out = &mut out[..len];
+        if let Some(inline) = &state.inline {
+            let start = usize::try_from(offset).map_or(inline.len(), |o| o.min(inline.len()));
+            let part = &inline[start..inline.len().min(start + len)];
+            out[..part.len()].copy_from_slice(part);
+            out[part.len()..].fill(0);
+            return Ok(len);
+        }
+        let bs = u64::from(self.blocks.block_size());
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let within = (at % bs) as u32;
+            let n = ((bs - u64::from(within)) as usize).min(len - done);
+            let part = &mut out[done..done + n];
+            let id = state.block_at(&self.journal, ino, at / bs)?;
+            if id.0 == 0 {
+                part.fill(0);
+            } else {
+                self.blocks.read(id, within, part, supply)?;
+            }
+            done += n;
+        }
+        Ok(len)
+    }
+
+    /// Asks for the blocks that a reader in order will want next.
+    fn read_ahead(&self, cell: &Cell, offset: u64, len: u64) {
+        let Some(queue) = self.prefetch.get() else { return };
+        let bs = u64::from(self.blocks.block_size());
+        let (from, to) = cell.readahead.lock().note(offset, len, bs);
+        if from >= to {
+            return;
+        }
+        let wanted = {
+            let state = cell.state.read();
+            let to = to.min(state.inode.size.div_ceil(bs));
+            if state.inline.is_some() || from >= to {
+                return;
+            }
+            (from..to)
+                .filter_map(|index| state.block_at(&self.journal, cell.ino, index).ok())
+                .filter(|id| id.0 != 0 && self.blocks.dirty(*id).is_none())
+                .filter_map(|id| self.blocks.entry(id).ok())
+                .filter(|entry| !self.blocks.is_cached(&entry.hash))
+                .collect::<Vec<_>>()
+        };
+        // In pieces, so that several requests are under way; a full queue means that enough are.
+        for part in wanted.chunks(4) {
+            if queue.try_send(part.to_vec()).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Starts `threads` threads that fetch ahead for sequential readers.
+    pub fn start_prefetch(self: &Arc<Self>, threads: usize) -> Result<()> {
+        let (sender, receiver) = std::sync::mpsc::sync_channel::<Vec<BlockEntry>>(64);
+        let receiver = Arc::new(parking_lot::Mutex::new(receiver));
+        for _ in 0..threads {
+            let (receiver, blocks) = (Arc::clone(&receiver), Arc::clone(&self.blocks));
+            std::thread::Builder::new()
+                .name("mirrorfs-ahead".into())
+                .spawn(move || {
+                    loop {
+                        let next = receiver.lock().recv();
+                        let Ok(mut wanted) = next else { return };
+                        wanted.retain(|e| !blocks.is_cached(&e.hash));
+                        if let Some((first, ahead)) = wanted.split_first()
+                            && let Err(e) = blocks.fetch(first, ahead)
+                        {
+                            log::debug!("fetching ahead: {e}");
+                        }
+                    }
+                })
+                .map_err(|e| VfsError::Io(format!("cannot start a thread: {e}")))?;
+        }
+        let _ = self.prefetch.set(sender);
+        Ok(())
+    }
+
+    // ---- writing -------------------------------------------------------------------------------------------------
+
+    /// Waits until the allowance of disk lets a writer go on. Never while holding a lock.
+    fn admit(&self, wait: Wait) -> Result<()> {
+        let space = &self.blocks.space;
+        let mut pause = match space.admit() {
+            Admission::Now => return Ok(()),
+            _ if wait == Wait::No => return Err(VfsError::WouldBlock),
+            Admission::After(pause) => {
+                std::thread::sleep(pause);
+                return Ok(());
+            }
+            Admission::Full => Duration::from_millis(5),
+        };
+        let deadline = Instant::now() + self.options.space_wait;
+        while Instant::now() < deadline {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(200));
+            if space.admit() != Admission::Full {
+                return Ok(());
+            }
+        }
+        Err(VfsError::NoSpace)
+    }
+
+    pub(super) fn do_write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> Result<u32> {
+        let end = offset.checked_add(data.len() as u64).filter(|e| *e <= SIZE_MAX);
+        let Some(end) = end else { return Err(VfsError::FileTooLarge) };
+        self.admit(wait)?;
+        let _gate = self.enter()?;
+        let cell = self.cell(ino)?;
+        {
+            let mut state = cell.state.write();
+            if state.gone {
+                return Err(VfsError::Stale);
+            }
+            if state.inode.kind != FileKind::Regular {
+                return Err(VfsError::Invalid);
+            }
+            if data.is_empty() {
+                return Ok(0);
+            }
+            self.mark_pending(&cell, &mut state);
+            self.write_state(ino, &mut state, offset, data)?;
+            let now = self.now();
+            state.inode.size = state.inode.size.max(end);
+            state.inode.mtime = now;
+            state.inode.ctime = now;
+        }
+        self.let_go(cell);
+        Ok(data.len() as u32)
+    }
+
+    fn write_state(&self, ino: Ino, state: &mut CellState, offset: u64, data: &[u8]) -> Result<()> {
+        let end = offset + data.len() as u64;
+        if let Some(inline) = &mut state.inline {
+            if end <= INLINE_MAX as u64 {
+                let (start, end) = (offset as usize, end as usize);
+                if inline.len() < end {
+                    inline.resize(end, 0);
+                }
+                inline[start..end].copy_from_slice(data);
+                state.inode.blocks = units(inline.len() as u32);
+                return Ok(());
+            }
+            self.spill_now(ino, state)?;
+        }
+        let bs = u64::from(self.blocks.block_size());
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let within = (at % bs) as u32;
+            let n = ((bs - u64::from(within)) as usize).min(data.len() - done);
+            self.write_block(ino, state, at / bs, within, &data[done..done + n])?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Moves inline content into a block.
+    pub(super) fn spill_now(&self, ino: Ino, state: &mut CellState) -> Result<()> {
+        let Some(inline) = state.inline.take() else { return Ok(()) };
+        state.inode.blocks = 0;
+        if !inline.is_empty()
+            && let Err(e) = self.write_block(ino, state, 0, 0, &inline)
+        {
+            state.inode.blocks = units(inline.len() as u32);
+            state.inline = Some(inline);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn write_block(&self, ino: Ino, state: &mut CellState, index: u64, at: u32, data: &[u8]) -> Result<()> {
+        let id = state.block_at_cached(&self.journal, ino, index)?;
+        if let Some(block) = (id.0 != 0).then(|| self.blocks.writable(id)).flatten() {
+            let before = units(block.len());
+            self.blocks.write(&block, at, data)?;
+            state.inode.blocks = (state.inode.blocks + units(block.len())).saturating_sub(before);
+            state.touched.insert(id);
+            return Ok(());
+        }
+        let covers = at == 0 && data.len() == self.blocks.block_size() as usize;
+        let below = (id.0 != 0).then_some(id);
+        let before = if let Some(id) = below { units(self.blocks.block_len(id)?) } else { 0 };
+        let block = self.blocks.create(below, if covers { 0 } else { u32::MAX })?;
+        if let Err(e) = self.blocks.write(&block, at, data) {
+            self.blocks.discard(block.id);
+            return Err(e.into());
+        }
+        state.inode.blocks = (state.inode.blocks + units(block.len())).saturating_sub(before);
+        state.replace_block(index, id, block.id);
+        Ok(())
+    }
+
+    /// Makes the block at `index` a hole.
+    pub(super) fn drop_block_now(&self, state: &mut CellState, index: u64, id: BlockId) -> Result<()> {
+        let before = units(self.blocks.block_len(id)?);
+        state.inode.blocks = state.inode.blocks.saturating_sub(before);
+        state.replace_block(index, id, BlockId(0));
+        Ok(())
+    }
+
+    /// Sets the size; what is cut off is given up, what is added is zeros.
+    pub(super) fn truncate_state(&self, ino: Ino, state: &mut CellState, size: u64) -> Result<()> {
+        let bs = u64::from(self.blocks.block_size());
+        if let Some(inline) = &mut state.inline {
+            inline.truncate(usize::try_from(size).unwrap_or(usize::MAX));
+            state.inode.blocks = units(inline.len() as u32);
+        } else if size < state.inode.size {
+            let (keep, within) = (size / bs, (size % bs) as u32);
+            for (index, id) in state.blocks_in(&self.journal, ino, keep, state.inode.size.div_ceil(bs))? {
+                if index > keep || within == 0 {
+                    self.drop_block_now(state, index, id)?;
+                    continue;
+                }
+                let len = self.blocks.block_len(id)?;
+                if len <= within {
+                    continue;
+                }
+                if let Some(block) = self.blocks.writable(id) {
+                    self.blocks.truncate(&block, within);
+                    state.touched.insert(id);
+                } else {
+                    let block = self.blocks.create(Some(id), within)?;
+                    state.replace_block(index, id, block.id);
+                }
+                state.inode.blocks = (state.inode.blocks + units(within)).saturating_sub(units(len));
+            }
+            if size == 0 {
+                state.inline = Some(Vec::new());
+            }
+        }
+        state.inode.size = size;
+        Ok(())
+    }
+
+    pub(super) fn do_fallocate(
+        &self,
+        ino: Ino,
+        how: Fallocate,
+        offset: u64,
+        len: u64,
+        wait: Wait,
+    ) -> Result<()> {
+        let end = offset.checked_add(len).filter(|e| *e <= SIZE_MAX).ok_or(VfsError::FileTooLarge)?;
+        if len == 0 {
+            return Err(VfsError::Invalid);
+        }
+        self.admit(wait)?;
+        let _gate = self.enter()?;
+        let cell = self.cell(ino)?;
+        {
+            let mut state = cell.state.write();
+            if state.gone {
+                return Err(VfsError::Stale);
+            }
+            if state.inode.kind != FileKind::Regular {
+                return Err(VfsError::NoSuchOffset);
+            }
+            self.mark_pending(&cell, &mut state);
+            if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
+                self.zero_state(ino, &mut state, offset, end)?;
+            }
+            if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {
+                state.inode.size = end;
+            }
+            let now = self.now();
+            state.inode.mtime = now;
+            state.inode.ctime = now;
+        }
+        self.let_go(cell);
+        Ok(())
+    }
+
+    /// Makes `[from, to)` zeros: whole blocks become holes, parts are zeroed.
+    fn zero_state(&self, ino: Ino, state: &mut CellState, from: u64, to: u64) -> Result<()> {
+        let to = to.min(state.inode.size);
+        if from >= to {
+            return Ok(());
+        }
+        if let Some(inline) = &mut state.inline {
+            let clamp = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(inline.len());
+            let (from, to) = (clamp(from), clamp(to));
+            inline[from..to].fill(0);
+            return Ok(());
+        }
+        let bs = u64::from(self.blocks.block_size());
+        for (index, id) in state.blocks_in(&self.journal, ino, from / bs, to.div_ceil(bs))? {
+            let start = from.saturating_sub(index * bs) as u32;
+            let end = (to - index * bs).min(bs) as u32;
+            let len = self.blocks.block_len(id)?;
+            if start == 0 && end >= len {
+                self.drop_block_now(state, index, id)?;
+                continue;
+            }
+            let end = end.min(len);
+            if start >= end {
+                continue;
+            }
+            let block = match self.blocks.writable(id) {
+                Some(block) => {
+                    state.touched.insert(id);
+                    block
+                }
+                None => {
+                    let block = self.blocks.create(Some(id), u32::MAX)?;
+                    state.replace_block(index, id, block.id);
+                    block
+                }
+            };
+            self.blocks.zero(&block, start, end)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn do_lseek(&self, ino: Ino, offset: u64, seek: Seek) -> Result<u64> {
+        let cell = self.cell(ino)?;
+        let found = {
+            let state = cell.state.read();
+            self.seek_state(ino, &state, offset, seek)
+        };
+        self.let_go(cell);
+        found
+    }
+
+    fn seek_state(&self, ino: Ino, state: &CellState, offset: u64, seek: Seek) -> Result<u64> {
+        let size = state.inode.size;
+        if offset >= size {
+            return Err(VfsError::NoSuchOffset);
+        }
+        let bs = u64::from(self.blocks.block_size());
+        // Data as ranges [start, end), in order, from the block that holds `offset` on.
+        let data: Vec<(u64, u64)> = match &state.inline {
+            Some(inline) => vec![(0, inline.len() as u64)],
+            None => {
+                let mut data: Vec<(u64, u64)> = Vec::new();
+                for (index, id) in state.blocks_in(&self.journal, ino, offset / bs, size.div_ceil(bs))? {
+                    let start = index * bs;
+                    let end = (start + u64::from(self.blocks.block_len(id)?)).min(size);
+                    match data.last_mut() {
+                        Some(last) if last.1 == start => last.1 = end,
+                        _ => data.push((start, end)),
+                    }
+                }
+                data
+            }
+        };
+        match seek {
+            Seek::Data => data
+                .iter()
+                .find(|(s, e)| *e > offset && s < e)
+                .map(|(s, _)| offset.max(*s))
+                .ok_or(VfsError::NoSuchOffset),
+            Seek::Hole => Ok(data
+                .iter()
+                .find(|(s, e)| *s <= offset && offset < *e)
+                .map_or(offset, |(_, e)| *e)
+                .min(size)),
+        }
+    }
+}

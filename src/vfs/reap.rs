@@ -1,0 +1,194 @@
+//! Orphans: inodes without names, deleted once nobody refers to them.
+//!
+//! Owns the thread that deletes their content in steps, so that no transaction grows with the size of a file.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Weak};
+use std::thread;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::types::VfsError;
+use super::{Result, Vfs, shard, usage};
+use crate::cache::store::scan_table;
+use crate::format::tables::{
+    Extents, Inode, extent_key, inode_key, number_of_key, orphan_key, prefix_range, table, xattr_key,
+};
+use crate::ids::Ino;
+
+/// Extent chunks released in one transaction.
+const CHUNKS_PER_STEP: usize = 8;
+
+/// Orphans whose last reference went.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<QueueState>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct QueueState {
+    inodes: BTreeSet<Ino>,
+    busy: bool,
+    stopped: bool,
+}
+
+impl Vfs {
+    /// Reads the orphans that an earlier run left and starts the thread.
+    pub(super) fn start_reaper(self: &Arc<Self>) -> Result<()> {
+        let mut left = Vec::new();
+        scan_table::<VfsError>(&self.journal, table::ORPHAN, |key, _| {
+            left.extend(number_of_key(key).map(Ino));
+            Ok(())
+        })?;
+        self.orphans.lock().extend(left.iter().copied());
+        self.reaper.state.lock().inodes = left.into_iter().collect();
+        let weak = Arc::downgrade(self);
+        thread::Builder::new()
+            .name("mirrorfs-reap".into())
+            .spawn(move || run(&weak))
+            .map_err(|e| VfsError::Io(format!("cannot start a thread: {e}")))?;
+        Ok(())
+    }
+
+    /// Stops the thread after the deletion in progress; what is left goes on at the next start.
+    pub fn stop_reaper(&self) {
+        let mut state = self.reaper.state.lock();
+        state.stopped = true;
+        self.reaper.wake.notify_all();
+        while state.busy {
+            self.reaper.wake.wait(&mut state);
+        }
+    }
+
+    /// Waits until every orphan that nobody refers to is deleted.
+    pub fn wait_reaped(&self) {
+        let mut state = self.reaper.state.lock();
+        while !state.stopped && (state.busy || !state.inodes.is_empty()) {
+            self.reaper.wake.wait(&mut state);
+        }
+    }
+
+    /// Notes that `ino` lost its last name.
+    pub(super) fn orphaned(&self, ino: Ino) {
+        self.orphans.lock().insert(ino);
+        self.reap_if_unused(ino);
+    }
+
+    pub(super) fn do_forget(&self, ino: Ino, n: u64) {
+        {
+            let mut references = self.references[shard(ino)].lock();
+            let Some(count) = references.get_mut(&ino) else { return };
+            *count = count.saturating_sub(n);
+            if *count > 0 {
+                return;
+            }
+            references.remove(&ino);
+        }
+        self.reap_if_unused(ino);
+    }
+
+    pub(super) fn reap_if_unused(&self, ino: Ino) {
+        if !self.orphans.lock().contains(&ino) || self.is_referenced(ino) {
+            return;
+        }
+        if self.existing_cell(ino).is_some_and(|c| c.is_open()) {
+            return;
+        }
+        let mut state = self.reaper.state.lock();
+        if state.inodes.insert(ino) {
+            self.reaper.wake.notify_all();
+        }
+    }
+
+    /// Deletes one orphan, in steps.
+    fn reap(&self, ino: Ino) -> Result<()> {
+        // Somebody may have found it again meanwhile (lookup by number).
+        if self.is_referenced(ino) || self.existing_cell(ino).is_some_and(|c| c.is_open()) {
+            return Ok(());
+        }
+        match self.cell(ino) {
+            Ok(cell) => {
+                {
+                    let _gate = self.enter()?;
+                    let mut state = cell.state.write();
+                    self.flush_cell(&cell, &mut state)?;
+                    state.gone = true;
+                }
+                self.cells[shard(ino)].lock().remove(&ino);
+            }
+            Err(VfsError::IsDirectory) => {}
+            Err(VfsError::Stale) => {
+                let _gate = self.enter()?;
+                self.journal.transact::<_, VfsError>(|tx| {
+                    tx.delete(orphan_key(ino));
+                    Ok(())
+                })?;
+                self.orphans.lock().remove(&ino);
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        }
+        while !self.reap_step(ino)? {}
+        self.orphans.lock().remove(&ino);
+        Ok(())
+    }
+
+    /// Releases some extents; with the last of them the inode goes too. Answers whether it is gone.
+    fn reap_step(&self, ino: Ino) -> Result<bool> {
+        let _gate = self.enter()?;
+        let mut gone = Vec::new();
+        let (start, end) = (extent_key(ino, 0), extent_key(ino, u64::MAX));
+        let (done, lsn) = self.journal.transact::<_, VfsError>(|tx| {
+            let page = tx.scan(&start, &end, CHUNKS_PER_STEP)?;
+            let done = page.len() < CHUNKS_PER_STEP;
+            for (key, value) in page {
+                for id in Extents::decode(&value)?.0 {
+                    if id.0 != 0 {
+                        self.blocks.release(tx, id, &mut gone)?;
+                    }
+                }
+                tx.delete(key);
+            }
+            if done {
+                let (start, end) = prefix_range(&xattr_key(ino, b""));
+                for (key, _) in tx.scan(&start, &end, usize::MAX)? {
+                    tx.delete(key);
+                }
+                if let Some(value) = tx.get(&inode_key(ino))? {
+                    usage::change(tx, -(Inode::decode(&value)?.blocks as i64), -1)?;
+                }
+                tx.delete(inode_key(ino));
+                tx.delete(orphan_key(ino));
+            }
+            Ok(done)
+        })?;
+        self.blocks.after_commit(lsn, &gone);
+        Ok(done)
+    }
+}
+
+fn run(vfs: &Weak<Vfs>) {
+    loop {
+        let Some(vfs) = vfs.upgrade() else { return };
+        let next = {
+            let mut state = vfs.reaper.state.lock();
+            if state.stopped {
+                return;
+            }
+            if state.inodes.is_empty() {
+                // Wakes now and then, so that a dropped filesystem ends the thread.
+                vfs.reaper.wake.wait_for(&mut state, std::time::Duration::from_millis(200));
+            }
+            let next = state.inodes.pop_first();
+            state.busy = next.is_some();
+            next
+        };
+        let Some(ino) = next else { continue };
+        if let Err(e) = vfs.reap(ino) {
+            log::warn!("inode {ino} cannot be deleted now, it will be at the next start: {e}");
+        }
+        vfs.reaper.state.lock().busy = false;
+        vfs.reaper.wake.notify_all();
+    }
+}

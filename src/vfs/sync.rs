@@ -1,0 +1,93 @@
+//! Durability: local commits, fsync, and the cut that ends a transaction group.
+
+use std::sync::Arc;
+
+use super::cell::Cell;
+use super::types::{VfsError, Wait};
+use super::{Result, Vfs};
+use crate::ids::{Ino, Lsn};
+use crate::txg::{Cut, CutSource};
+
+/// Waits for replicas on behalf of fsync. Implemented by whoever ships.
+pub trait Durability: Send + Sync {
+    /// Returns when everything committed before the call is on as many replicas as the volume's fsync level asks for, or
+    /// says why not (after a deadline).
+    fn replicate(&self) -> std::result::Result<(), VfsError>;
+}
+
+impl Vfs {
+    /// Gives fsync the replicas to wait for. Once.
+    pub fn set_durability(&self, durability: Arc<dyn Durability>) {
+        let _ = self.durability.set(durability);
+    }
+
+    pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
+        let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
+        if cell.state.read().dirty {
+            let _gate = self.enter()?;
+            self.flush_cell(&cell, &mut cell.state.write())?;
+        }
+        self.let_go(cell);
+        Ok(())
+    }
+
+    pub(super) fn do_fsync(&self, ino: Ino, wait: Wait) -> Result<()> {
+        if self.options.remote_fsync && wait == Wait::No {
+            return Err(VfsError::WouldBlock);
+        }
+        self.do_flush(ino)?;
+        self.journal.barrier(self.journal.last_lsn())?;
+        match self.durability.get() {
+            Some(durability) if self.options.remote_fsync => durability.replicate(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Commits what is pending of every file and makes it durable locally.
+    pub fn commit(&self) -> Result<Lsn> {
+        let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
+        for cell in pending {
+            {
+                let _gate = self.gate.read();
+                self.flush_cell(&cell, &mut cell.state.write())?;
+            }
+            self.let_go(cell);
+        }
+        let lsn = self.journal.last_lsn();
+        self.journal.barrier(lsn)?;
+        self.blocks.housekeep()?;
+        Ok(lsn)
+    }
+
+    /// Ends the collecting transaction group: the state of this moment, exactly.
+    pub fn cut(&self) -> Result<Cut> {
+        // Most of what is pending is committed before writers are held off, so that they wait only for the rest.
+        self.commit()?;
+        let cells;
+        let cut = {
+            let _gate = self.gate.write();
+            cells = self.pending.lock().values().cloned().collect::<Vec<_>>();
+            for cell in &cells {
+                self.flush_cell(cell, &mut cell.state.write())?;
+            }
+            Cut { lsn: self.journal.last_lsn(), frozen: self.blocks.freeze() }
+        };
+        cells.into_iter().for_each(|c| self.let_go(c));
+        Ok(cut)
+    }
+
+    /// Files with changes that are not in the journal yet.
+    pub fn pending_files(&self) -> usize {
+        self.pending.lock().len()
+    }
+}
+
+impl CutSource for Vfs {
+    fn cut(&self) -> std::result::Result<Cut, String> {
+        Vfs::cut(self).map_err(|e| e.to_string())
+    }
+
+    fn has_pending(&self) -> bool {
+        self.pending_files() > 0
+    }
+}

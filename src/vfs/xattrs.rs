@@ -1,0 +1,69 @@
+//! Extended attributes.
+
+use bytes::Bytes;
+
+use super::types::{VfsError, XattrMode};
+use super::{Result, Vfs};
+use crate::format::tables::{prefix_range, xattr_key};
+use crate::ids::Ino;
+
+/// Longest attribute name in bytes.
+const XATTR_NAME_MAX: usize = 255;
+/// Longest attribute value in bytes.
+const XATTR_VALUE_MAX: usize = 64 * 1024;
+
+impl Vfs {
+    pub(super) fn do_getxattr(&self, ino: Ino, name: &[u8]) -> Result<Bytes> {
+        self.journal.get(&xattr_key(ino, name))?.ok_or(VfsError::NoAttribute)
+    }
+
+    pub(super) fn do_setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> Result<()> {
+        if name.is_empty() || name.len() > XATTR_NAME_MAX {
+            return Err(VfsError::Range);
+        }
+        if value.len() > XATTR_VALUE_MAX {
+            return Err(VfsError::TooBig);
+        }
+        let now = self.now();
+        let key = xattr_key(ino, name);
+        self.modify(ino, |tx, inode| {
+            let exists = tx.get(&key)?.is_some();
+            match mode {
+                XattrMode::Create if exists => return Err(VfsError::Exists),
+                XattrMode::Replace if !exists => return Err(VfsError::NoAttribute),
+                _ => {}
+            }
+            inode.ctime = now;
+            tx.put(key.clone(), Bytes::copy_from_slice(value));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    pub(super) fn do_listxattr(&self, ino: Ino) -> Result<Vec<Vec<u8>>> {
+        let (mut start, end) = prefix_range(&xattr_key(ino, b""));
+        let mut names = Vec::new();
+        loop {
+            let page = self.journal.scan(&start, &end, 256)?;
+            let Some((last, _)) = page.last() else { return Ok(names) };
+            let mut next = last.to_vec();
+            next.push(0);
+            names.extend(page.iter().map(|(key, _)| key[9..].to_vec()));
+            start = next.into();
+        }
+    }
+
+    pub(super) fn do_removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        let now = self.now();
+        let key = xattr_key(ino, name);
+        self.modify(ino, |tx, inode| {
+            if tx.get(&key)?.is_none() {
+                return Err(VfsError::NoAttribute);
+            }
+            inode.ctime = now;
+            tx.delete(key.clone());
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
