@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::contract::Backlog;
@@ -23,7 +23,7 @@ const MOST_DAMAGES: usize = 10_000;
 const METER: Duration = Duration::from_secs(10);
 
 /// What a replica does, as `status` tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReplicaState {
     /// It answers.
@@ -47,7 +47,7 @@ pub enum ReplicaState {
 }
 
 /// The last thing that went wrong.
-#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LastError {
     /// What, with replica, object and remedy.
     pub text: String,
@@ -58,7 +58,7 @@ pub struct LastError {
 }
 
 /// One replica in `status`.
-#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReplicaStatus {
     /// Its name.
     pub name: ReplicaName,

@@ -151,7 +151,7 @@ fn check(store: &Store, volume: &Volume, expected: VolumeId) -> Result<(), Volum
     })
 }
 
-/// Refuses a backend that ignores conditions, unless its options accept that.
+/// Refuses a backend that ignores conditions, unless its options accept that. A new folder must have been made ([`Store::prepare`]).
 pub async fn require_conditions(store: &Store, unique: u128) -> Result<(), VolumeError> {
     if !store.is_conditional() {
         return Ok(());
