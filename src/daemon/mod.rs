@@ -10,7 +10,6 @@ mod parts;
 mod restore;
 mod serve;
 mod state;
-mod tmp_reader;
 
 use std::path::PathBuf;
 use std::sync::Arc;

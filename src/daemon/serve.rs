@@ -16,7 +16,6 @@ use super::checkpoints::Checkpoints;
 use super::fleet::{Cursors, Fleet};
 use super::parts::{self, Parts};
 use super::state::StateDir;
-use super::tmp_reader::Reader;
 use super::{Error, MountArgs, Ready, ReadyInfo, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::{Config, Fsync};
@@ -26,7 +25,7 @@ use crate::format::volume::{Compression, Volume};
 use crate::fuse::{self, Session};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::Journal;
-use crate::replica::{FrameSource, Identity, Outbox, Replica, Shipper, Tuning};
+use crate::replica::{FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
 use crate::txg::{Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
@@ -204,8 +203,12 @@ fn assemble(
         let staging = Arc::clone(&staging);
         move |loc: &crate::format::tables::FrameLoc| staging.file_of(loc)
     };
-    let reader: Arc<dyn FrameSource> =
-        Arc::new(Reader::new(replicas.clone(), runtime.handle().clone(), Some(Arc::new(local_files))));
+    let reader: Arc<dyn FrameSource> = Arc::new(Reader::new(
+        replicas.clone(),
+        Some(Arc::new(local_files)),
+        runtime.handle().clone(),
+        closing_seen.clone(),
+    ));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
