@@ -38,6 +38,8 @@ pub struct DirtyBlock {
     shared: AtomicBool,
     /// Lost its last reference after its cut: sealed all the same, but not entered into the block table.
     dead: AtomicBool,
+    /// Its bytes are part of the store's sum. Changes only while the content is locked for writing.
+    counted: AtomicBool,
     content: RwLock<Content>,
 }
 
@@ -176,6 +178,7 @@ impl DirtyBlock {
             txg,
             shared: AtomicBool::new(shared),
             dead: AtomicBool::new(false),
+            counted: AtomicBool::new(true),
             content: RwLock::new(content),
         }
     }
@@ -265,8 +268,14 @@ impl DirtyBlock {
         }
     }
 
+    /// Takes the block out of the store's sum: answers the bytes to subtract (none the second time).
+    pub fn uncount(&self) -> u64 {
+        let c = self.content.write();
+        if self.counted.swap(false, Ordering::AcqRel) { c.valid.bytes() } else { 0 }
+    }
+
     /// Fills the gaps of the slot from the whole raw content `full` (exactly `len` bytes): afterwards the slot alone has it.
-    /// Returns how many more bytes of the slot are in use now.
+    /// Returns how many more bytes of the slot are to be counted now.
     pub fn fill(&self, full: &[u8]) -> io::Result<u64> {
         let mut c = self.content.write();
         let len = c.len;
@@ -277,7 +286,7 @@ impl DirtyBlock {
         let before = c.valid.bytes();
         c.valid.insert(0, len);
         c.base = None;
-        Ok(c.valid.bytes() - before)
+        Ok(if self.counted.load(Ordering::Acquire) { c.valid.bytes() - before } else { 0 })
     }
 
     /// Takes the slot out, when nobody else holds the block.

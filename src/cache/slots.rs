@@ -26,6 +26,8 @@ pub struct SlotFile {
     block_size: u32,
     state: Mutex<State>,
     unsynced: AtomicBool,
+    /// Held while syncing: who finds nothing to sync must know that it *is* synced, not that somebody is at it.
+    syncing: Mutex<()>,
     /// LSN of the newest record, told by the owner; freed slots are tagged with it.
     lsn: AtomicU64,
 }
@@ -55,6 +57,7 @@ impl SlotFile {
             block_size,
             state: Mutex::new(State { free: free.clone(), high, limbo: VecDeque::new() }),
             unsynced: AtomicBool::new(false),
+            syncing: Mutex::new(()),
             lsn: AtomicU64::new(0),
         });
         // What a crash left in free slots must not be read as zeros-to-be.
@@ -119,6 +122,7 @@ impl SlotFile {
 
     /// Makes all content written so far durable. Cheap when nothing was written since the last call.
     pub fn sync(&self) -> io::Result<()> {
+        let _turn = self.syncing.lock();
         if self.unsynced.swap(false, Ordering::AcqRel)
             && let Err(e) = self.file.sync_data()
         {
@@ -193,14 +197,17 @@ impl Slot {
     /// Writes `data` at byte `at` of the slot.
     pub fn write(&self, at: u32, data: &[u8]) -> io::Result<()> {
         debug_assert!(at as usize + data.len() <= self.file.block_size as usize);
+        let written = self.file.file.write_all_at(data, self.file.offset(self.index) + u64::from(at));
+        // Behind the write: a sync that runs meanwhile must not take the mark away and leave the bytes unsynced.
         self.file.unsynced.store(true, Ordering::Release);
-        self.file.file.write_all_at(data, self.file.offset(self.index) + u64::from(at))
+        written
     }
 
     /// Makes `[at, at + len)` read as zeros.
     pub fn zero(&self, at: u32, len: u32) -> io::Result<()> {
+        let punched = self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len));
         self.file.unsynced.store(true, Ordering::Release);
-        self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len))
+        punched
     }
 }
 

@@ -2,16 +2,17 @@
 //!
 //! Owns the counters and the pure decision. Clean blocks never count against a writer: they are evicted for it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Bytes in use, by kind, and how many there may be.
 #[derive(Debug, Default)]
 pub struct Space {
     limit: AtomicU64,
-    dirty: AtomicU64,
+    /// Signed, like `clean`: a subtraction may overtake the addition it belongs to.
+    dirty: AtomicI64,
     staged: AtomicU64,
-    clean: AtomicU64,
+    clean: AtomicI64,
 }
 
 /// May a writer go on?
@@ -56,7 +57,7 @@ impl Space {
 
     /// Bytes of dirty blocks.
     pub fn dirty(&self) -> u64 {
-        self.dirty.load(Ordering::Relaxed)
+        self.dirty.load(Ordering::Relaxed).max(0) as u64
     }
 
     /// Bytes of staged objects.
@@ -66,7 +67,7 @@ impl Space {
 
     /// Bytes of clean cached blocks.
     pub fn clean(&self) -> u64 {
-        self.clean.load(Ordering::Relaxed)
+        self.clean.load(Ordering::Relaxed).max(0) as u64
     }
 
     /// May a writer go on?
@@ -80,29 +81,25 @@ impl Space {
     }
 
     pub(super) fn add_dirty(&self, n: u64) {
-        self.dirty.fetch_add(n, Ordering::Relaxed);
+        self.dirty.fetch_add(n as i64, Ordering::Relaxed);
     }
 
     pub(super) fn sub_dirty(&self, n: u64) {
-        saturating_sub(&self.dirty, n);
+        self.dirty.fetch_sub(n as i64, Ordering::Relaxed);
     }
 
     pub(super) fn add_clean(&self, n: u64) {
-        self.clean.fetch_add(n, Ordering::Relaxed);
+        self.clean.fetch_add(n as i64, Ordering::Relaxed);
     }
 
     pub(super) fn sub_clean(&self, n: u64) {
-        saturating_sub(&self.clean, n);
+        self.clean.fetch_sub(n as i64, Ordering::Relaxed);
     }
 
     /// Tells how many bytes are staged now.
     pub fn set_staged(&self, n: u64) {
         self.staged.store(n, Ordering::Relaxed);
     }
-}
-
-fn saturating_sub(counter: &AtomicU64, n: u64) {
-    let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |v| Some(v.saturating_sub(n)));
 }
 
 #[cfg(test)]
@@ -130,5 +127,7 @@ mod tests {
         assert_eq!(s.admit(), Admission::Now);
         s.sub_clean(200);
         assert_eq!(s.clean(), 0);
+        s.add_clean(200);
+        assert_eq!(s.clean(), 90, "nothing is lost when the order is turned round");
     }
 }

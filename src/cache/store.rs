@@ -82,6 +82,8 @@ pub struct BlockStore {
     clean: Mutex<LruCache<BlockHash, Clean>>,
     /// Changes of the cached-block table not yet in the journal.
     index_changes: Mutex<HashMap<BlockHash, Option<CachedValue>>>,
+    /// Held while they are written, so that a later change is never overtaken.
+    housekeeping: Mutex<()>,
     txg: AtomicU64,
     next_id: AtomicU64,
     reserved_id: Mutex<u64>,
@@ -94,6 +96,8 @@ pub struct BlockStore {
 
 const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
+/// Changes of the cached-block table written by one record.
+const INDEX_STEP: usize = 2000;
 
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
@@ -140,6 +144,7 @@ impl BlockStore {
             block_size,
             dirty: RwLock::new(HashMap::new()),
             clean: Mutex::new(LruCache::unbounded()),
+            housekeeping: Mutex::new(()),
             index_changes: Mutex::new(stale.into_iter().map(|(h, _)| (h, None)).collect()),
             txg: AtomicU64::new(1),
             next_id: AtomicU64::new(next),
@@ -154,7 +159,9 @@ impl BlockStore {
             store.space.add_dirty(v.valid.bytes());
             let content =
                 Content { slot: Arc::new(slots.claim(v.slot)), len: v.len, valid: v.valid, base: v.base };
-            store.dirty.write().insert(id, Arc::new(DirtyBlock::new(id, 1, content, shared)));
+            // Of an earlier group than any of this run: a crash may have come between sealing and registering it, so a
+            // segment may name it already.
+            store.dirty.write().insert(id, Arc::new(DirtyBlock::new(id, 0, content, shared)));
         }
         {
             let mut clean = store.clean.lock();
@@ -326,34 +333,38 @@ impl BlockStore {
     }
 
     fn keep_clean(&self, hash: BlockHash, slot: Arc<Slot>, len: u32) {
-        let index = slot.index();
+        let value = CachedValue { slot: slot.index(), len };
         {
             let mut clean = self.clean.lock();
             if clean.contains(&hash) {
                 return;
             }
             clean.put(hash, Clean { slot, len, verified: true });
+            self.space.add_clean(u64::from(len));
+            self.index_changes.lock().insert(hash, Some(value));
         }
-        self.space.add_clean(u64::from(len));
-        self.index_changes.lock().insert(hash, Some(CachedValue { slot: index, len }));
         self.evict();
     }
 
+    /// Notes that a clean block left the LRU, whose lock the caller holds.
+    fn left(&self, hash: &BlockHash, c: &Clean) {
+        self.space.sub_clean(u64::from(c.len));
+        self.index_changes.lock().insert(*hash, None);
+    }
+
     fn drop_clean(&self, hash: &BlockHash) {
-        let popped = self.clean.lock().pop(hash);
-        if let Some(c) = popped {
-            self.space.sub_clean(u64::from(c.len));
-            self.index_changes.lock().insert(*hash, None);
+        let mut clean = self.clean.lock();
+        if let Some(c) = clean.pop(hash) {
+            self.left(hash, &c);
         }
     }
 
     /// Evicts the least recently used clean blocks until the allowance is kept.
     pub fn evict(&self) {
         while self.space.excess() > 0 {
-            let popped = self.clean.lock().pop_lru();
-            let Some((hash, c)) = popped else { return };
-            self.space.sub_clean(u64::from(c.len));
-            self.index_changes.lock().insert(hash, None);
+            let mut clean = self.clean.lock();
+            let Some((hash, c)) = clean.pop_lru() else { return };
+            self.left(&hash, &c);
         }
     }
 
@@ -517,7 +528,7 @@ impl BlockStore {
         for id in ids {
             if let Some(block) = dirty.remove(id) {
                 block.set_dead();
-                self.space.sub_dirty(block.bytes());
+                self.space.sub_dirty(block.uncount());
             }
         }
     }
@@ -557,14 +568,16 @@ impl BlockStore {
         })
     }
 
-    /// Enters sealed blocks into the tables within `tx`; those that died meanwhile are left out.
+    /// Enters sealed blocks into the tables within `tx`; those that died meanwhile (or are in already) are left out.
     pub fn register(
         &self,
         tx: &mut Tx<'_>,
         sealed: &[(Arc<DirtyBlock>, BlockEntry)],
     ) -> Result<(), StoreError> {
         for (block, entry) in sealed {
-            if block.is_dead() || self.dirty(block.id).is_none() {
+            // The table knows it, not the memory: the transaction that released the block may have been committed a
+            // moment ago, and its owner not yet have come to say so here.
+            if tx.get(&dirty_key(block.id))?.is_none() {
                 continue;
             }
             tx.put(block_key(block.id), entry.encode());
@@ -582,7 +595,7 @@ impl BlockStore {
             if removed.is_none() {
                 continue;
             }
-            self.space.sub_dirty(block.bytes());
+            self.space.sub_dirty(block.uncount());
             let slot = block.with(|c| {
                 (c.valid.covers(0, c.len) && c.len == entry.loc.raw_len).then(|| Arc::clone(&c.slot))
             });
@@ -596,17 +609,27 @@ impl BlockStore {
     /// Writes the changes of the cached-block table into the journal and frees slots whose freeing is durable. Called
     /// every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
-        let changes: Vec<_> = self.index_changes.lock().drain().collect();
-        for part in changes.chunks(2000) {
-            self.journal.transact::<_, JournalError>(|tx| {
-                for (hash, change) in part {
-                    match change {
-                        Some(value) => tx.put(cached_key(hash), value.encode()),
-                        None => tx.delete(cached_key(hash)),
+        {
+            let _turn = self.housekeeping.lock();
+            let changes: Vec<_> = self.index_changes.lock().drain().collect();
+            for (n, part) in changes.chunks(INDEX_STEP).enumerate() {
+                let written = self.journal.transact::<_, JournalError>(|tx| {
+                    for (hash, change) in part {
+                        match change {
+                            Some(value) => tx.put(cached_key(hash), value.encode()),
+                            None => tx.delete(cached_key(hash)),
+                        }
                     }
+                    Ok(())
+                });
+                if let Err(e) = written {
+                    let mut waiting = self.index_changes.lock();
+                    for (hash, change) in &changes[n * INDEX_STEP..] {
+                        waiting.entry(*hash).or_insert(*change);
+                    }
+                    return Err(e.into());
                 }
-                Ok(())
-            })?;
+            }
         }
         self.slots.reclaim(self.journal.durable_lsn())?;
         Ok(())

@@ -23,8 +23,8 @@ use crate::journal::{Journal, JournalError};
 pub const SEGMENT_TARGET: u64 = 16 << 20;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
-/// Local records behind which the sealed mark is written down even when nothing was sealed.
-const SKIP_RECORDS: u64 = 4096;
+/// Records that are local only, after which the mark is written anew.
+const REMEMBER_STEP: u64 = 4096;
 
 /// Why a transaction group could not be sealed. Nothing is lost: it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +52,8 @@ pub struct Sealer {
     epoch: Epoch,
     encoder: FrameEncoder,
     mark: SealedMark,
-    /// `mark.lsn` as the journal has it.
-    recorded: Lsn,
+    /// As far as the mark in the tables goes: the tail is kept from there on.
+    remembered: Lsn,
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
 }
@@ -109,6 +109,7 @@ impl Sealer {
         level: i32,
         mark: SealedMark,
     ) -> Result<Self, SealError> {
+        journal.release(mark.lsn);
         Ok(Self {
             journal,
             blocks,
@@ -116,8 +117,8 @@ impl Sealer {
             volume,
             epoch,
             encoder: FrameEncoder::new(level)?,
+            remembered: mark.lsn,
             mark,
-            recorded: mark.lsn,
             unpublished: Vec::new(),
         })
     }
@@ -129,13 +130,29 @@ impl Sealer {
 
     /// Notes that a checkpoint as of segment `number` was staged.
     pub fn checkpointed(&mut self, number: SegmentNo) -> Result<(), SealError> {
-        let mark = SealedMark { checkpoint: number, log_bytes: 0, ..self.mark };
-        self.journal.transact::<_, JournalError>(|tx| {
+        self.remember(SealedMark { checkpoint: number, log_bytes: 0, ..self.mark })?;
+        Ok(())
+    }
+
+    fn remember(&mut self, mark: SealedMark) -> Result<Lsn, JournalError> {
+        let (_, lsn) = self.journal.transact::<_, JournalError>(|tx| {
             tx.put(local_key(SEALED_MARK), mark.encode());
             Ok(())
         })?;
         self.mark = mark;
-        self.recorded = mark.lsn;
+        self.remembered = mark.lsn;
+        Ok(lsn)
+    }
+
+    /// Notes that there was nothing to ship up to `lsn`. The tail may only be cut behind a mark that the next start will
+    /// find; writing one each time would never come to rest, so it is written once in many records.
+    fn pass(&mut self, lsn: Lsn) -> Result<(), SealError> {
+        self.mark.lsn = lsn;
+        if lsn.0 - self.remembered.0 >= REMEMBER_STEP {
+            let written = self.remember(self.mark)?;
+            self.journal.barrier(written)?;
+            self.journal.release(lsn);
+        }
         Ok(())
     }
 
@@ -167,7 +184,7 @@ impl Sealer {
         let sealed = match result {
             Ok(Some(sealed)) => sealed,
             Ok(None) => {
-                self.skip(cut.lsn)?;
+                self.pass(cut.lsn)?;
                 return Ok(None);
             }
             Err(e) => {
@@ -186,24 +203,6 @@ impl Sealer {
         }
         self.publish()?;
         Ok(Some(self.mark.segment))
-    }
-
-    /// Goes on behind a group of local changes only, of which nothing is shipped. Now and then that is written down, so
-    /// that the tail may go; not each time, because that is a local change too.
-    fn skip(&mut self, lsn: Lsn) -> Result<(), SealError> {
-        self.mark.lsn = lsn;
-        if lsn.0 - self.recorded.0 < SKIP_RECORDS {
-            return Ok(());
-        }
-        let mark = self.mark;
-        let (_, lsn) = self.journal.transact::<_, JournalError>(|tx| {
-            tx.put(local_key(SEALED_MARK), mark.encode());
-            Ok(())
-        })?;
-        self.journal.barrier(lsn)?;
-        self.recorded = mark.lsn;
-        self.journal.release(mark.lsn);
-        Ok(())
     }
 
     /// Makes registered segments durable and hands them to the shippers.
@@ -298,7 +297,7 @@ impl Sealer {
             Ok(())
         })?;
         self.mark = mark;
-        self.recorded = mark.lsn;
+        self.remembered = mark.lsn;
         self.unpublished.extend(values);
         Ok(())
     }

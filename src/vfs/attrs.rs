@@ -36,8 +36,7 @@ impl Vfs {
             return Err(VfsError::FileTooLarge);
         }
         let _gate = self.enter()?;
-        let cell = self.cell(ino)?;
-        {
+        self.with_cell(ino, |cell| {
             let mut state = cell.state.write();
             if state.gone {
                 return Err(VfsError::Stale);
@@ -45,16 +44,15 @@ impl Vfs {
             if state.inode.kind != FileKind::Regular {
                 return Err(VfsError::Invalid);
             }
-            self.mark_pending(&cell, &mut state);
+            self.mark_pending(cell, &mut state);
             self.truncate_state(ino, &mut state, size)?;
             state.inode.mtime = now;
             apply(&mut state.inode, set, now);
             // With blocks given up there is something to reclaim: commit at once. So truncation by path is in order
             // with the renames around it, too.
-            self.flush_cell(&cell, &mut state)?;
-        }
-        self.let_go(cell);
-        Ok(())
+            self.flush_cell(cell, &mut state)?;
+            Ok(())
+        })
     }
 
     pub(super) fn do_statfs(&self) -> Result<StatFs> {

@@ -30,6 +30,11 @@ impl Vfs {
         }
         let cell = self.cell(ino)?;
         cell.open.fetch_add(1, Ordering::AcqRel);
+        // Counted first: see `reap`.
+        if cell.state.read().gone {
+            cell.open.fetch_sub(1, Ordering::AcqRel);
+            return Err(VfsError::Stale);
+        }
         if truncate
             && let Err(e) = self.do_setattr(
                 ino,
@@ -58,28 +63,28 @@ impl Vfs {
     // ---- reading -------------------------------------------------------------------------------------------------
 
     pub(super) fn do_read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> Result<Bytes> {
-        let cell = self.cell(ino)?;
-        let mut out = BytesMut::zeroed(len as usize);
-        let mut supply = Supply::new();
-        let n = loop {
-            let read = {
-                let state = cell.state.read();
-                self.read_state(ino, &state, offset, &mut out, &supply)
-            };
-            match read {
-                Ok(n) => break n,
-                Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
-                Err(StoreError::Miss(entry)) => {
-                    let raw = self.fetch(ino, &entry)?;
-                    supply.insert(entry.hash, raw);
+        self.with_cell(ino, |cell| {
+            let mut out = BytesMut::zeroed(len as usize);
+            let mut supply = Supply::new();
+            let n = loop {
+                let read = {
+                    let state = cell.state.read();
+                    self.read_state(ino, &state, offset, &mut out, &supply)
+                };
+                match read {
+                    Ok(n) => break n,
+                    Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
+                    Err(StoreError::Miss(entry)) => {
+                        let raw = self.fetch(ino, &entry)?;
+                        supply.insert(entry.hash, raw);
+                    }
+                    Err(e) => return Err(e.into()),
                 }
-                Err(e) => return Err(e.into()),
-            }
-        };
-        out.truncate(n);
-        self.read_ahead(&cell, offset, n as u64);
-        self.let_go(cell);
-        Ok(out.freeze())
+            };
+            out.truncate(n);
+            self.read_ahead(cell, offset, n as u64);
+            Ok(out.freeze())
+        })
     }
 
     fn fetch(&self, ino: Ino, entry: &BlockEntry) -> Result<Bytes> {
@@ -213,8 +218,7 @@ impl Vfs {
         let Some(end) = end else { return Err(VfsError::FileTooLarge) };
         self.admit(wait)?;
         let _gate = self.enter()?;
-        let cell = self.cell(ino)?;
-        {
+        self.with_cell(ino, |cell| {
             let mut state = cell.state.write();
             if state.gone {
                 return Err(VfsError::Stale);
@@ -225,15 +229,29 @@ impl Vfs {
             if data.is_empty() {
                 return Ok(0);
             }
-            self.mark_pending(&cell, &mut state);
-            self.write_state(ino, &mut state, offset, data)?;
+            self.mark_pending(cell, &mut state);
+            if let Err(e) = self.write_state(ino, &mut state, offset, data) {
+                self.cut_back(ino, &mut state, end);
+                return Err(e);
+            }
             let now = self.now();
             state.inode.size = state.inode.size.max(end);
             state.inode.mtime = now;
             state.inode.ctime = now;
+            Ok(data.len() as u32)
+        })
+    }
+
+    /// Takes away what a failed write up to `end` left behind the end of the file: it must not show when the file grows.
+    fn cut_back(&self, ino: Ino, state: &mut CellState, end: u64) {
+        let size = state.inode.size;
+        if end > size {
+            state.inode.size = end;
+            if let Err(e) = self.truncate_state(ino, state, size) {
+                log::error!("inode {ino}: bytes of a failed write may be left behind its end: {e}");
+                state.inode.size = size;
+            }
         }
-        self.let_go(cell);
-        Ok(data.len() as u32)
     }
 
     fn write_state(&self, ino: Ino, state: &mut CellState, offset: u64, data: &[u8]) -> Result<()> {
@@ -354,8 +372,7 @@ impl Vfs {
         }
         self.admit(wait)?;
         let _gate = self.enter()?;
-        let cell = self.cell(ino)?;
-        {
+        self.with_cell(ino, |cell| {
             let mut state = cell.state.write();
             if state.gone {
                 return Err(VfsError::Stale);
@@ -363,7 +380,7 @@ impl Vfs {
             if state.inode.kind != FileKind::Regular {
                 return Err(VfsError::NoSuchOffset);
             }
-            self.mark_pending(&cell, &mut state);
+            self.mark_pending(cell, &mut state);
             if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
                 self.zero_state(ino, &mut state, offset, end)?;
             }
@@ -373,9 +390,8 @@ impl Vfs {
             let now = self.now();
             state.inode.mtime = now;
             state.inode.ctime = now;
-        }
-        self.let_go(cell);
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Makes `[from, to)` zeros: whole blocks become holes, parts are zeroed.
@@ -420,13 +436,7 @@ impl Vfs {
     }
 
     pub(super) fn do_lseek(&self, ino: Ino, offset: u64, seek: Seek) -> Result<u64> {
-        let cell = self.cell(ino)?;
-        let found = {
-            let state = cell.state.read();
-            self.seek_state(ino, &state, offset, seek)
-        };
-        self.let_go(cell);
-        found
+        self.with_cell(ino, |cell| self.seek_state(ino, &cell.state.read(), offset, seek))
     }
 
     fn seek_state(&self, ino: Ino, state: &CellState, offset: u64, seek: Seek) -> Result<u64> {

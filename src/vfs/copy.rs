@@ -72,7 +72,14 @@ impl Vfs {
             let (from, to) = (from + done, to + done);
             let target_size = self.inode(target)?.size;
             let step = match plan(bs, from, to, len - done, source_inode.size, target_size) {
-                Step::Blocks(n) => self.share_blocks(source, from / bs, target, to / bs, n, len - done),
+                Step::Blocks(n) => {
+                    let bytes = (n * bs).min(len - done);
+                    match self.share_blocks(source, from / bs, target, to / bs, bytes) {
+                        Ok(None) => self.copy_bytes(source, from, target, to, bytes.min(COPY_MAX), wait),
+                        Ok(Some(n)) => Ok(n),
+                        Err(e) => Err(e),
+                    }
+                }
                 Step::Bytes(n) => self.copy_bytes(source, from, target, to, n, wait),
             };
             match step {
@@ -91,39 +98,51 @@ impl Vfs {
         Ok(u64::from(self.do_write(target, to, &data, wait)?))
     }
 
-    /// Lets the target name `count` blocks of the source; `len` bounds the bytes. Answers the bytes covered.
-    fn share_blocks(
-        &self,
-        source: Ino,
-        first: u64,
-        target: Ino,
-        at: u64,
-        count: u64,
-        len: u64,
-    ) -> Result<u64> {
-        let bs = u64::from(self.blocks.block_size());
+    /// Lets the target name the source's blocks from `first` on, up to `bytes` bytes. Answers the bytes covered, or
+    /// `None` when it cannot be done by sharing (the files have changed since it was planned).
+    fn share_blocks(&self, source: Ino, first: u64, target: Ino, at: u64, bytes: u64) -> Result<Option<u64>> {
         let _gate = self.enter()?;
-        let from_cell = self.cell(source)?;
-        let to_cell = self.cell(target)?;
-        let bytes = if source == target {
-            let mut state = to_cell.state.write();
-            let wanted = Self::shareable(self, &from_cell, &mut state, first, count)?;
-            self.take_blocks(&to_cell, &mut state, &wanted, first, at, (count * bs).min(len))?
-        } else {
-            // In order of their numbers.
-            let (mut from_state, mut to_state) = if source < target {
-                let from_state = from_cell.state.write();
-                (from_state, to_cell.state.write())
-            } else {
-                let to_state = to_cell.state.write();
-                (from_cell.state.write(), to_state)
-            };
-            let wanted = Self::shareable(self, &from_cell, &mut from_state, first, count)?;
-            self.take_blocks(&to_cell, &mut to_state, &wanted, first, at, (count * bs).min(len))?
-        };
-        self.let_go(from_cell);
-        self.let_go(to_cell);
-        Ok(bytes)
+        self.with_cell(source, |from_cell| {
+            self.with_cell(target, |to_cell| {
+                if source == target {
+                    let mut state = to_cell.state.write();
+                    let Some(bytes) = self.still_shareable(&state, &state, first, at, bytes) else {
+                        return Ok(None);
+                    };
+                    let wanted = self.shareable(from_cell, &mut state, first, bytes)?;
+                    return self.take_blocks(to_cell, &mut state, &wanted, first, at, bytes).map(Some);
+                }
+                // In order of their numbers.
+                let (mut from_state, mut to_state) = if source < target {
+                    let from_state = from_cell.state.write();
+                    (from_state, to_cell.state.write())
+                } else {
+                    let to_state = to_cell.state.write();
+                    (from_cell.state.write(), to_state)
+                };
+                let Some(bytes) = self.still_shareable(&from_state, &to_state, first, at, bytes) else {
+                    return Ok(None);
+                };
+                let wanted = self.shareable(from_cell, &mut from_state, first, bytes)?;
+                self.take_blocks(to_cell, &mut to_state, &wanted, first, at, bytes).map(Some)
+            })
+        })
+    }
+
+    /// How many of `bytes` bytes the source has now. `None` when the last block is a short one, but does not end the
+    /// source or would take away what the target has behind it.
+    fn still_shareable(
+        &self,
+        source: &CellState,
+        target: &CellState,
+        first: u64,
+        at: u64,
+        bytes: u64,
+    ) -> Option<u64> {
+        let bs = u64::from(self.blocks.block_size());
+        let bytes = bytes.min(source.inode.size.saturating_sub(first * bs));
+        let ends_both = first * bs + bytes >= source.inode.size && at * bs + bytes >= target.inode.size;
+        (bytes % bs == 0 || ends_both).then_some(bytes)
     }
 
     /// The source's blocks, all of them in the journal and none of them inline; by index.
@@ -132,7 +151,7 @@ impl Vfs {
         cell: &Arc<Cell>,
         state: &mut CellState,
         first: u64,
-        count: u64,
+        bytes: u64,
     ) -> Result<Vec<(u64, BlockId)>> {
         if state.gone {
             return Err(VfsError::Stale);
@@ -142,7 +161,8 @@ impl Vfs {
             self.spill_now(cell.ino, state)?;
         }
         self.flush_cell(cell, state)?;
-        Ok(state.blocks_in(&self.journal, cell.ino, first, first + count)?.into_iter().collect())
+        let end = first + bytes.div_ceil(u64::from(self.blocks.block_size()));
+        Ok(state.blocks_in(&self.journal, cell.ino, first, end)?.into_iter().collect())
     }
 
     fn take_blocks(
@@ -157,12 +177,36 @@ impl Vfs {
         if state.gone {
             return Err(VfsError::Stale);
         }
-        let bs = u64::from(self.blocks.block_size());
+        if bytes == 0 {
+            return Ok(0);
+        }
         self.mark_pending(cell, state);
         if state.inline.is_some() {
             self.spill_now(cell.ino, state)?;
         }
         self.flush_cell(cell, state)?;
+        // Nothing is pending now; a failure goes back to that.
+        let units = state.inode.blocks;
+        let taken = self.take_into(cell, state, wanted, first, at, bytes);
+        if taken.is_err() {
+            state.inode.blocks = units;
+            state.extents.clear();
+            state.touched.clear();
+            state.released.clear();
+        }
+        taken.map(|()| bytes)
+    }
+
+    fn take_into(
+        &self,
+        cell: &Arc<Cell>,
+        state: &mut CellState,
+        wanted: &[(u64, BlockId)],
+        first: u64,
+        at: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let bs = u64::from(self.blocks.block_size());
         // What the target has there now goes, holes of the source included.
         let end = at + bytes.div_ceil(bs);
         for (index, id) in state.blocks_in(&self.journal, cell.ino, at, end)? {
@@ -188,7 +232,7 @@ impl Vfs {
         })?;
         state.dirty = true;
         self.committed(cell, state, inode, lsn, &gone);
-        Ok(bytes)
+        Ok(())
     }
 }
 

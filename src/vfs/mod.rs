@@ -292,12 +292,24 @@ impl Vfs {
 
     /// Lets the cell go when nobody needs it.
     fn let_go(&self, cell: Arc<Cell>) {
-        let mut cells = self.cells[shard(cell.ino)].lock();
-        // Ours and the map's.
-        if Arc::strong_count(&cell) <= 2 && !cell.is_open() && cell.state.try_read().is_some_and(|s| !s.dirty)
-        {
-            cells.remove(&cell.ino);
+        let ino = cell.ino;
+        let mut cells = self.cells[shard(ino)].lock();
+        // Given up inside the lock, so that of several who let go the last one sees that it is.
+        drop(cell);
+        let unused = cells.get(&ino).is_some_and(|c| {
+            Arc::strong_count(c) == 1 && !c.is_open() && c.state.try_read().is_some_and(|s| !s.dirty)
+        });
+        if unused {
+            cells.remove(&ino);
         }
+    }
+
+    /// Runs `f` with the cell of a file and lets it go afterwards, whatever came of it.
+    fn with_cell<R>(&self, ino: Ino, f: impl FnOnce(&Arc<Cell>) -> Result<R>) -> Result<R> {
+        let cell = self.cell(ino)?;
+        let answer = f(&cell);
+        self.let_go(cell);
+        answer
     }
 
     fn mark_pending(&self, cell: &Arc<Cell>, state: &mut CellState) {
@@ -345,9 +357,7 @@ impl Vfs {
     fn inode(&self, ino: Ino) -> Result<Inode> {
         if let Some(cell) = self.existing_cell(ino) {
             let state = cell.state.read();
-            if !state.gone {
-                return Ok(state.inode.clone());
-            }
+            return if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) };
         }
         self.load(ino)
     }
@@ -384,20 +394,7 @@ impl Vfs {
         change: impl Fn(&mut Tx<'_>, &mut Inode) -> Result<R>,
     ) -> Result<(R, Inode)> {
         let _gate = self.enter()?;
-        let cell = match self.cell(ino) {
-            Ok(cell) => cell,
-            Err(VfsError::IsDirectory) => {
-                let (answer, _) = self.journal.transact::<_, VfsError>(|tx| {
-                    let mut inode = tx_inode(tx, ino)?;
-                    let answer = change(tx, &mut inode)?;
-                    tx.put(inode_key(ino), inode.encode());
-                    Ok((answer, inode))
-                })?;
-                return Ok(answer);
-            }
-            Err(e) => return Err(e),
-        };
-        let answer = {
+        let answer = self.with_cell(ino, |cell| {
             let mut state = cell.state.write();
             if state.gone {
                 return Err(VfsError::Stale);
@@ -409,11 +406,21 @@ impl Vfs {
                 state.put(tx, ino, &inode, &self.blocks, &mut gone)?;
                 Ok((answer, inode))
             })?;
-            self.committed(&cell, &mut state, inode.clone(), lsn, &gone);
-            (answer, inode)
-        };
-        self.let_go(cell);
-        Ok(answer)
+            self.committed(cell, &mut state, inode.clone(), lsn, &gone);
+            Ok((answer, inode))
+        });
+        match answer {
+            Err(VfsError::IsDirectory) => {
+                let (answer, _) = self.journal.transact::<_, VfsError>(|tx| {
+                    let mut inode = tx_inode(tx, ino)?;
+                    let answer = change(tx, &mut inode)?;
+                    tx.put(inode_key(ino), inode.encode());
+                    Ok((answer, inode))
+                })?;
+                Ok(answer)
+            }
+            other => other,
+        }
     }
 
     // ---- references ----------------------------------------------------------------------------------------------

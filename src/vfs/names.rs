@@ -8,8 +8,7 @@ use bytes::Bytes;
 use super::cell::Cell;
 use super::types::{Attr, Caller, DirItem, FileKind, VfsError};
 use super::{
-    LINK_MAX, Result, TARGET_MAX, TxError, Vfs, check_name, shard, tx_dir, tx_entry, tx_inode, tx_is_empty,
-    usage,
+    LINK_MAX, Result, TARGET_MAX, TxError, Vfs, check_name, tx_dir, tx_entry, tx_inode, tx_is_empty, usage,
 };
 use crate::format::tables::{
     Body, Dirent, Inode, dirent_key, dirent_range, inode_key, orphan_key, split_dirent_key,
@@ -74,7 +73,9 @@ impl Vfs {
             FileKind::Symlink => Body::Target(Bytes::copy_from_slice(new.target)),
             _ => Body::Blocks,
         };
-        let (inode, _) = self.journal.transact::<_, VfsError>(|tx| {
+        // Referenced before anybody else can know of it, so that it cannot be reaped under our hands.
+        self.reference(ino);
+        let made = self.journal.transact::<_, VfsError>(|tx| {
             let mut dir = tx_dir(tx, parent)?;
             if tx_entry(tx, parent, name)?.is_some() {
                 return Err(VfsError::Exists);
@@ -108,15 +109,21 @@ impl Vfs {
             tx.put(inode_key(parent), dir.encode());
             usage::change(tx, 0, 1)?;
             Ok(inode)
-        })?;
-        self.reference(ino);
-        let attr = self.attr(ino, &inode);
-        if open {
-            let cell = Arc::new(Cell::new(ino, inode));
-            cell.open.store(1, Ordering::Release);
-            self.cells[shard(ino)].lock().insert(ino, cell);
+        });
+        // Others may have found and changed it by now: its cell is theirs, too.
+        let opened = made.and_then(|(inode, _)| {
+            if open {
+                self.cell(ino)?.open.fetch_add(1, Ordering::AcqRel);
+            }
+            Ok(inode)
+        });
+        match opened {
+            Ok(inode) => Ok(self.attr(ino, &inode)),
+            Err(e) => {
+                self.do_forget(ino, 1);
+                Err(e)
+            }
         }
-        Ok(attr)
     }
 
     pub(super) fn do_symlink(
@@ -291,18 +298,22 @@ impl Vfs {
                 let Some((cookie, name)) = split_dirent_key(key) else { continue };
                 let entry = Dirent::decode(value)?;
                 let attr = if plus {
+                    // Referenced first, as in a lookup.
+                    self.reference(entry.ino);
                     match self.inode(entry.ino) {
                         Ok(inode) => Some(self.attr(entry.ino, &inode)),
-                        // Removed since the page was read.
-                        Err(VfsError::Stale) => continue,
-                        Err(e) => return Err(e),
+                        Err(e) => {
+                            self.do_forget(entry.ino, 1);
+                            // Removed since the page was read.
+                            if e == VfsError::Stale {
+                                continue;
+                            }
+                            return Err(e);
+                        }
                     }
                 } else {
                     None
                 };
-                if plus {
-                    self.reference(entry.ino);
-                }
                 if !emit(&DirItem { ino: entry.ino, kind: entry.kind, cookie, name, attr }) {
                     if plus {
                         self.do_forget(entry.ino, 1);

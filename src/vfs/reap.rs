@@ -103,21 +103,30 @@ impl Vfs {
 
     /// Deletes one orphan, in steps.
     fn reap(&self, ino: Ino) -> Result<()> {
-        // Somebody may have found it again meanwhile (lookup by number).
+        // Somebody may use it again: then this is asked for once more when they end.
         if self.is_referenced(ino) || self.existing_cell(ino).is_some_and(|c| c.is_open()) {
             return Ok(());
         }
-        match self.cell(ino) {
+        let cell = match self.cell(ino) {
             Ok(cell) => {
-                {
+                let in_use = {
                     let _gate = self.enter()?;
                     let mut state = cell.state.write();
                     self.flush_cell(&cell, &mut state)?;
                     state.gone = true;
+                    // Users count themselves first and then look whether it is gone: one of us sees the other.
+                    let in_use = self.is_referenced(ino) || cell.is_open();
+                    state.gone = !in_use;
+                    in_use
+                };
+                if in_use {
+                    self.let_go(cell);
+                    return Ok(());
                 }
-                self.cells[shard(ino)].lock().remove(&ino);
+                // The cell stays in the map until the inode is deleted, so that nobody makes a new one meanwhile.
+                Some(cell)
             }
-            Err(VfsError::IsDirectory) => {}
+            Err(VfsError::IsDirectory) => None,
             Err(VfsError::Stale) => {
                 let _gate = self.enter()?;
                 self.journal.transact::<_, VfsError>(|tx| {
@@ -128,9 +137,12 @@ impl Vfs {
                 return Ok(());
             }
             Err(e) => return Err(e),
-        }
+        };
         while !self.reap_step(ino)? {}
         self.orphans.lock().remove(&ino);
+        if let Some(cell) = cell {
+            self.let_go(cell);
+        }
         Ok(())
     }
 

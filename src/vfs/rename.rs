@@ -164,6 +164,8 @@ impl Work<'_, '_> {
     fn replace(&mut self, tx: &mut Tx<'_>, from: &Side<'_>, to: &Side<'_>) -> Result<Option<Ino>> {
         let source = from.entry.ok_or(VfsError::NotFound)?;
         let source_is_dir = source.kind == FileKind::Directory;
+        // A removed directory takes no names, and what was above it may be gone.
+        tx_dir(tx, to.parent)?;
         if source_is_dir {
             Self::check_not_below(tx, source.ino, to.parent)?;
         }

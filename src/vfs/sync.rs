@@ -23,12 +23,14 @@ impl Vfs {
 
     pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
         let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
-        if cell.state.read().dirty {
-            let _gate = self.enter()?;
-            self.flush_cell(&cell, &mut cell.state.write())?;
-        }
+        let dirty = cell.state.read().dirty;
+        let flushed = if dirty {
+            self.enter().and_then(|_gate| self.flush_cell(&cell, &mut cell.state.write()))
+        } else {
+            Ok(None)
+        };
         self.let_go(cell);
-        Ok(())
+        flushed.map(|_| ())
     }
 
     pub(super) fn do_fsync(&self, ino: Ino, wait: Wait) -> Result<()> {
