@@ -1,2 +1,5 @@
-//! Placeholder of the command line.
-fn main() {}
+//! The `mirrorfs` program: hands over to [`mirrorfs::cli`].
+
+fn main() -> std::process::ExitCode {
+    mirrorfs::cli::main()
+}

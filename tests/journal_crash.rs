@@ -4,6 +4,8 @@
 //! Afterwards the journal must hold a prefix of the sequence, not shorter than the last number printed, and again after
 //! the next kill. `JOURNAL_KILLS` sets how many (default 24); `JOURNAL_SEED` the moments.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

@@ -12,3 +12,6 @@ pub mod record;
 pub mod segment;
 pub mod tables;
 pub mod volume;
+
+/// Largest JSON object (volume, claim, manifest) that is read, in bytes.
+pub use json::MAX_LEN as MAX_JSON;

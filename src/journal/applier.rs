@@ -16,9 +16,7 @@ use super::sled_store::{Change, SledStore, checksum};
 use super::witness::{Point, State, Statement};
 use crate::ids::Lsn;
 
-/// A table of this size is frozen at once ...
-const FREEZE_BYTES: usize = 4 << 20;
-/// ... a smaller one after this long.
+/// A table too small to be frozen at commit is applied after this long.
 const FREEZE_AGE: Duration = Duration::from_secs(2);
 /// sled must never meet a full disk (it would neither write nor open any more): a round needs this much free,
 /// and four times what it brings.
@@ -89,31 +87,18 @@ fn serve(s: &Shared) {
 impl Shared {
     fn mem_holds(&self) -> bool {
         let view = self.view.read();
-        view.frozen.is_some() || view.active.born.is_some()
+        !view.frozen.is_empty() || view.active.born.is_some()
     }
 }
 
 fn due(s: &Shared) -> bool {
     let view = s.view.read();
-    view.frozen.is_some()
-        || view.active.bytes > FREEZE_BYTES.min(s.memtable_limit / 2)
-        || view.active.born.is_some_and(|t| t.elapsed() > FREEZE_AGE)
+    !view.frozen.is_empty() || view.active.born.is_some_and(|t| t.elapsed() > FREEZE_AGE)
 }
 
-/// Freezes the active table, unless one is still frozen, and applies it.
+/// Applies the oldest frozen table, or else the active one.
 pub(super) fn round(s: &Shared) -> Result<(), JournalError> {
-    let table = {
-        let mut view = s.view.write();
-        match &view.frozen {
-            Some(f) => f.clone(),
-            None => {
-                let table = Arc::new(std::mem::take(&mut view.active));
-                view.frozen = Some(table.clone());
-                view.freezes += 1;
-                table
-            }
-        }
-    };
+    let Some(table) = s.view.write().begin() else { return Ok(()) };
     s.barrier(table.last)?;
     let store = s.store()?;
     let free = free_space(&s.dir).map_err(|e| JournalError::io("look at the space of", &s.dir, e))?;
@@ -133,7 +118,7 @@ pub(super) fn round(s: &Shared) -> Result<(), JournalError> {
     drop(witness);
 
     let bytes = table.bytes;
-    s.view.write().frozen = None;
+    s.view.write().frozen.pop_front();
     s.mem.fetch_sub(bytes, SeqCst);
     s.applied.store(table.last.0, SeqCst);
     s.count.rounds.fetch_add(1, SeqCst);

@@ -1,9 +1,9 @@
 //! The newest changes, in memory: the layers above sled.
 //!
-//! Owns the active table (taking changes), the frozen one (being applied to sled) and the merge of ordered layers.
+//! Owns the active table (taking changes), the frozen ones (waiting for sled) and the merge of ordered layers.
 //! Knows neither sled nor files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,10 +72,13 @@ impl MemTable {
 pub(super) struct View {
     /// Takes the changes of new records.
     pub(super) active: MemTable,
-    /// On its way into sled.
-    pub(super) frozen: Option<Arc<MemTable>>,
-    /// How often a table was frozen. While it stands still, sled moves only towards the frozen table.
+    /// On their way into sled, oldest first.
+    pub(super) frozen: VecDeque<Arc<MemTable>>,
+    /// How many tables were ever frozen.
     pub(super) freezes: u64,
+    /// How many of them sled has at least in part. While this is not above what `freezes` was at some moment, sled
+    /// differs from its state at that moment only by tables that were frozen then.
+    pub(super) begun: u64,
 }
 
 /// Changes of a transaction not yet committed.
@@ -87,12 +90,29 @@ pub(super) type Entry = (Bytes, Option<Bytes>);
 type Layer<'a> = Box<dyn Iterator<Item = (&'a Bytes, &'a Option<Bytes>)> + 'a>;
 
 impl View {
+    /// Freezes the active table.
+    pub(super) fn freeze(&mut self) {
+        self.frozen.push_back(Arc::new(std::mem::take(&mut self.active)));
+        self.freezes += 1;
+    }
+
+    /// The oldest frozen table, about to be applied; of the active one when none is frozen.
+    pub(super) fn begin(&mut self) -> Option<Arc<MemTable>> {
+        if self.frozen.is_empty() && self.active.born.is_some() {
+            self.freeze();
+        }
+        let table = self.frozen.front().cloned();
+        // Starting the same one again after a failure counts once.
+        self.begun = self.freezes + 1 - self.frozen.len() as u64;
+        table
+    }
+
     /// `Some(Some(v))` = the value, `Some(None)` = deleted, `None` = ask sled.
     pub(super) fn get(&self, key: &[u8]) -> Option<Option<Bytes>> {
         if let Some((_, v)) = self.active.map.get(key) {
             return Some(v.clone());
         }
-        self.frozen.as_ref().and_then(|f| f.map.get(key)).map(|(_, v)| v.clone())
+        self.frozen.iter().rev().find_map(|f| f.map.get(key)).map(|(_, v)| v.clone())
     }
 
     /// The entries in `[start, end)`, newest layer first, until `limit` of them are values. Covers every key up to
@@ -104,12 +124,12 @@ impl View {
         end: &[u8],
         limit: usize,
     ) -> Vec<Entry> {
-        let mut layers: Vec<Layer<'_>> = Vec::with_capacity(3);
+        let mut layers: Vec<Layer<'_>> = Vec::with_capacity(2 + self.frozen.len());
         if let Some(own) = own {
             layers.push(Box::new(own.range::<[u8], _>((Bound::Included(start), Bound::Excluded(end)))));
         }
         layers.push(Box::new(self.active.range(start, end)));
-        if let Some(f) = &self.frozen {
+        for f in self.frozen.iter().rev() {
             layers.push(Box::new(f.range(start, end)));
         }
         merge(layers, false, limit)
@@ -117,13 +137,13 @@ impl View {
 
     /// Like [`View::overlay`] from the end backwards, until the first value.
     pub(super) fn overlay_back(&self, own: Option<&Changes>, start: &[u8], end: &[u8]) -> Vec<Entry> {
-        let mut layers: Vec<Layer<'_>> = Vec::with_capacity(3);
+        let mut layers: Vec<Layer<'_>> = Vec::with_capacity(2 + self.frozen.len());
         if let Some(own) = own {
             let range = own.range::<[u8], _>((Bound::Included(start), Bound::Excluded(end)));
             layers.push(Box::new(range.rev()));
         }
         layers.push(Box::new(self.active.range(start, end).rev()));
-        if let Some(f) = &self.frozen {
+        for f in self.frozen.iter().rev() {
             layers.push(Box::new(f.range(start, end).rev()));
         }
         merge(layers, true, 1)
@@ -175,7 +195,9 @@ mod tests {
     fn newer_layers_win_and_limits_count_values() {
         let frozen = table(1, vec![Op::put("a", "1"), Op::put("b", "1"), Op::put("d", "1")]);
         let active = table(2, vec![Op::delete("a"), Op::put("b", "2"), Op::put("c", "2")]);
-        let view = View { active, frozen: Some(Arc::new(frozen)), freezes: 1 };
+        let mut view = View { active: frozen, ..View::default() };
+        view.freeze();
+        view.active = active;
         let mut own = Changes::new();
         own.insert("c".into(), None);
         let got = view.overlay(Some(&own), b"a", b"z", 10);

@@ -30,6 +30,7 @@ mod tail;
 mod tail_set;
 #[cfg(test)]
 mod tests;
+mod tx;
 mod witness;
 
 use std::fs;
@@ -44,6 +45,7 @@ use parking_lot::Mutex;
 
 pub use error::JournalError;
 pub use tail_set::RecordIter;
+pub use tx::Tx;
 
 use crate::format::record::{Op, Record};
 use crate::ids::Lsn;
@@ -403,7 +405,7 @@ fn load(
                 Op::Put { key, value } => (key, Some(value)),
                 Op::Delete { key } => (key, None),
             };
-            check(&key, value.as_ref())?;
+            tx::check(&key, value.as_ref())?;
             chunk.insert(key, value);
         }
         for (key, value) in &chunk {
@@ -418,68 +420,6 @@ fn load(
         store.apply(changes, end.then_some(lsn), || {})?;
     }
     Ok(sum)
-}
-
-fn check(key: &Bytes, value: Option<&Bytes>) -> Result<(), JournalError> {
-    if key.is_empty() || key.len() > MAX_KEY || key[0] == 0xff {
-        return Err(JournalError::TooLarge { what: "key", len: key.len(), limit: MAX_KEY });
-    }
-    match value {
-        Some(v) if v.len() > MAX_VALUE => {
-            Err(JournalError::TooLarge { what: "value", len: v.len(), limit: MAX_VALUE })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// A transaction: sees its own changes over the newest state.
-pub struct Tx<'a> {
-    shared: &'a Shared,
-    lsn: Lsn,
-    changes: Changes,
-    refused: Option<JournalError>,
-}
-
-impl Tx<'_> {
-    /// The value of a key.
-    pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, JournalError> {
-        self.shared.get(Some(&self.changes), key)
-    }
-
-    /// Up to `limit` pairs with keys in `[start, end)`, in order.
-    pub fn scan(&self, start: &[u8], end: &[u8], limit: usize) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
-        self.shared.scan(Some(&self.changes), start, end, limit)
-    }
-
-    /// The pair with the highest key in `[start, end)`.
-    pub fn last_in(&self, start: &[u8], end: &[u8]) -> Result<Option<(Bytes, Bytes)>, JournalError> {
-        self.shared.last_in(Some(&self.changes), start, end)
-    }
-
-    /// Sets a key. A key or value beyond [`MAX_KEY`] or [`MAX_VALUE`] makes the whole transaction fail at its end.
-    pub fn put(&mut self, key: impl Into<Bytes>, value: impl Into<Bytes>) {
-        self.change(key.into(), Some(value.into()));
-    }
-
-    /// Removes a key; no error when it is absent.
-    pub fn delete(&mut self, key: impl Into<Bytes>) {
-        self.change(key.into(), None);
-    }
-
-    fn change(&mut self, key: Bytes, value: Option<Bytes>) {
-        match check(&key, value.as_ref()) {
-            Ok(()) => {
-                self.changes.insert(key, value);
-            }
-            Err(e) => self.refused = self.refused.take().or(Some(e)),
-        }
-    }
-
-    /// The LSN that the record will get.
-    #[must_use]
-    pub fn lsn(&self) -> Lsn {
-        self.lsn
-    }
 }
 
 /// Moves a journal that cannot be opened aside, whole (database, tail and witness), into `dir/quarantine-{label}`

@@ -26,6 +26,8 @@ use crate::ids::Lsn;
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Buffered tail bytes that wake the flusher.
 pub(super) const FLUSH_AT: usize = 1 << 20;
+/// A memtable of this size is frozen (an eighth of the limit when that is less), so that memory comes free in steps.
+const FREEZE_BYTES: usize = 4 << 20;
 /// Buffered tail bytes at which committers wait.
 const BUFFER_LIMIT: usize = 8 << 20;
 /// A journal whose threads do not get on for this long is stuck in the disk or in sled.
@@ -215,10 +217,17 @@ impl Shared {
         };
         let grown = view.active.insert(lsn, ops, Instant::now);
         self.mem.fetch_add(grown, SeqCst);
+        let freeze = view.active.bytes > FREEZE_BYTES.min(self.memtable_limit / 8);
+        if freeze {
+            view.freeze();
+        }
         self.last.store(lsn.0, SeqCst);
         drop(view);
         if wake {
             self.flush_wanted.notify_one();
+        }
+        if freeze {
+            self.wished.notify_one();
         }
     }
 
@@ -262,8 +271,8 @@ impl Shared {
     }
 
     /// Runs `read` with the store such that what it read there fits to the overlay that `look` took: sled may only
-    /// move towards the table that was frozen then.
-    fn consistently<O, R>(
+    /// have moved towards tables that were frozen then.
+    pub(super) fn consistently<O, R>(
         &self,
         look: impl Fn(&View) -> O,
         read: impl Fn(&SledStore, O) -> Result<R, JournalError>,
@@ -275,7 +284,7 @@ impl Shared {
                 (look(&view), view.freezes)
             };
             let got = self.watch(read(&store, overlay))?;
-            if self.view.read().freezes == freezes {
+            if self.view.read().begun <= freezes {
                 return Ok(got);
             }
         }

@@ -128,6 +128,11 @@ impl Faults {
         Self(Arc::new(Mutex::new(script)))
     }
 
+    /// Lets random choices follow another seed from now on.
+    pub fn reseed(&self, seed: u64) {
+        self.0.lock().random = seed;
+    }
+
     /// Wraps a backend so that it obeys this handle; fits [`super::Store::wrapped`].
     #[must_use]
     pub fn wrap(&self, inner: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {

@@ -2,15 +2,30 @@
 //!
 //! Owns everything that crosses a network; knows neither files nor the journal.
 
+mod attach;
 mod contract;
 mod error;
 pub mod fault;
 mod folder;
+pub mod health;
 mod pace;
+pub mod read_plan;
+mod reader;
+mod shared;
+pub mod ship_plan;
+mod shipper;
 mod store;
 mod target;
+#[cfg(test)]
+mod testing;
+mod transfer;
+pub mod volume;
 
+pub use attach::{Fenced, Identity};
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
+pub use reader::{DEADLINE, Local, Reader};
+pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};
+pub use shipper::{Shipper, Tuning, status};
 pub use store::{Conditional, Created, Limits, ObjectInfo, Requests, Store};
 pub use target::{Place, ReplicaSpec, Scheme, TargetError, check_distinct, same_place};

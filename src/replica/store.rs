@@ -23,12 +23,10 @@ use crate::ids::ReplicaName;
 
 /// Files above this many bytes are sent in parts.
 const SINGLE_PUT: u64 = 64 << 20;
-/// Length of a part.
-const PART: u64 = 16 << 20;
-/// Parts in flight at a time.
-const PARTS_IN_FLIGHT: usize = 3;
 /// How often an ambiguous creation is tried.
 const CREATE_TRIES: u32 = 3;
+
+mod files;
 
 /// How long calls may take and how many run at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +74,7 @@ pub enum Conditional {
 }
 
 /// What was asked of a replica so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Requests {
     /// Objects or ranges read.
     pub get: u64,
@@ -94,6 +92,14 @@ pub struct Requests {
     pub bytes_sent: u64,
     /// Bytes of object content received.
     pub bytes_received: u64,
+}
+
+impl Requests {
+    /// All requests together.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.get + self.put + self.head + self.list + self.delete
+    }
 }
 
 #[derive(Default)]
@@ -500,73 +506,6 @@ impl Store {
             Ok(_) => Err(self.error("create", path, ErrorKind::Exists, "")),
             Err(e) if e.kind == ErrorKind::Absent => self.put_payload(path, body, PutMode::Overwrite).await,
             Err(e) => Err(e),
-        }
-    }
-
-    async fn put_parts(&self, path: &str, file: &FsPath, len: u64) -> Result<(), StoreError> {
-        let at = self.at("put", path)?;
-        let start = self.backend.put_multipart(&at);
-        let mut upload = self.call("put", path, self.limits.call, start).await?;
-        let mut parts = futures::stream::FuturesUnordered::new();
-        let mut offset = 0;
-        let sent = async {
-            while offset < len || !parts.is_empty() {
-                if offset < len && parts.len() < PARTS_IN_FLIGHT {
-                    let n = PART.min(len - offset);
-                    let body = self.read_local(path, file, offset, n).await?;
-                    offset += n;
-                    parts.push(self.upload("put", path, n, upload.put_part(PutPayload::from_bytes(body))));
-                } else {
-                    parts.try_next().await?;
-                }
-            }
-            Ok(())
-        };
-        let sent: Result<(), StoreError> = sent.await;
-        drop(parts);
-        let finished = match sent {
-            Ok(()) => {
-                let deadline = self.limits.call * 4;
-                self.call("put", path, deadline, upload.complete()).await.map(|_| ())
-            }
-            Err(e) => Err(e),
-        };
-        if finished.is_err() {
-            // What is left of a multipart upload costs money; that this fails too must not hide the first error.
-            let _ = self.call("put", path, self.limits.call, upload.abort()).await;
-        }
-        finished
-    }
-
-    /// Reads a stretch of a local file.
-    async fn read_local(
-        &self,
-        path: &str,
-        file: &FsPath,
-        offset: u64,
-        len: u64,
-    ) -> Result<Bytes, StoreError> {
-        let owned = file.to_owned();
-        let read = move || -> std::io::Result<Vec<u8>> {
-            use std::os::unix::fs::FileExt;
-            let file = std::fs::File::open(owned)?;
-            let mut body = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-            file.read_exact_at(&mut body, offset)?;
-            Ok(body)
-        };
-        let error = |kind, text: String| {
-            self.error("put", path, kind, format!("local file {}: {text}", file.display()))
-        };
-        match tokio::task::spawn_blocking(read).await {
-            Ok(Ok(body)) => Ok(Bytes::from(body)),
-            Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotFound => {
-                Err(error(ErrorKind::Absent, "gone".to_owned()))
-            }
-            Ok(Err(e)) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                Err(error(ErrorKind::Corrupt, "shorter than it should be".to_owned()))
-            }
-            Ok(Err(e)) => Err(error(ErrorKind::Transient, e.to_string())),
-            Err(e) => Err(error(ErrorKind::Transient, e.to_string())),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The staging area: sealed objects on local disk, from sealing until every replica has them.
 //!
 //! Owns the files below `staging/` and what is known of every segment of the volume. Decides nothing about when a
-//! segment may go; it is told.
+//! segment may go; it is told. Segments lie under the same names as on a replica, so that a rebuild of the local tables
+//! can read the area like one.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,6 +17,7 @@ use crate::cache::BlockStore;
 use crate::cache::store::scan_table;
 use crate::format::codec::FormatError;
 use crate::format::local::SegmentValue;
+use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
@@ -84,18 +86,21 @@ impl Staging {
             state.known.insert(number, known);
             Ok(())
         })?;
-        let folder = dir.join("segments");
-        for entry in at(&folder, fs::read_dir(&folder))? {
-            let entry = at(&folder, entry)?;
-            let path = entry.path();
-            let number = parse_file_name(&entry.file_name().to_string_lossy());
-            let len = at(&path, entry.metadata())?.len();
-            match number.and_then(|(n, e)| Some((state.known.get_mut(&n)?, e))) {
-                Some((known, epoch)) if known.epoch == epoch && known.len == len => {
+        for path in segment_files(dir)? {
+            let name = path.strip_prefix(dir).ok().and_then(|p| ObjectName::parse(&p.to_string_lossy()));
+            let len = at(&path, fs::metadata(&path))?.len();
+            let known = match name {
+                Some(ObjectName::Segment(number, epoch)) => {
+                    state.known.get_mut(&number).filter(|k| k.epoch == epoch && k.len == len)
+                }
+                _ => None,
+            };
+            match known {
+                Some(known) => {
                     known.on_disk = true;
                     state.bytes += len;
                 }
-                _ => {
+                None => {
                     log::info!("removing {}: not registered, left by a crash", path.display());
                     at(&path, fs::remove_file(&path))?;
                 }
@@ -119,7 +124,7 @@ impl Staging {
 
     /// Where a segment's file lies.
     pub fn segment_path(&self, number: SegmentNo, epoch: Epoch) -> PathBuf {
-        self.dir.join("segments").join(format!("{}-{}.seg", number.hex(), epoch.hex()))
+        self.dir.join(ObjectName::Segment(number, epoch).path())
     }
 
     /// Folder in which a checkpoint is built and kept.
@@ -131,10 +136,15 @@ impl Staging {
     pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: &[u8]) -> Result<(), StagingError> {
         let path = self.segment_path(number, epoch);
         let write = || {
+            let folder = path.parent().unwrap_or(&self.dir);
+            if !folder.exists() {
+                fs::create_dir_all(folder)?;
+                File::open(self.dir.join("segments"))?.sync_all()?;
+            }
             let mut file = File::create(&path)?;
             file.write_all(bytes)?;
             file.sync_all()?;
-            File::open(self.dir.join("segments"))?.sync_all()
+            File::open(folder)?.sync_all()
         };
         at(&path, write())
     }
@@ -211,9 +221,21 @@ impl Staging {
     }
 }
 
-fn parse_file_name(name: &str) -> Option<(SegmentNo, Epoch)> {
-    let (number, epoch) = name.strip_suffix(".seg")?.split_once('-')?;
-    Some((SegmentNo(u64::from_str_radix(number, 16).ok()?), Epoch(u32::from_str_radix(epoch, 16).ok()?)))
+/// All files below `segments/`, two levels deep.
+fn segment_files(dir: &Path) -> Result<Vec<PathBuf>, StagingError> {
+    let top = dir.join("segments");
+    let mut files = Vec::new();
+    for folder in at(&top, fs::read_dir(&top))? {
+        let folder = at(&top, folder)?.path();
+        if !folder.is_dir() {
+            files.push(folder);
+            continue;
+        }
+        for entry in at(&folder, fs::read_dir(&folder))? {
+            files.push(at(&folder, entry)?.path());
+        }
+    }
+    Ok(files)
 }
 
 impl Outbox for Staging {

@@ -1,5 +1,6 @@
 //! Tests of deadlines, verification and ambiguous creation, over a faulty backend.
 
+use super::files::PART;
 use super::*;
 use crate::replica::fault::{Fault, Faults, Op, Rule};
 

@@ -1,5 +1,7 @@
 //! Tests of URLs, options and places.
 
+use object_store::ClientConfigKey;
+
 use super::*;
 
 fn spec_with(url: &str, options: &[(&str, &str)]) -> Result<ReplicaSpec, TargetError> {

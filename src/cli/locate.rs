@@ -1,0 +1,100 @@
+//! From a mountpoint to the daemon that serves it.
+
+use std::path::{Path, PathBuf};
+
+use super::CommandError;
+use crate::config::Env;
+use crate::control::mounts::{self, Mount};
+use crate::control::{Client, Entry, Registry};
+use crate::exit::Exit;
+
+/// A live mount of mirrorfs.
+#[derive(Clone, Debug)]
+pub(super) struct Located {
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// What the registry says of its daemon; missing when the daemon was started by another user, or its entry is lost.
+    pub entry: Option<Entry>,
+}
+
+impl Located {
+    /// The daemon to ask.
+    pub fn client(&self) -> Result<Client, CommandError> {
+        let entry = self.entry.as_ref().ok_or_else(|| {
+            CommandError::new(
+                Exit::NotMounted,
+                format!(
+                    "cannot tell which daemon serves {}; ask as the user who mounted it, or as root",
+                    self.mountpoint.display()
+                ),
+            )
+        })?;
+        Ok(Client::new(&entry.state))
+    }
+}
+
+/// Every mount of mirrorfs that the kernel has, in the order they were made.
+pub(super) fn all() -> Result<Vec<Located>, CommandError> {
+    let registry = Registry::of_user();
+    Ok(read_mounts()?.iter().filter(|m| m.is_mirrorfs()).map(|m| located(m, &registry)).collect())
+}
+
+/// The mount at `given`, or around it when `within` is set.
+pub(super) fn find(given: &Path, within: bool) -> Result<Located, CommandError> {
+    let env = Env::current()?;
+    let mounts = read_mounts()?;
+    let mount = candidates(&env.cwd.join(given))
+        .filter_map(|path| if within { mounts::around(&mounts, &path) } else { mounts::at(&mounts, &path) })
+        .find(|mount| mount.is_mirrorfs());
+    match mount {
+        Some(mount) => Ok(located(mount, &Registry::of_user())),
+        None => Err(CommandError::new(
+            Exit::NotMounted,
+            format!("no mirrorfs volume is mounted on {}; see all with: mirrorfs status", given.display()),
+        )),
+    }
+}
+
+fn located(mount: &Mount, registry: &Registry) -> Located {
+    Located { mountpoint: mount.mountpoint.clone(), entry: registry.find(&mount.mountpoint) }
+}
+
+fn read_mounts() -> Result<Vec<Mount>, CommandError> {
+    mounts::all()
+        .map_err(|error| CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}")))
+}
+
+/// Absolute forms of a path. First without asking the last component, because a mountpoint whose daemon is dead
+/// answers nothing; then with all symbolic links resolved.
+fn candidates(path: &Path) -> impl Iterator<Item = PathBuf> + '_ {
+    let without_last = || {
+        let last = path.file_name()?;
+        Some(path.parent()?.canonicalize().ok()?.join(last))
+    };
+    without_last().into_iter().chain(std::iter::once_with(|| path.canonicalize().ok()).flatten())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_tried_before_its_links_are_resolved() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("m")).unwrap();
+        std::os::unix::fs::symlink("m", root.join("link")).unwrap();
+        let found: Vec<PathBuf> = candidates(&root.join("link")).collect();
+        assert_eq!(found, [root.join("link"), root.join("m")]);
+        let trailing = PathBuf::from(format!("{}/m/", root.display()));
+        assert_eq!(candidates(&trailing).next(), Some(root.join("m")));
+    }
+
+    #[test]
+    fn what_is_not_mounted_is_said_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = find(dir.path(), false).unwrap_err();
+        assert_eq!(error.exit, Exit::NotMounted);
+        assert!(error.message.contains("no mirrorfs volume is mounted on"), "{}", error.message);
+    }
+}

@@ -1,0 +1,194 @@
+//! The command line: arguments, dispatch, and how a command ends.
+//!
+//! One file per subcommand. Owns what is printed; the work is done by the daemon, which most commands only ask.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::ConfigError;
+use crate::control::{ClientError, Failure};
+use crate::daemon;
+use crate::exit::Exit;
+
+mod args;
+mod background;
+mod helper;
+mod human;
+mod init;
+mod locate;
+mod mount;
+mod mountpoint;
+mod output;
+mod progress;
+mod restore;
+mod status;
+mod sync;
+mod umount;
+mod version;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "mirrorfs",
+    version,
+    about = "One directory kept safe on several clouds",
+    after_help = exit_table(),
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// What to log: error, warn, info, debug, trace, or a list such as `info,mirrorfs::replica=debug`
+    #[arg(long, global = true, value_name = "FILTER", env = "MIRRORFS_LOG", hide_env_values = true)]
+    log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Init(init::Args),
+    Mount(mount::Args),
+    Umount(umount::Args),
+    Sync(sync::Args),
+    Status(status::Args),
+    Restore(restore::Args),
+    Version(version::Args),
+}
+
+/// Why a command did not do what it was asked, and the code it ends with.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct CommandError {
+    exit: Exit,
+    message: String,
+}
+
+impl CommandError {
+    pub(crate) fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into() }
+    }
+}
+
+impl From<ConfigError> for CommandError {
+    fn from(error: ConfigError) -> Self {
+        Self::new(error.exit_code(), error.to_string())
+    }
+}
+
+impl From<ClientError> for CommandError {
+    fn from(error: ClientError) -> Self {
+        Self::new(error.exit_code(), error.to_string())
+    }
+}
+
+impl From<Failure> for CommandError {
+    fn from(failure: Failure) -> Self {
+        Self::new(failure.exit, failure.message)
+    }
+}
+
+impl From<daemon::Error> for CommandError {
+    fn from(error: daemon::Error) -> Self {
+        Self::new(error.exit_code(), error.to_string())
+    }
+}
+
+type Outcome = Result<(), CommandError>;
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = helper::translate(std::env::args_os().collect());
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to standard output and is no error; a reader that closed early is none either.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+        }
+    };
+    let quiet = !matches!(cli.command, Command::Mount(_));
+    start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
+    match run(cli.command, &arguments) {
+        Ok(()) => Exit::Done.into(),
+        Err(error) => {
+            output::note(&format!("mirrorfs: {error}"));
+            error.exit.into()
+        }
+    }
+}
+
+fn run(command: Command, arguments: &[OsString]) -> Outcome {
+    match command {
+        Command::Init(args) => init::run(args),
+        Command::Mount(args) => mount::run(args, arguments),
+        Command::Umount(args) => umount::run(&args),
+        Command::Sync(args) => sync::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Restore(args) => restore::run(&args),
+        Command::Version(args) => version::run(&args),
+    }
+}
+
+fn start_log(filter: Option<&str>, default: &str) {
+    let mut builder = env_logger::Builder::new();
+    builder.parse_filters(filter.unwrap_or(default)).format_timestamp_millis();
+    // Fails only when a log is running already, as in a test that calls main twice.
+    let _ = builder.try_init();
+}
+
+/// A runtime for a command that asks a daemon: one thread is enough.
+fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CommandError::new(Exit::Failure, format!("cannot start: {error}")))
+}
+
+fn exit_table() -> String {
+    let rows = Exit::ALL.iter().map(|exit| format!("  {:>2}  {}\n", exit.code(), exit.meaning()));
+    format!("Exit codes:\n{}", rows.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_examples() {
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Examples:\n  mirrorfs "), "{} has none:\n{help}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn every_flag_can_be_set_by_a_variable() {
+        for command in Cli::command().get_subcommands() {
+            for argument in command.get_arguments().filter(|a| a.get_long().is_some() && !a.is_hide_set()) {
+                let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+                let name = argument.get_long().unwrap_or_default();
+                let named = argument.get_env().is_some() || help.contains("[env: MIRRORFS_");
+                assert!(named || name == "help", "{} --{name}", command.get_name());
+            }
+        }
+    }
+
+    #[test]
+    fn help_and_readme_list_every_exit_code() {
+        let help = Cli::command().render_help().to_string();
+        let readme = include_str!("../../README.md");
+        for exit in Exit::ALL {
+            assert!(help.contains(&format!("{:>2}  {}\n", exit.code(), exit.meaning())), "{help}");
+            assert!(readme.contains(&format!("| {} | {} |\n", exit.code(), exit.meaning())), "{exit:?}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! `mirrorfs mount`: checks everything that can be checked at once, then serves the mount, usually in the background.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use super::args::{self, ReplicaArgs, VolumeArgs};
+use super::background::{self, Report};
+use super::{CommandError, Outcome, mountpoint, output};
+use crate::config::{Config, Env, Raw, state};
+use crate::daemon::{self, MountArgs, Ready, ReadyInfo};
+use crate::exit::Exit;
+
+/// Mount a volume
+///
+/// Returns once the mount is live; the daemon goes on in the background and logs to daemon.log in its state folder. An
+/// empty set of replicas becomes a new volume. With an empty state folder the volume is brought back from the replicas.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mirrorfs mount ~/files --replica /mnt/disk/mirror --replica off=s3://bucket/mirror
+  mirrorfs mount /srv/files --config /etc/mirrorfs/files.toml -o allow_other,noatime
+  mirrorfs mount ~/files --config home.toml --foreground --log debug
+In /etc/fstab, with /sbin/mount.mirrorfs a symbolic link to mirrorfs:
+  /etc/mirrorfs/files.toml  /srv/files  mirrorfs  _netdev,nofail,allow_other  0  0")]
+pub(super) struct Args {
+    /// An existing directory
+    mountpoint: PathBuf,
+
+    #[command(flatten)]
+    replicas: ReplicaArgs,
+
+    /// Folder of the local state [env: MIRRORFS_STATE] [default: below $XDG_STATE_HOME/mirrorfs]
+    #[arg(long, value_name = "DIR")]
+    state: Option<String>,
+
+    /// Local disk that blocks may take [env: MIRRORFS_CACHE_SIZE] [default: 10GiB]
+    #[arg(long, value_name = "SIZE")]
+    cache_size: Option<String>,
+
+    /// What fsync waits for: local, one, quorum or all [env: MIRRORFS_FSYNC] [default: local]
+    #[arg(long, value_name = "LEVEL")]
+    fsync: Option<String>,
+
+    /// After this an fsync that waits for replicas fails [env: MIRRORFS_FSYNC_TIMEOUT] [default: 1m]
+    #[arg(long, value_name = "TIME")]
+    fsync_timeout: Option<String>,
+
+    /// Longest time until what was written is on its way to the replicas [env: MIRRORFS_COMMIT_INTERVAL] [default: 5s]
+    #[arg(long, value_name = "TIME")]
+    commit_interval: Option<String>,
+
+    #[command(flatten)]
+    volume: VolumeArgs,
+
+    /// Nobody may write [env: MIRRORFS_READ_ONLY]
+    #[arg(long)]
+    read_only: bool,
+
+    /// Other users may enter, subject to permissions [env: MIRRORFS_ALLOW_OTHER]
+    #[arg(long)]
+    allow_other: bool,
+
+    /// Options as in fstab: allow_other,ro,nosuid,nodev,noexec,noatime,cache_size=1GiB,…
+    #[arg(short = 'o', long = "options", value_name = "LIST", env = "MIRRORFS_OPTIONS")]
+    options: Vec<String>,
+
+    /// Stay in the foreground and log to standard error
+    #[arg(long, short, env = "MIRRORFS_FOREGROUND", value_parser = clap::builder::FalseyValueParser::new())]
+    foreground: bool,
+
+    /// Set by the command that starts the background process
+    #[arg(long, hide = true)]
+    ready_on_stdout: bool,
+}
+
+impl Args {
+    fn raw(&self, env: &Env) -> Result<Raw, CommandError> {
+        let mut raw = self.replicas.raw(&env.cwd)?;
+        raw.options.clone_from(&self.options);
+        self.volume.add_to(&mut raw.flags);
+        for (key, value) in [
+            ("state", &self.state),
+            ("cache_size", &self.cache_size),
+            ("fsync", &self.fsync),
+            ("fsync_timeout", &self.fsync_timeout),
+            ("commit_interval", &self.commit_interval),
+        ] {
+            args::set(&mut raw.flags, key, value.as_deref());
+        }
+        args::set(&mut raw.flags, "read_only", self.read_only.then_some("true"));
+        args::set(&mut raw.flags, "allow_other", self.allow_other.then_some("true"));
+        Ok(raw)
+    }
+}
+
+pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
+    if args.ready_on_stdout {
+        return run_in_background(&args);
+    }
+    let (config, checked) = prepare(&args)?;
+    if let Some(warning) = &checked.warning {
+        output::note(&format!("mirrorfs: warning: {warning}"));
+    }
+    let mountpoint = checked.path.clone();
+    if args.foreground {
+        let ready: Ready = Box::new(move |outcome| {
+            if let Ok(info) = outcome {
+                output::note(&announce(&info, &mountpoint));
+            }
+        });
+        return Ok(daemon::run(config, MountArgs { mountpoint: checked.path }, ready)?);
+    }
+    let info = background::start(arguments, &config.state)?;
+    output::print(&announce(&info, &mountpoint))
+}
+
+fn prepare(args: &Args) -> Result<(Config, mountpoint::Checked), CommandError> {
+    let env = Env::current()?;
+    let config = Config::load(&args.raw(&env)?, &env)?;
+    let checked = mountpoint::check(&args.mountpoint, &env.cwd, &config)?;
+    mountpoint::check_fuse()?;
+    state::create(&config.state).map_err(|error| {
+        let message = format!("cannot create the state folder {}: {error}", config.state.display());
+        CommandError::new(Exit::Failure, message)
+    })?;
+    Ok((config, checked))
+}
+
+/// The process that [`background::start`] started: reports once on what was its standard output, then serves.
+fn run_in_background(args: &Args) -> Outcome {
+    let report = Report::take()?;
+    let (config, checked) = match prepare(args) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            report.failed(error.exit, &error.message);
+            return Err(error);
+        }
+    };
+    // Not to keep another filesystem busy. All paths are absolute by now.
+    if let Err(error) = std::env::set_current_dir("/") {
+        log::warn!("cannot leave the working directory: {error}");
+    }
+    let ready: Ready = Box::new(move |outcome| match outcome {
+        Ok(info) => report.ready(&info),
+        Err(error) => report.failed(error.exit_code(), &error.to_string()),
+    });
+    Ok(daemon::run(config, MountArgs { mountpoint: checked.path }, ready)?)
+}
+
+fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {
+    let notes: String = info.notes.iter().map(|note| format!("{note}\n")).collect();
+    format!("{notes}mounted volume {} on {}", info.volume, mountpoint.display())
+}

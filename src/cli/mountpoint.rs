@@ -1,0 +1,193 @@
+//! Whether a directory can be mounted on.
+
+use std::path::{Path, PathBuf};
+
+use super::CommandError;
+use crate::config::{Config, real_path};
+use crate::control::mounts::{self, Mount};
+use crate::exit::Exit;
+use crate::replica::Place;
+
+/// A mountpoint that passed all checks.
+#[derive(Debug, PartialEq)]
+pub(super) struct Checked {
+    /// Absolute, without symbolic links.
+    pub path: PathBuf,
+    /// Something to say that does not hinder mounting.
+    pub warning: Option<String>,
+}
+
+/// Checks `given`, relative to `cwd`, against the system and the volume's own folders.
+pub(super) fn check(given: &Path, cwd: &Path, config: &Config) -> Result<Checked, CommandError> {
+    let mounts = mounts::all().map_err(|error| {
+        CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}"))
+    })?;
+    check_against(&cwd.join(given), config, &mounts)
+}
+
+fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Checked, CommandError> {
+    let shown = given.display();
+    let usage = |message: String| CommandError::new(Exit::Usage, message);
+    let path = match given.canonicalize() {
+        Ok(path) => path,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(usage(format!(
+                "the mountpoint {shown} does not exist; create it with: mkdir -p {shown}"
+            )));
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+            return Err(CommandError::new(
+                Exit::InUse,
+                format!(
+                    "a daemon that has died is still mounted on {shown}; remove it with: mirrorfs umount {shown}"
+                ),
+            ));
+        }
+        Err(error) => return Err(usage(format!("cannot use the mountpoint {shown}: {error}"))),
+    };
+    if let Some(mount) = mounts::at(mounts, &path) {
+        return Err(if mount.is_mirrorfs() {
+            let message =
+                format!("a mirrorfs volume is already mounted on {shown}; see: mirrorfs status {shown}");
+            CommandError::new(Exit::InUse, message)
+        } else {
+            usage(format!(
+                "{} is already mounted on {shown}; unmount it or choose another directory",
+                mount.fstype
+            ))
+        });
+    }
+    if !path.is_dir() {
+        return Err(usage(format!("the mountpoint {shown} is not a directory")));
+    }
+    for (what, folder) in own_folders(config) {
+        // Within the mount the daemon would wait for itself; around it the mount would become part of a replica.
+        if path.starts_with(&folder) || folder.starts_with(&path) {
+            return Err(usage(format!(
+                "the mountpoint {shown} and {what} ({}) lie one within the other; choose another directory",
+                folder.display()
+            )));
+        }
+    }
+    let mut entries = path
+        .read_dir()
+        .map_err(|error| usage(format!("cannot look into the mountpoint {shown}: {error}")))?;
+    let warning = entries
+        .next()
+        .map(|_| format!("{shown} is not empty; what is in it is hidden while the volume is mounted"));
+    Ok(Checked { path, warning })
+}
+
+fn own_folders(config: &Config) -> Vec<(String, PathBuf)> {
+    let replicas = config.replicas.iter().filter_map(|replica| match replica.place() {
+        Place::Folder(folder) => Some((format!("the replica {}", replica.name), real_path(folder))),
+        Place::Bucket { .. } => None,
+    });
+    replicas.chain([("the state folder".to_owned(), real_path(&config.state))]).collect()
+}
+
+/// Checks that this system can mount at all; says what to install.
+pub(super) fn check_fuse() -> Result<(), CommandError> {
+    let failed = |message: &str| Err(CommandError::new(Exit::Failure, message));
+    if !Path::new("/dev/fuse").exists() {
+        return failed("/dev/fuse is missing; load the kernel's module with: modprobe fuse");
+    }
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if !root && !std::env::split_paths(&path).any(|folder| folder.join("fusermount3").is_file()) {
+        return failed(
+            "fusermount3 is missing, without which only root can mount; install the package fuse3",
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Env, Layer, Raw};
+
+    struct World {
+        dir: tempfile::TempDir,
+        config: Config,
+    }
+
+    fn world() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        for folder in ["m", "replica", "state/in"] {
+            std::fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        let mut flags = Layer::default();
+        flags.add_replica("a=replica", "--replica", &root);
+        flags.set("state", "state", "--state");
+        let env = Env { cwd: root, ..Env::default() };
+        let config = Config::load(&Raw { flags, ..Raw::default() }, &env).unwrap();
+        World { dir, config }
+    }
+
+    fn refuse(world: &World, path: &str, mounts: &[Mount]) -> (Exit, String) {
+        let root = world.dir.path().canonicalize().unwrap();
+        let error = check_against(&root.join(path), &world.config, mounts).unwrap_err();
+        (error.exit, error.message.replace(&root.display().to_string(), "ROOT"))
+    }
+
+    #[test]
+    fn an_empty_directory_is_fine_and_a_full_one_is_worth_a_word() {
+        let world = world();
+        let root = world.dir.path().canonicalize().unwrap();
+        std::os::unix::fs::symlink("m", root.join("link")).unwrap();
+        let checked = check_against(&root.join("link"), &world.config, &[]).unwrap();
+        assert_eq!(checked, Checked { path: root.join("m"), warning: None });
+        std::fs::write(root.join("m/x"), "").unwrap();
+        let checked = check_against(&root.join("m"), &world.config, &[]).unwrap();
+        assert!(checked.warning.unwrap().contains("is not empty"));
+    }
+
+    #[test]
+    fn what_cannot_be_mounted_on_is_refused_with_a_remedy() {
+        let world = world();
+        std::fs::write(world.dir.path().join("file"), "").unwrap();
+        for (path, message) in [
+            ("none", "the mountpoint ROOT/none does not exist; create it with: mkdir -p ROOT/none"),
+            ("file", "the mountpoint ROOT/file is not a directory"),
+            (
+                "replica",
+                "the mountpoint ROOT/replica and the replica a (ROOT/replica) lie one within the other; choose another directory",
+            ),
+            (
+                "state/in",
+                "the mountpoint ROOT/state/in and the state folder (ROOT/state) lie one within the other; choose another directory",
+            ),
+            (
+                "",
+                "the mountpoint ROOT/ and the replica a (ROOT/replica) lie one within the other; choose another directory",
+            ),
+        ] {
+            assert_eq!(refuse(&world, path, &[]), (Exit::Usage, message.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_mountpoint_in_use_is_refused() {
+        let world = world();
+        let mountpoint = world.dir.path().canonicalize().unwrap().join("m");
+        let mount = |fstype: &str| Mount {
+            mountpoint: mountpoint.clone(),
+            fstype: fstype.into(),
+            source: "x".into(),
+        };
+        assert_eq!(
+            refuse(&world, "m", &[mount("ext4")]),
+            (Exit::Usage, "ext4 is already mounted on ROOT/m; unmount it or choose another directory".into())
+        );
+        assert_eq!(
+            refuse(&world, "m", &[mount("fuse.mirrorfs")]),
+            (
+                Exit::InUse,
+                "a mirrorfs volume is already mounted on ROOT/m; see: mirrorfs status ROOT/m".into()
+            )
+        );
+    }
+}

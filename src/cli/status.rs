@@ -1,0 +1,189 @@
+//! `mirrorfs status`: what is mounted, and how far each replica is.
+
+use std::path::PathBuf;
+
+use super::locate::{self, Located};
+use super::{CommandError, Outcome, human, output, runtime};
+use crate::control::Status;
+use crate::replica::{ReplicaState, ReplicaStatus};
+
+/// Show the state of one mount, or of all
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mirrorfs status
+  mirrorfs status ~/files
+  mirrorfs status ~/files --json | jq '.replicas[] | {name, lag_bytes}'
+With a MOUNTPOINT, --json prints one object; without, a list.")]
+pub(super) struct Args {
+    /// A mountpoint, or any path below it; all mounts when missing
+    mountpoint: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long, env = "MIRRORFS_JSON", value_parser = clap::builder::FalseyValueParser::new())]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    let now = now();
+    if let Some(mountpoint) = &args.mountpoint {
+        let located = locate::find(mountpoint, true)?;
+        let client = located.client()?;
+        let status =
+            runtime()?.block_on(client.status()).map_err(CommandError::from).map_err(|mut error| {
+                error.message +=
+                    &format!(" (remove a dead mount with: mirrorfs umount {})", located.mountpoint.display());
+                error
+            })?;
+        return if args.json { output::print_json(&status) } else { output::print(&show(&status, now)) };
+    }
+    let all = locate::all()?;
+    let asked: Vec<(Located, Result<Status, CommandError>)> = runtime()?.block_on(async {
+        let asks = all.into_iter().map(|located| async {
+            let status = match located.client() {
+                Ok(client) => client.status().await.map_err(CommandError::from),
+                Err(error) => Err(error),
+            };
+            (located, status)
+        });
+        futures::future::join_all(asks).await
+    });
+    let living: Vec<&Status> = asked.iter().filter_map(|(_, status)| status.as_ref().ok()).collect();
+    if args.json {
+        output::print_json(&living)?;
+    } else if asked.is_empty() {
+        output::print("no mirrorfs volume is mounted")?;
+    } else {
+        let texts: Vec<String> = living.iter().map(|status| show(status, now)).collect();
+        output::print(&texts.join("\n"))?;
+    }
+    for (located, status) in &asked {
+        if let Err(error) = status {
+            output::note(&format!("mirrorfs: {}: {error}", located.mountpoint.display()));
+        }
+    }
+    // One that does not answer is told of, but the question what is mounted has been answered.
+    Ok(())
+}
+
+fn now() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64())
+}
+
+fn show(status: &Status, now: f64) -> String {
+    let cache = &status.cache;
+    let ratio =
+        cache.hit_ratio().map_or_else(|| "no reads yet".to_owned(), |r| format!("{:.1} % hits", r * 100.0));
+    let segments = if status.staged_segments == 1 { "segment" } else { "segments" };
+    let head = [
+        ("mountpoint", status.mountpoint.clone()),
+        ("volume", format!("{}, epoch {}", status.volume, status.epoch)),
+        ("state", format!("{} (daemon {}, version {})", status.state, status.pid, status.version)),
+        ("up for", human::seconds(now - status.started_at)),
+        (
+            "writing",
+            status.read_only.as_ref().map_or_else(
+                || format!("yes, fsync waits for {}", status.fsync),
+                |reason| format!("no, read-only: {reason}"),
+            ),
+        ),
+        ("changes", format!("{} made, {} sealed", status.lsn, status.sealed_lsn)),
+        (
+            "unsent",
+            format!(
+                "{} not sealed, {} in {} {segments} staged",
+                human::size(status.dirty_bytes),
+                human::size(status.staged_bytes),
+                status.staged_segments
+            ),
+        ),
+        (
+            "cache",
+            format!("{} of {}, {ratio}", human::size(cache.used_bytes), human::size(cache.limit_bytes)),
+        ),
+    ];
+    let head: Vec<Vec<String>> = head.into_iter().map(|(k, v)| vec![k.to_owned(), v]).collect();
+    let titles = ["REPLICA", "STATE", "CURSOR", "BEHIND", "SENT", "RATE", "URL"];
+    let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
+    rows.extend(status.replicas.iter().map(row));
+    let errors: String = status.replicas.iter().map(|r| trouble(r, now)).collect();
+    format!("{}\n{}{errors}", output::table(&head), output::table(&rows))
+}
+
+fn row(replica: &ReplicaStatus) -> Vec<String> {
+    let behind = if replica.lag_segments == 0 {
+        "-".to_owned()
+    } else {
+        format!(
+            "{} segments, {}, {}",
+            replica.lag_segments,
+            human::size(replica.lag_bytes),
+            human::seconds(replica.lag_seconds)
+        )
+    };
+    vec![
+        replica.name.to_string(),
+        state(replica.state),
+        replica.cursor.to_string(),
+        behind,
+        human::size(replica.uploaded_bytes),
+        human::rate(replica.upload_rate),
+        replica.url.clone(),
+    ]
+}
+
+/// The word under which the state also stands in JSON.
+fn state(state: ReplicaState) -> String {
+    let word = serde_json::to_value(state).ok();
+    word.as_ref().and_then(serde_json::Value::as_str).unwrap_or("?").to_owned()
+}
+
+/// Lines about what went wrong on a replica; none when nothing did.
+fn trouble(replica: &ReplicaStatus, now: f64) -> String {
+    let mut lines = String::new();
+    if let Some(error) = &replica.last_error {
+        let age = human::seconds(now - error.at);
+        lines += &format!("last error of {}, {age} ago: {}\n", replica.name, error.text);
+    }
+    if replica.damages > 0 {
+        lines += &format!("damaged places found on {}: {}\n", replica.name, replica.damages);
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::tests::sample_status;
+
+    #[test]
+    fn a_status_shows_everything() {
+        let mut status = sample_status();
+        status.replicas[0].lag_segments = 2;
+        status.replicas[0].lag_bytes = 3 << 20;
+        status.replicas[0].lag_seconds = 75.0;
+        let text = show(&status, 62.5);
+        assert_eq!(
+            text,
+            format!(
+                "mountpoint  /mnt/x\n\
+                 volume      {}, epoch 3\n\
+                 state       /state (daemon 1, version 0)\n\
+                 up for      1 m 1 s\n\
+                 writing     yes, fsync waits for local\n\
+                 changes     99 made, 90 sealed\n\
+                 unsent      1 B not sealed, 2 B in 3 segments staged\n\
+                 cache       1 B of 2 B, 42.9 % hits\n\
+                 \n\
+                 REPLICA  STATE    CURSOR  BEHIND                         SENT  RATE  URL\n\
+                 a        healthy  5       2 segments, 3.0 MiB, 1 m 15 s  6 B   -     file:///r/a\n\
+                 last error of a, 1 m ago: broken\n",
+                status.volume
+            )
+        );
+        status.replicas[0].last_error = None;
+        status.replicas[0].damages = 3;
+        assert!(show(&status, 0.0).ends_with("\ndamaged places found on a: 3\n"));
+        status.read_only = Some("a newer writer took over".into());
+        assert!(show(&status, 0.0).contains("writing     no, read-only: a newer writer took over\n"));
+    }
+}

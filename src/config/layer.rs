@@ -1,0 +1,336 @@
+//! Raw settings as they were given, each with the place it came from, before anything is checked.
+//!
+//! Owns the layers' sources but the file: flags, the `-o` list, the environment. Knows no meaning of a value.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use super::{ConfigError, keys};
+
+/// One setting as text, and where it was given, for messages.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Given {
+    /// The text, variables already substituted.
+    pub text: String,
+    /// `--cache-size`, `MIRRORFS_CACHE_SIZE`, `m.toml:3: cache_size`.
+    pub source: String,
+}
+
+/// One replica as it was given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenReplica {
+    /// Its name, if one was given.
+    pub name: Option<String>,
+    /// Its URL or path; may hold secrets until it is validated.
+    pub url: String,
+    /// Options other than name and URL.
+    pub options: BTreeMap<String, String>,
+    /// Where it was given.
+    pub source: String,
+    /// What a relative path is relative to.
+    pub base: PathBuf,
+}
+
+/// One option of replicas that were given elsewhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenOption {
+    /// Name of the replica; `None` means every one.
+    pub replica: Option<String>,
+    /// The option.
+    pub key: String,
+    /// Its value; may be a secret.
+    pub value: String,
+    /// Where it was given.
+    pub source: String,
+}
+
+/// What one source gave. Earlier layers win over later ones, key by key; replicas only as a whole list.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Layer {
+    /// Settings by key.
+    pub values: BTreeMap<&'static str, Given>,
+    /// Replicas in order.
+    pub replicas: Vec<GivenReplica>,
+    /// Options added to the replicas that count in the end, whichever layer gave them.
+    pub replica_options: Vec<GivenOption>,
+}
+
+impl Layer {
+    /// Adds a setting; `key` must be one of [`keys`].
+    pub fn set(&mut self, key: &str, text: impl Into<String>, source: impl Into<String>) {
+        if let Some(key) = keys::known(key) {
+            self.values.insert(key, Given { text: text.into(), source: source.into() });
+        }
+    }
+
+    /// Adds an option of a replica, written as `[NAME.]KEY=VALUE`.
+    pub fn add_replica_option(&mut self, text: &str, source: &str) -> Result<(), ConfigError> {
+        let Some((path, value)) = text.split_once('=') else {
+            let detail = "must be of the form [NAME.]KEY=VALUE".to_owned();
+            return Err(ConfigError::Value { place: source.to_owned(), detail });
+        };
+        let (replica, key) = path.rsplit_once('.').map_or((None, path), |(name, key)| (Some(name), key));
+        self.replica_options.push(GivenOption {
+            replica: replica.map(str::to_owned),
+            key: key.replace('-', "_"),
+            value: value.to_owned(),
+            source: format!("{source} {path}"),
+        });
+        Ok(())
+    }
+
+    /// Adds a replica written as `[NAME=]URL`.
+    pub fn add_replica(&mut self, text: &str, source: impl Into<String>, base: &Path) {
+        let (name, url) = split_name(text);
+        self.replicas.push(GivenReplica {
+            name: name.map(str::to_owned),
+            url: url.to_owned(),
+            options: BTreeMap::new(),
+            source: source.into(),
+            base: base.to_owned(),
+        });
+    }
+}
+
+/// Splits `NAME=URL`; what stands before `=` is a name only when it is made of a name's characters.
+#[must_use]
+pub fn split_name(text: &str) -> (Option<&str>, &str) {
+    match text.split_once('=') {
+        Some((name, url)) if name.parse::<crate::ids::ReplicaName>().is_ok() => (Some(name), url),
+        _ => (None, text),
+    }
+}
+
+/// The part of the process's surroundings that configuration depends on, as a value so that tests can hold it.
+#[derive(Clone, Debug, Default)]
+pub struct Env {
+    /// Environment variables.
+    pub vars: BTreeMap<OsString, OsString>,
+    /// Working directory.
+    pub cwd: PathBuf,
+}
+
+impl Env {
+    /// That of this process.
+    pub fn current() -> Result<Env, ConfigError> {
+        let cwd = std::env::current_dir().map_err(|error| ConfigError::WorkingDirectory { error })?;
+        Ok(Env { vars: std::env::vars_os().collect(), cwd })
+    }
+
+    /// A variable; an empty one counts as unset.
+    #[must_use]
+    pub fn os(&self, name: &str) -> Option<&OsString> {
+        self.vars.get(std::ffi::OsStr::new(name)).filter(|v| !v.is_empty())
+    }
+
+    /// A variable that must be text.
+    pub fn text(&self, name: &str) -> Result<Option<String>, ConfigError> {
+        self.os(name)
+            .map(|v| {
+                v.to_str()
+                    .map(str::to_owned)
+                    .ok_or_else(|| ConfigError::NotText { variable: name.to_owned() })
+            })
+            .transpose()
+    }
+
+    /// The settings given as `MIRRORFS_…`. `MIRRORFS_REPLICA` and
+    /// `MIRRORFS_REPLICA_OPTION` hold any number, separated by white space.
+    pub fn layer(&self) -> Result<Layer, ConfigError> {
+        let mut layer = Layer::default();
+        for key in keys::VOLUME_KEYS.into_iter().chain(keys::MOUNT_KEYS) {
+            let variable = keys::variable(key);
+            if let Some(text) = self.text(&variable)? {
+                layer.set(key, text, variable);
+            }
+        }
+        for replica in self.text("MIRRORFS_REPLICA")?.unwrap_or_default().split_whitespace() {
+            layer.add_replica(replica, "MIRRORFS_REPLICA", &self.cwd);
+        }
+        let variable = "MIRRORFS_REPLICA_OPTION";
+        for option in self.text(variable)?.unwrap_or_default().split_whitespace() {
+            layer.add_replica_option(option, variable)?;
+        }
+        Ok(layer)
+    }
+}
+
+/// What a `-o` list holds: settings, and the path of a configuration file.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MountList {
+    /// The settings.
+    pub layer: Layer,
+    /// `config=FILE`.
+    pub config: Option<PathBuf>,
+}
+
+/// Words of fstab that concern whoever reads fstab, not us.
+const IGNORED: [&str; 15] = [
+    "_netdev",
+    "nofail",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "defaults",
+    "suid",
+    "dev",
+    "exec",
+    "relatime",
+    "default_permissions",
+];
+
+/// Words of `-o` that are no keys of the file.
+const TAKES_VALUE: [&str; 3] = ["config", "replica", "replica_option"];
+
+/// Reads lists as given to `-o`, in order: `allow_other,ro,cache_size=1GiB,x-systemd.automount`. A comma within a value
+/// is written `\,`.
+pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError> {
+    let mut found = MountList::default();
+    for word in lists.iter().flat_map(|list| split_list(list)) {
+        let (key, value) = match word.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (word.as_str(), None),
+        };
+        let key = key.replace('-', "_");
+        let source = format!("-o {key}");
+        match (key.as_str(), value) {
+            ("", None) => {}
+            _ if word.starts_with("x-") || word.starts_with("comment=") => {}
+            ("ro", None) => found.layer.set("read_only", "true", "-o ro"),
+            ("rw", None) => found.layer.set("read_only", "false", "-o rw"),
+            ("config", Some(path)) => found.config = Some(cwd.join(path)),
+            ("replica", Some(replica)) => found.layer.add_replica(replica, source, cwd),
+            ("replica_option", Some(option)) => found.layer.add_replica_option(option, &source)?,
+            (known, None) if keys::SWITCHES.contains(&known) => found.layer.set(known, "true", source),
+            (known, Some(value)) if keys::known(known).is_some() => found.layer.set(known, value, source),
+            (known, None) if keys::known(known).is_some() || TAKES_VALUE.contains(&known) => {
+                return Err(ConfigError::Value {
+                    place: source,
+                    detail: format!("needs a value: {known}=…"),
+                });
+            }
+            (word, None) if IGNORED.contains(&word) => {}
+            (unknown, _) => {
+                let known = ["ro", "rw"]
+                    .into_iter()
+                    .chain(TAKES_VALUE)
+                    .chain(keys::VOLUME_KEYS)
+                    .chain(keys::MOUNT_KEYS);
+                return Err(ConfigError::UnknownOption {
+                    option: unknown.to_owned(),
+                    suggestion: keys::suggestion(unknown, known),
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn split_list(list: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut chars = list.chars().peekable();
+    while let Some(c) = chars.next() {
+        let escaped = c == '\\' && chars.peek().is_some_and(|n| matches!(n, ',' | '\\'));
+        match (c, words.last_mut()) {
+            (',', _) => words.push(String::new()),
+            (_, Some(word)) => word.extend(if escaped { chars.next() } else { Some(c) }),
+            (_, None) => {}
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(text: &str) -> Result<MountList, String> {
+        mount_list(&[text.to_owned()], Path::new("/work")).map_err(|e| e.to_string())
+    }
+
+    fn values(list: &MountList) -> Vec<(&str, &str)> {
+        list.layer.values.iter().map(|(k, g)| (*k, g.text.as_str())).collect()
+    }
+
+    #[test]
+    fn what_fstab_gives_is_taken_or_passed_over() {
+        let found = list("rw,_netdev,nofail,noauto,user,x-systemd.automount,comment=a,defaults,,").unwrap();
+        assert_eq!(values(&found), [("read_only", "false")]);
+        let found = list("allow_other,ro,noatime").unwrap();
+        assert_eq!(values(&found), [("allow_other", "true"), ("noatime", "true"), ("read_only", "true")]);
+    }
+
+    #[test]
+    fn keys_take_values_and_the_later_wins() {
+        let found = list(
+            "cache_size=1GiB,cache-size=2GiB,config=m.toml,replica=b=/mnt/b\\,c,state=/s,allow_other=no",
+        )
+        .unwrap();
+        assert_eq!(values(&found), [("allow_other", "no"), ("cache_size", "2GiB"), ("state", "/s")]);
+        assert_eq!(found.config, Some("/work/m.toml".into()));
+        assert_eq!(found.layer.replicas[0].name.as_deref(), Some("b"));
+        assert_eq!(found.layer.replicas[0].url, "/mnt/b,c");
+        assert_eq!(found.layer.values["cache_size"].source, "-o cache_size");
+    }
+
+    #[test]
+    fn an_unknown_option_is_refused_with_the_nearest_one() {
+        assert_eq!(
+            list("alow_other").unwrap_err(),
+            "-o alow_other: unknown option; did you mean \"allow_other\"?"
+        );
+        assert_eq!(
+            list("cachesize=1").unwrap_err(),
+            "-o cachesize: unknown option; did you mean \"cache_size\"?"
+        );
+        assert!(list("big_writes").unwrap_err().contains("known are ro, rw, config"));
+        assert_eq!(list("cache_size").unwrap_err(), "-o cache_size: needs a value: cache_size=…");
+        assert_eq!(list("config").unwrap_err(), "-o config: needs a value: config=…");
+    }
+
+    #[test]
+    fn a_name_is_what_stands_before_the_first_equals_sign() {
+        assert_eq!(split_name("a=/x"), (Some("a"), "/x"));
+        assert_eq!(split_name("/x=y"), (None, "/x=y"));
+        assert_eq!(split_name("s3://b/p?region=x"), (None, "s3://b/p?region=x"));
+        assert_eq!(split_name("off.site=s3://b/p?region=x"), (Some("off.site"), "s3://b/p?region=x"));
+    }
+
+    #[test]
+    fn a_replica_option_names_its_replica_or_means_all() {
+        let found =
+            list("replica_option=off.site.endpoint=http://h:1,replica_option=allow-http=yes").unwrap();
+        let options: Vec<_> = found.layer.replica_options.iter().collect();
+        assert_eq!((options[0].replica.as_deref(), options[0].key.as_str()), (Some("off.site"), "endpoint"));
+        assert_eq!((options[1].replica.as_deref(), options[1].key.as_str()), (None, "allow_http"));
+        assert_eq!(options[1].value, "yes");
+        assert_eq!(
+            list("replica_option=region").unwrap_err(),
+            "-o replica_option: must be of the form [NAME.]KEY=VALUE"
+        );
+    }
+
+    #[test]
+    fn the_environment_gives_keys_and_replicas() {
+        let env = Env {
+            vars: [
+                ("MIRRORFS_CACHE_SIZE", "1GiB"),
+                ("MIRRORFS_REPLICA", "/a  b=/b\n/c"),
+                ("MIRRORFS_FSYNC", ""),
+            ]
+            .map(|(k, v)| (k.into(), v.into()))
+            .into(),
+            cwd: "/work".into(),
+        };
+        let layer = env.layer().unwrap();
+        assert_eq!(layer.values.len(), 1);
+        assert_eq!(layer.values["cache_size"].source, "MIRRORFS_CACHE_SIZE");
+        let urls: Vec<&str> = layer.replicas.iter().map(|r| r.url.as_str()).collect();
+        assert_eq!(urls, ["/a", "/b", "/c"]);
+    }
+}

@@ -1,0 +1,329 @@
+//! Flags, `-o` list, environment and file → one validated [`Config`].
+//!
+//! Owns every setting's range and default. A [`Layer`] is what one source gave, as text; a [`Config`] is what they come
+//! to, checked. Flags win over the `-o` list, that over the environment, that over the file, that over defaults. Does no
+//! I/O but reading the file and looking for the state folder. Never prints a secret: messages show a replica only by
+//! its name and place.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::exit::Exit;
+use crate::replica::{Place, ReplicaSpec, TargetError};
+
+pub mod file;
+pub mod keys;
+pub mod layer;
+mod replicas;
+pub mod state;
+pub mod units;
+
+pub use layer::{Env, Layer};
+
+/// On how many replicas an `fsync` must be committed before it returns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fsync {
+    /// On none; stable local storage is enough.
+    #[default]
+    Local,
+    /// On any one.
+    One,
+    /// On more than half.
+    Quorum,
+    /// On every one.
+    All,
+}
+
+impl Fsync {
+    /// How many replicas out of `of` that is.
+    #[must_use]
+    pub const fn needed(self, of: usize) -> usize {
+        match self {
+            Fsync::Local => 0,
+            Fsync::One => 1,
+            Fsync::Quorum => of / 2 + 1,
+            Fsync::All => of,
+        }
+    }
+}
+
+impl FromStr for Fsync {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "local" => Ok(Fsync::Local),
+            "one" => Ok(Fsync::One),
+            "quorum" => Ok(Fsync::Quorum),
+            "all" => Ok(Fsync::All),
+            _ => Err(format!("{text:?} is not a level of fsync; use local, one, quorum or all")),
+        }
+    }
+}
+
+/// How blocks are stored in a volume that is being created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Zstandard, skipped for blocks where it does not pay.
+    #[default]
+    Zstd,
+    /// As they are.
+    None,
+}
+
+impl FromStr for Compression {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "zstd" => Ok(Compression::Zstd),
+            "none" => Ok(Compression::None),
+            _ => Err(format!("{text:?} is not a compression; use zstd or none")),
+        }
+    }
+}
+
+/// Options of the kernel's mount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MountOptions {
+    /// Other users may enter, subject to permissions.
+    pub allow_other: bool,
+    /// Set-user-id bits have no effect.
+    pub nosuid: bool,
+    /// Device nodes cannot be opened.
+    pub nodev: bool,
+    /// Nothing can be executed.
+    pub noexec: bool,
+    /// Reading does not change access times.
+    pub noatime: bool,
+}
+
+/// Everything a volume's daemon needs to know, checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Folder of the local state; absolute; may not exist yet.
+    pub state: PathBuf,
+    /// At least one, names and places distinct, in the order given (the order of preference when nothing else decides).
+    pub replicas: Vec<ReplicaSpec>,
+    /// Bytes that blocks may take on local disk.
+    pub cache_size: u64,
+    /// Bytes of a block, a power of two. Only for creating a volume: an existing one keeps its own.
+    pub block_size: u32,
+    /// Only for creating a volume.
+    pub compression: Compression,
+    /// What `fsync` waits for.
+    pub fsync: Fsync,
+    /// After this an `fsync` that waits for replicas fails with an error.
+    pub fsync_timeout: Duration,
+    /// Longest time between two cuts while something was written.
+    pub commit_interval: Duration,
+    /// Nobody may write; no epoch is claimed.
+    pub read_only: bool,
+    /// Options of the kernel's mount.
+    pub mount: MountOptions,
+}
+
+/// What is wrong with the configuration. Every one ends a command with [`Exit::Usage`].
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message of each variant says what it is")]
+pub enum ConfigError {
+    #[error("cannot tell the working directory: {error}")]
+    WorkingDirectory { error: std::io::Error },
+    #[error("{variable} is not valid text")]
+    NotText { variable: String },
+    #[error("cannot read the configuration {}: {error}", path.display())]
+    Read { path: PathBuf, error: std::io::Error },
+    #[error("{place}: {detail}")]
+    Value { place: String, detail: String },
+    #[error("{place}: unknown key{suggestion}")]
+    UnknownKey { place: String, suggestion: String },
+    #[error("-o {option}: unknown option{suggestion}")]
+    UnknownOption { option: String, suggestion: String },
+    #[error(
+        "no replica is given; name at least one with --replica [NAME=]URL or [replica.NAME] in --config FILE"
+    )]
+    NoReplica,
+    #[error("{place}: {error}")]
+    Replica { place: String, error: TargetError },
+    #[error("{0}")]
+    Replicas(TargetError),
+    #[error(
+        "the state folder {} and the replica {replica} ({}) lie one within the other; move one of them",
+        state.display(), path.display()
+    )]
+    StateInReplica { state: PathBuf, replica: String, path: PathBuf },
+    #[error(
+        "neither XDG_STATE_HOME nor HOME is set, so there is no default for the state folder; give --state DIR"
+    )]
+    NoHome,
+    #[error(
+        "two state folders were used with these replicas, {} and {}; say which one with --state DIR",
+        one.display(), other.display()
+    )]
+    TwoStates { one: PathBuf, other: PathBuf },
+}
+
+impl ConfigError {
+    /// The code with which a command ends because of it.
+    #[must_use]
+    pub fn exit_code(&self) -> Exit {
+        Exit::Usage
+    }
+}
+
+/// What one command was given, before the file is read.
+#[derive(Clone, Debug, Default)]
+pub struct Raw {
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// The flags.
+    pub flags: Layer,
+    /// The values of `-o`.
+    pub options: Vec<String>,
+}
+
+const BLOCK_SIZES: (u64, u64) = (4 << 10, 16 << 20);
+const CACHE_SIZES: (u64, u64) = (16 << 20, 1 << 50);
+
+impl Config {
+    /// Reads all sources and checks the outcome.
+    pub fn load(raw: &Raw, env: &Env) -> Result<Config, ConfigError> {
+        let merged = Merged::read(raw, env)?;
+        let replicas = replicas::resolve(merged.replicas(), &merged.replica_options())?;
+        let state = match merged.text("state") {
+            Some(given) if given.text.is_empty() => {
+                return Err(ConfigError::Value {
+                    place: given.source.clone(),
+                    detail: "is empty".to_owned(),
+                });
+            }
+            Some(given) => env.cwd.join(&given.text),
+            None => state::default_dir(env, &replicas)?,
+        };
+        let config = Config {
+            state,
+            replicas,
+            cache_size: merged
+                .get("cache_size", 10 << 30, |t| units::parse_size(t, CACHE_SIZES.0..=CACHE_SIZES.1))?,
+            block_size: merged.get("block_size", 1 << 20, block_size)?,
+            compression: merged.get("compression", Compression::default(), str::parse)?,
+            fsync: merged.get("fsync", Fsync::default(), str::parse)?,
+            fsync_timeout: merged.get("fsync_timeout", Duration::from_secs(60), |t| {
+                units::parse_duration(t, Duration::from_secs(1)..=Duration::from_secs(3600))
+            })?,
+            commit_interval: merged.get("commit_interval", Duration::from_secs(5), |t| {
+                units::parse_duration(t, Duration::from_millis(100)..=Duration::from_secs(3600))
+            })?,
+            read_only: merged.get("read_only", false, yes_or_no)?,
+            mount: MountOptions {
+                allow_other: merged.get("allow_other", false, yes_or_no)?,
+                nosuid: merged.get("nosuid", false, yes_or_no)?,
+                nodev: merged.get("nodev", false, yes_or_no)?,
+                noexec: merged.get("noexec", false, yes_or_no)?,
+                noatime: merged.get("noatime", false, yes_or_no)?,
+            },
+        };
+        config.check_state()?;
+        Ok(config)
+    }
+
+    fn check_state(&self) -> Result<(), ConfigError> {
+        let state = real_path(&self.state);
+        for replica in &self.replicas {
+            let Place::Folder(folder) = replica.place() else { continue };
+            let folder = real_path(folder);
+            if state.starts_with(&folder) || folder.starts_with(&state) {
+                return Err(ConfigError::StateInReplica {
+                    state: self.state.clone(),
+                    replica: replica.name.to_string(),
+                    path: folder,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One replica, for commands that need no volume's configuration (`restore`): `from` is the name of a replica in the
+/// sources, or `[NAME=]URL`.
+pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, ConfigError> {
+    let merged = Merged::read(raw, env)?;
+    let mut wanted = Layer::default();
+    wanted.add_replica(from, "--from", &env.cwd);
+    let wanted = wanted.replicas.pop().ok_or(ConfigError::NoReplica)?;
+    replicas::find(&wanted, merged.replicas(), &merged.replica_options())?.ok_or(ConfigError::NoReplica)
+}
+
+/// The path with as many symbolic links resolved as exist, for comparing places.
+#[must_use]
+pub fn real_path(path: &Path) -> PathBuf {
+    path.ancestors()
+        .find_map(|ancestor| {
+            let real = ancestor.canonicalize().ok()?;
+            let rest = path.strip_prefix(ancestor).ok()?;
+            // Joining nothing would append a slash.
+            Some(if rest.as_os_str().is_empty() { real } else { real.join(rest) })
+        })
+        .unwrap_or_else(|| path.to_owned())
+}
+
+/// All layers, the winning one first.
+struct Merged {
+    layers: Vec<Layer>,
+}
+
+impl Merged {
+    fn read(raw: &Raw, env: &Env) -> Result<Merged, ConfigError> {
+        let options = layer::mount_list(&raw.options, &env.cwd)?;
+        let variable = || env.os("MIRRORFS_CONFIG").map(PathBuf::from);
+        let path = raw.config.clone().or(options.config).or_else(variable);
+        let file = path.map(|path| file::read(&env.cwd.join(path), env)).transpose()?;
+        let given = [raw.flags.clone(), options.layer, env.layer()?];
+        Ok(Merged { layers: given.into_iter().chain(file).collect() })
+    }
+
+    fn text(&self, key: &str) -> Option<&layer::Given> {
+        self.layers.iter().find_map(|layer| layer.values.get(key))
+    }
+
+    fn get<T>(
+        &self,
+        key: &str,
+        default: T,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        let Some(given) = self.text(key) else { return Ok(default) };
+        parse(&given.text).map_err(|detail| ConfigError::Value { place: given.source.clone(), detail })
+    }
+
+    /// The weakest first, so that the strongest is applied last.
+    fn replica_options(&self) -> Vec<&layer::GivenOption> {
+        self.layers.iter().rev().flat_map(|l| &l.replica_options).collect()
+    }
+
+    fn replicas(&self) -> &[layer::GivenReplica] {
+        self.layers.iter().map(|l| l.replicas.as_slice()).find(|r| !r.is_empty()).unwrap_or_default()
+    }
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let size = units::parse_size(text, BLOCK_SIZES.0..=BLOCK_SIZES.1)?;
+    match u32::try_from(size) {
+        Ok(size) if size.is_power_of_two() => Ok(size),
+        _ => Err(format!("{text:?} is not a power of two; use one, such as \"256KiB\" or \"1MiB\"")),
+    }
+}
+
+fn yes_or_no(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        "false" | "no" | "off" | "0" => Ok(false),
+        _ => Err(format!("{text:?} is neither true nor false")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

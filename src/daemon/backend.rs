@@ -1,0 +1,185 @@
+//! What commands may ask of the running daemon.
+//!
+//! Owns the translation of the parts' figures into the words of `control`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+
+use super::serve::Running;
+use crate::control::{Backend, CacheStatus, Failure, Status, SyncProgress, SyncReplica, SyncRequest};
+use crate::exit::Exit;
+use crate::ids::SegmentNo;
+use crate::replica::{Outbox, ReplicaStatus};
+
+/// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
+const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// The daemon behind the control socket.
+pub(super) struct Control(pub Arc<Running>);
+
+impl Control {
+    fn status_now(&self) -> Status {
+        let r = &self.0;
+        let space = &r.blocks.space;
+        let progress = r.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
+        let (staged_segments, staged_bytes) = {
+            let (oldest, bytes) = r.fleet.staging.oldest();
+            (oldest.map_or(0, |o| r.fleet.staging.newest().0.saturating_sub(o.0) + 1), bytes)
+        };
+        let load = |n: &std::sync::atomic::AtomicU64| n.load(std::sync::atomic::Ordering::Relaxed);
+        Status {
+            volume: r.volume.volume,
+            mountpoint: r.mountpoint.display().to_string(),
+            state: r.state.path().display().to_string(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_at: r.started_at,
+            epoch: r.epoch,
+            lsn: r.journal.last_lsn(),
+            sealed_lsn: progress.sealed,
+            dirty_bytes: space.dirty(),
+            staged_bytes,
+            staged_segments,
+            cache: CacheStatus {
+                used_bytes: space.dirty() + space.clean(),
+                limit_bytes: space.limit(),
+                hits: load(&r.blocks.counters.hits),
+                misses: load(&r.blocks.counters.misses),
+                corrupt: load(&r.blocks.counters.corrupt),
+            },
+            fsync: r.fsync.to_owned(),
+            read_only: r.vfs.read_only(),
+            replicas: r.fleet.statuses(),
+        }
+    }
+
+    fn progress(&self, segment: SegmentNo, needed: usize) -> SyncProgress {
+        let fleet = &self.0.fleet;
+        let mut replicas: Vec<SyncReplica> = fleet
+            .replicas
+            .iter()
+            .map(|r| {
+                let (cursor, backlog) = (r.cursor(), fleet.staging.backlog(r.cursor()));
+                let after = fleet.staging.backlog(segment);
+                let done = cursor >= segment;
+                SyncReplica {
+                    name: r.name().clone(),
+                    done,
+                    bytes_left: if done { 0 } else { backlog.bytes.saturating_sub(after.bytes) },
+                    segments_left: segment.0.saturating_sub(cursor.0),
+                    error: None,
+                }
+            })
+            .collect();
+        for (sync, status) in replicas.iter_mut().zip(fleet.statuses()) {
+            if !sync.done {
+                sync.error = status.last_error.map(|e| e.text);
+            }
+        }
+        let mut nearest: Vec<(u64, u64)> = replicas.iter().map(|r| (r.bytes_left, r.segments_left)).collect();
+        nearest.sort_unstable();
+        SyncProgress {
+            lsn: self.0.engine.as_ref().map(|e| e.progress().sealed).unwrap_or_default(),
+            sealed: true,
+            needed,
+            done: replicas.iter().filter(|r| r.done).count(),
+            bytes_left: nearest.iter().take(needed).map(|r| r.0).sum(),
+            segments_left: nearest.iter().take(needed).map(|r| r.1).sum(),
+            replicas,
+        }
+    }
+}
+
+impl Backend for Control {
+    fn status(&self) -> BoxFuture<'_, Status> {
+        async { self.status_now() }.boxed()
+    }
+
+    fn sync(
+        &self,
+        request: SyncRequest,
+        progress: watch::Sender<SyncProgress>,
+    ) -> BoxFuture<'_, Result<SyncProgress, Failure>> {
+        async move {
+            let needed = request.replicas.needed(self.0.fleet.replicas.len())?;
+            let dirty = self.0.blocks.space.dirty();
+            progress.send_replace(SyncProgress {
+                needed,
+                bytes_left: dirty * needed as u64,
+                ..SyncProgress::default()
+            });
+            let segment = self.0.seal(Instant::now() + SEAL_DEADLINE).await.map_err(|e| {
+                Failure::new(Exit::Failure, format!("what was written could not be sealed: {e}"))
+            })?;
+            let waiting = self.0.fleet.wait_for(segment, needed);
+            tokio::pin!(waiting);
+            loop {
+                progress.send_replace(self.progress(segment, needed));
+                tokio::select! {
+                    () = &mut waiting => return Ok(self.progress(segment, needed)),
+                    () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                }
+                if let Some(why) = self.0.vfs.read_only().filter(|_| self.0.engine.is_some()) {
+                    return Err(Failure::new(Exit::InUse, why));
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn shutdown(&self) -> BoxFuture<'_, Result<Status, Failure>> {
+        async move {
+            let running = Arc::clone(&self.0);
+            running.unmount().await.map_err(|e| Failure::new(Exit::InUse, e))?;
+            let status = self.status_now();
+            running.wait_closed().await;
+            Ok(status)
+        }
+        .boxed()
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        async { metrics(&self.status_now()) }.boxed()
+    }
+}
+
+/// The status in the text form that Prometheus reads.
+fn metrics(s: &Status) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    let mut gauge = |name: &str, help: &str, value: f64| {
+        let _ = writeln!(
+            out,
+            "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge\nmirrorfs_{name} {value}"
+        );
+    };
+    gauge("lsn", "Last change made", s.lsn.0 as f64);
+    gauge("sealed_lsn", "Last change in a sealed transaction group", s.sealed_lsn.0 as f64);
+    gauge("dirty_bytes", "Content written and not yet sealed", s.dirty_bytes as f64);
+    gauge("staged_bytes", "Sealed segments waiting on local disk", s.staged_bytes as f64);
+    gauge("cache_used_bytes", "Local disk taken by blocks", s.cache.used_bytes as f64);
+    gauge("cache_limit_bytes", "Local disk that blocks may take", s.cache.limit_bytes as f64);
+    gauge("cache_hits", "Block reads answered locally", s.cache.hits as f64);
+    gauge("cache_misses", "Block reads that needed a replica", s.cache.misses as f64);
+    gauge("cache_corrupt", "Cached blocks dropped for a wrong hash", s.cache.corrupt as f64);
+    gauge("read_only", "1 when nobody can write", f64::from(u8::from(s.read_only.is_some())));
+    let per_replica: [(&str, &str, fn(&ReplicaStatus) -> f64); 6] = [
+        ("replica_cursor", "Segment up to which everything is there", |r| r.cursor.0 as f64),
+        ("replica_lag_bytes", "Bytes of sealed segments it lacks", |r| r.lag_bytes as f64),
+        ("replica_lag_seconds", "Age of the oldest segment it lacks", |r| r.lag_seconds),
+        ("replica_uploaded_bytes", "Bytes sent", |r| r.uploaded_bytes as f64),
+        ("replica_requests", "Requests made", |r| r.requests.total() as f64),
+        ("replica_damages", "Damaged or missing places met while reading", |r| r.damages as f64),
+    ];
+    for (name, help, value) in per_replica {
+        let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge");
+        for r in &s.replicas {
+            let _ = writeln!(out, "mirrorfs_{name}{{replica=\"{}\"}} {}", r.name, value(r));
+        }
+    }
+    out
+}

@@ -1,0 +1,170 @@
+//! Bringing the volume's tables back into a local journal, from replicas (and from what a damaged state still has).
+//!
+//! Owns the local tables that go with a restored state: segments, frames, the sealed mark. The restore proper is
+//! `crate::restore`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::Error;
+use crate::exit::Exit;
+use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
+use crate::format::record::{Op, Record};
+use crate::format::tables::{BlockEntry, frame_key, local_key, prefix_range, segment_key, table};
+use crate::format::volume::Claim;
+use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
+use crate::journal::{Journal, JournalError};
+use crate::replica::Store;
+use crate::restore::{self, LoadError, Loaded, Plan, PlanError, Tables};
+
+/// A volume's tables as replicas hold them.
+pub(super) struct Restored {
+    pub loaded: Loaded,
+    pub tables: Tables,
+    /// Per replica the segment up to which it holds everything, by its listing.
+    pub cursors: BTreeMap<ReplicaName, SegmentNo>,
+    /// All claims found, by ascending epoch.
+    pub claims: Vec<Claim>,
+}
+
+impl From<LoadError> for Error {
+    fn from(e: LoadError) -> Self {
+        let exit = match &e {
+            LoadError::Unavailable { .. } => Exit::Unreachable,
+            LoadError::Newer { .. } => Exit::TooNew,
+            LoadError::Nothing(_) => Exit::Damaged,
+            LoadError::Sink(_) => Exit::Failure,
+        };
+        Error::new(exit, e.to_string())
+    }
+}
+
+impl From<PlanError> for Error {
+    fn from(e: PlanError) -> Self {
+        let exit = match &e {
+            PlanError::NoReplica(_) => Exit::Unreachable,
+            PlanError::Mixed(_) => Exit::WrongVolume,
+            PlanError::NoVolume(_) | PlanError::Broken(_) => Exit::Damaged,
+        };
+        Error::new(exit, e.to_string())
+    }
+}
+
+/// Reads the volume's tables from `stores`.
+pub(super) async fn fetch(stores: &[Store]) -> Result<Restored, Error> {
+    let inventories = restore::survey(stores).await;
+    let plan = restore::plan(&inventories, None)?;
+    let mut tables = Tables::default();
+    let loaded = restore::load(&plan, stores, &mut tables).await?;
+    let cursors = stores
+        .iter()
+        .enumerate()
+        .map(|(i, store)| (store.name().clone(), contiguous(&plan, &loaded, i)))
+        .collect();
+    let mut claims: BTreeMap<Epoch, Claim> = BTreeMap::new();
+    for found in inventories.iter().filter_map(|i| i.found.as_ref().ok()) {
+        claims.extend(found.claims.iter().map(|(e, c)| (*e, c.clone())));
+    }
+    Ok(Restored { loaded, tables, cursors, claims: claims.into_values().collect() })
+}
+
+/// The segment up to which replica `index` holds everything in its right size.
+fn contiguous(plan: &Plan, loaded: &Loaded, index: usize) -> SegmentNo {
+    let mut upto = SegmentNo(0);
+    for seen in &loaded.segments {
+        let holds = plan.segments.get(&seen.number).is_some_and(|place| {
+            place.epoch == seen.epoch && place.holders.iter().any(|(i, len)| *i == index && *len == seen.len)
+        });
+        if seen.number != upto.next() || !holds {
+            break;
+        }
+        upto = seen.number;
+    }
+    upto
+}
+
+/// The mark with which sealing goes on.
+pub(super) fn mark_of(loaded: &Loaded) -> SealedMark {
+    SealedMark {
+        lsn: loaded.commit_lsn,
+        segment: loaded.last_segment,
+        blake3: loaded.last_hash.0,
+        checkpoint: loaded.checkpoint.map_or(SegmentNo(0), |(n, _)| n),
+        log_bytes: 0,
+    }
+}
+
+/// Loads the restored tables, and the local ones that go with them, into a fresh journal.
+pub(super) fn import(journal: &Journal, restored: &Restored) -> Result<(), Error> {
+    let local = local_tables(restored)?;
+    let mark = mark_of(&restored.loaded);
+    let (start, end) = (Bytes::new(), Bytes::from_static(&[table::FIRST_LOCAL]));
+    let replicated = restored.tables.range(start, end).map(|(k, v)| Ok(Op::put(k.clone(), v.clone())));
+    let local = local.into_iter().chain([Op::put(local_key(SEALED_MARK), mark.encode())]).map(Ok);
+    journal.import(restored.loaded.commit_lsn, &mut replicated.chain(local))?;
+    Ok(())
+}
+
+/// Segment and frame tables, derived: what the restore saw of each segment, and how many blocks use each frame.
+fn local_tables(restored: &Restored) -> Result<Vec<Op>, Error> {
+    let mut frames: HashMap<BlockHash, FrameValue> = HashMap::new();
+    let (start, end) = prefix_range(&[table::BLOCK]);
+    for (_, value) in restored.tables.range(start, end) {
+        let entry = BlockEntry::decode(value)
+            .map_err(|e| Error::new(Exit::Damaged, format!("restored tables: {e}")))?;
+        frames.entry(entry.hash).or_insert(FrameValue { entry, uses: 0 }).uses += 1;
+    }
+    let mut live: HashMap<SegmentNo, u64> = HashMap::new();
+    for frame in frames.values() {
+        *live.entry(frame.entry.loc.segment).or_default() += u64::from(frame.entry.loc.stored_len);
+    }
+    let segments = restored.loaded.segments.iter().map(|s| {
+        let value = SegmentValue {
+            epoch: s.epoch,
+            len: s.len,
+            blake3: s.hash.unwrap_or_default().0,
+            commit: s.commit.unwrap_or_default(),
+            cut_at: s.cut_at.map_or(0.0, |t| t.secs as f64 + f64::from(t.nanos) / 1e9),
+            live: live.get(&s.number).copied().unwrap_or(0),
+        };
+        Op::put(segment_key(s.number), value.encode())
+    });
+    let frames = frames.iter().map(|(hash, value)| Op::put(frame_key(hash), value.encode()));
+    Ok(segments.chain(frames).collect())
+}
+
+/// Applies records that a damaged state's tail still had, behind what the replicas gave. They must follow without a gap.
+pub(super) fn reapply(journal: &Arc<Journal>, records: Vec<Record>, after: Lsn) -> Result<u64, Error> {
+    let mut applied = 0;
+    let mut expected = after.next();
+    for record in records.into_iter().filter(|r| r.lsn > after) {
+        if record.lsn != expected {
+            return Err(Error::new(
+                Exit::Damaged,
+                format!(
+                    "the local tail goes on with record {} but the replicas end before record {expected}: attach the \
+                     replica that has what lies between",
+                    record.lsn
+                ),
+            ));
+        }
+        let (_, lsn) = journal.transact::<_, JournalError>(|tx| {
+            for op in record.ops {
+                match op {
+                    Op::Put { key, value } => tx.put(key, value),
+                    Op::Delete { key } => tx.delete(key),
+                }
+            }
+            Ok(())
+        })?;
+        if lsn != expected {
+            return Err(Error::new(Exit::Failure, format!("record {expected} was given number {lsn}")));
+        }
+        expected = expected.next();
+        applied += 1;
+    }
+    journal.barrier(journal.last_lsn())?;
+    Ok(applied)
+}

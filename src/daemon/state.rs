@@ -1,0 +1,238 @@
+//! The local state folder: its lock, and the file that says whose state it is.
+//!
+//! Owns `LOCK` and `state.json`, and the names of everything else in the folder. Knows no content of it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::Error;
+use crate::exit::Exit;
+use crate::format::volume::{Claim, Volume};
+use crate::ids::Epoch;
+
+/// Version of the state folder's layout.
+const VERSION: u32 = 1;
+
+/// What `state.json` says. It is written last when a state is built, so a folder without it holds nothing of value.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Local {
+    version: u32,
+    /// The volume.
+    pub volume: Volume,
+    /// All known claims by ascending epoch; the last one is ours.
+    pub claims: Vec<Claim>,
+    /// Built by a read-only mount, which claims nothing: thrown away by the next mount.
+    pub borrowed: bool,
+}
+
+impl Local {
+    pub fn new(volume: Volume, claims: Vec<Claim>, borrowed: bool) -> Self {
+        Self { version: VERSION, volume, claims, borrowed }
+    }
+
+    /// Our claim.
+    pub fn claim(&self) -> Option<&Claim> {
+        self.claims.last().filter(|_| !self.borrowed)
+    }
+
+    /// Our epoch; 0 for none.
+    pub fn epoch(&self) -> Epoch {
+        self.claim().map_or(Epoch(0), |c| c.epoch)
+    }
+}
+
+/// The locked state folder.
+pub(super) struct StateDir {
+    dir: PathBuf,
+    _lock: File,
+}
+
+fn failed(what: &str, path: &Path, e: &io::Error) -> Error {
+    Error::new(Exit::Failure, format!("cannot {what} {}: {e}", path.display()))
+}
+
+impl StateDir {
+    /// Makes the folder if need be and locks it.
+    pub fn lock(dir: &Path) -> Result<Self, Error> {
+        crate::config::state::create(dir).map_err(|e| failed("make the state folder", dir, &e))?;
+        let path = dir.join("LOCK");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| failed("open", &path, &e))?;
+        // SAFETY: the descriptor is open; flock touches no memory.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            let holder = holder.trim();
+            let by = if holder.is_empty() { String::new() } else { format!(" (process {holder})") };
+            return Err(Error::new(
+                Exit::InUse,
+                format!(
+                    "the state folder {} is in use by another daemon{by}: unmount that one first",
+                    dir.display()
+                ),
+            ));
+        }
+        let mut note = || {
+            file.set_len(0)?;
+            file.rewind()?;
+            writeln!(file, "{}", std::process::id())
+        };
+        note().map_err(|e| failed("write", &path, &e))?;
+        Ok(Self { dir: dir.to_owned(), _lock: file })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn slots(&self) -> PathBuf {
+        self.dir.join("slots")
+    }
+
+    pub fn staging(&self) -> PathBuf {
+        self.dir.join("staging")
+    }
+
+    /// What the folder is the state of; `None` when nothing was completed here.
+    pub fn read(&self) -> Result<Option<Local>, Error> {
+        let path = self.dir.join("state.json");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed("read", &path, &e)),
+        };
+        let local: Local = serde_json::from_slice(&bytes).map_err(|e| {
+            Error::new(
+                Exit::Damaged,
+                format!(
+                    "{} is damaged ({e}): move the state folder {} away and mount again to rebuild it from the \
+                     replicas; what they lack is then missing",
+                    path.display(),
+                    self.dir.display()
+                ),
+            )
+        })?;
+        if local.version != VERSION {
+            return Err(Error::new(
+                Exit::TooNew,
+                format!(
+                    "the state folder {} has layout version {}, this mirrorfs knows {VERSION}: use the version that \
+                     made it, or unmount there and rebuild with an empty folder",
+                    self.dir.display(),
+                    local.version
+                ),
+            ));
+        }
+        Ok(Some(local))
+    }
+
+    /// Completes or changes the state: from now on the folder counts.
+    pub fn write(&self, local: &Local) -> Result<(), Error> {
+        let path = self.dir.join("state.json");
+        let write = || -> io::Result<()> {
+            let temporary = self.dir.join("state.json.new");
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(&serde_json::to_vec_pretty(local)?)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().map_err(|e| failed("write", &path, &e))
+    }
+
+    /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
+    pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
+        const KEEP: [&str; 4] = ["LOCK", "replicas", "daemon.log", crate::control::SOCKET];
+        let target = self.dir.join(format!("quarantine-{label}"));
+        let mut moved = false;
+        let entries = fs::read_dir(&self.dir).map_err(|e| failed("read", &self.dir, &e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| failed("read", &self.dir, &e))?;
+            let name = entry.file_name();
+            let text = name.to_string_lossy();
+            if KEEP.contains(&&*text) || text.starts_with("quarantine-") {
+                continue;
+            }
+            if !moved {
+                fs::create_dir_all(&target).map_err(|e| failed("make", &target, &e))?;
+                moved = true;
+            }
+            fs::rename(entry.path(), target.join(&name)).map_err(|e| failed("move", &entry.path(), &e))?;
+        }
+        Ok(moved.then_some(target))
+    }
+
+    /// Removes what a read-only mount built: it holds nothing that the replicas lack.
+    pub fn clear(&self) -> Result<(), Error> {
+        for name in ["state.json", "slots", "witness"] {
+            let path = self.dir.join(name);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &path, &e)),
+                _ => {}
+            }
+        }
+        for name in ["db", "tail", "staging"] {
+            let path = self.dir.join(name);
+            match fs::remove_dir_all(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &path, &e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::volume::Compression;
+    use crate::ids::VolumeId;
+
+    fn volume() -> Volume {
+        Volume {
+            volume: VolumeId::from_random([3; 16]),
+            created_at: 1,
+            block_size: 1 << 20,
+            compression: Compression::Zstd,
+            key_wrapping: None,
+            created_by: "test".into(),
+        }
+    }
+
+    #[test]
+    fn one_daemon_per_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::lock(dir.path()).unwrap();
+        let error = StateDir::lock(dir.path()).err().unwrap();
+        assert_eq!(error.exit_code(), Exit::InUse);
+        assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+        drop(first);
+        StateDir::lock(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn state_round_trips_and_damage_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::lock(dir.path()).unwrap();
+        assert_eq!(state.read().unwrap(), None);
+        let local = Local::new(volume(), Vec::new(), true);
+        state.write(&local).unwrap();
+        assert_eq!(state.read().unwrap(), Some(local));
+        fs::write(dir.path().join("state.json"), b"{").unwrap();
+        assert_eq!(state.read().unwrap_err().exit_code(), Exit::Damaged);
+        let aside = state.set_aside("x").unwrap().unwrap();
+        assert!(aside.join("state.json").exists());
+        assert_eq!(state.read().unwrap(), None);
+        assert_eq!(state.set_aside("y").unwrap(), None);
+    }
+}

@@ -1,0 +1,613 @@
+//! The adapter: decodes a kernel request, asks the filesystem, answers.
+//!
+//! Owns what only the kernel's protocol needs: how long the kernel may believe an answer, and which requests go to a
+//! thread that may wait. Knows no rule of POSIX but the one the protocol hands to the server: when set-user-id bits fall.
+//!
+//! Nothing else changes the volume while it is mounted, so the kernel may believe answers for long ([`TTL`]). It
+//! refreshes by itself what its own operations touch; where it does not, this module tells it ([`Shared::forget_attr`]).
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags,
+    PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::convert::{
+    bare_attr, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
+    xattr_mode,
+};
+use super::errno::errno;
+use super::guard::guarded;
+use super::reply;
+use super::shared::{Shared, may_write};
+use crate::ids::Ino;
+use crate::vfs::api::FileSystem;
+use crate::vfs::types::{Caller, FileKind, Seek, SetAttr, VfsError, Wait};
+
+/// How long the kernel may believe an entry (also that there is none) or attributes.
+pub(super) const TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// Largest write in one request.
+const MAX_WRITE: u32 = 1 << 20;
+
+/// Requests that the kernel may have in flight in the background (read-ahead, writeback, direct I/O).
+const MAX_BACKGROUND: u16 = 128;
+
+/// We keep no state per handle, so all handles are alike.
+const HANDLE: FileHandle = FileHandle(0);
+
+/// Answers the kernel's requests out of a [`FileSystem`].
+pub(super) struct Adapter {
+    shared: Arc<Shared>,
+    /// The kernel does without OPENDIR when told that there is none.
+    skip_opendir: bool,
+}
+
+impl Adapter {
+    /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
+    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false }
+    }
+
+    fn fs(&self) -> &dyn FileSystem {
+        &*self.shared.fs
+    }
+}
+
+fn caller(req: &Request) -> Caller {
+    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid() }
+}
+
+fn ino(n: INodeNo) -> Ino {
+    Ino(n.0)
+}
+
+/// Attributes of the `system` namespace stand for things (access control lists) that we do not enforce, so we do
+/// not keep them either.
+fn is_foreign_xattr(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"system.")
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ASYNC_READ
+            | InitFlags::FUSE_ATOMIC_O_TRUNC
+            | InitFlags::FUSE_EXPORT_SUPPORT
+            | InitFlags::FUSE_BIG_WRITES
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_ASYNC_DIO
+            | InitFlags::FUSE_WRITEBACK_CACHE
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_HANDLE_KILLPRIV_V2
+            | InitFlags::FUSE_MAX_PAGES
+            | InitFlags::FUSE_CACHE_SYMLINKS
+            | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
+        // Not FUSE_POSIX_LOCKS, not FUSE_FLOCK_LOCKS: then the kernel keeps locks itself, which is all that one
+        // machine needs. Not FUSE_DONT_MASK: the kernel applies the umask.
+        let there = config.capabilities();
+        if config.add_capabilities(wanted & there).is_err() {
+            log::debug!("the kernel offers {there:?} and takes less");
+        }
+        self.skip_opendir = there.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
+        // Each answers the nearest possible value when it cannot be; that is set then.
+        if let Err(nearest) = config.set_max_write(MAX_WRITE) {
+            let _ = config.set_max_write(nearest);
+        }
+        if let Err(nearest) = config.set_max_readahead(MAX_WRITE) {
+            let _ = config.set_max_readahead(nearest);
+        }
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
+        Ok(())
+    }
+
+    fn destroy(&mut self) {
+        self.shared.reads.close();
+        self.shared.writes.close();
+        self.shared.syncs.close();
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        guarded("lookup", || match self.fs().lookup(ino(parent), name.as_bytes()) {
+            // Inode 0 tells the kernel that there is no such name, and that it may believe so.
+            Err(VfsError::NotFound) => {
+                reply.entry(&TTL, &bare_attr(0, FileKind::Regular), Generation(0));
+            }
+            answer => reply::entry(reply, answer),
+        });
+    }
+
+    fn forget(&self, _req: &Request, n: INodeNo, nlookup: u64) {
+        guarded("forget", || self.fs().forget(ino(n), nlookup));
+    }
+
+    fn getattr(&self, _req: &Request, n: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        guarded("getattr", || reply::attr(reply, self.fs().getattr(ino(n))));
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        n: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        guarded("setattr", || {
+            let mut set = SetAttr {
+                perm: mode.map(perm_of_mode),
+                uid,
+                gid,
+                size,
+                atime: atime.map(set_time),
+                mtime: mtime.map(set_time),
+                ctime: ctime.map(time),
+            };
+            // The kernel left these bits to us (HANDLE_KILLPRIV_V2). It says who may keep them when truncating, but
+            // fuser does not pass that on: take everybody but root as unprivileged.
+            let new_owner = uid.is_some() || gid.is_some();
+            if set.perm.is_none() && (new_owner || (size.is_some() && req.uid() != 0)) {
+                set.perm = self.shared.fallen_privileges(ino(n));
+            }
+            reply::attr(reply, self.fs().setattr(ino(n), &set, &caller(req)));
+        });
+    }
+
+    fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
+        guarded("readlink", || reply::data(reply, self.fs().readlink(ino(n))));
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        guarded("mknod", || {
+            let Some(kind) = kind_of_mode(mode) else { return reply.error(Errno::EINVAL) };
+            let (name, perm) = (name.as_bytes(), perm_of_mode(mode));
+            reply::entry(reply, self.fs().mknod(ino(parent), name, kind, perm, rdev, &caller(req)));
+        });
+    }
+
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        guarded("mkdir", || {
+            let perm = perm_of_mode(mode);
+            reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &caller(req)));
+        });
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        guarded("unlink", || reply::empty(reply, self.fs().unlink(ino(parent), name.as_bytes())));
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        guarded("rmdir", || reply::empty(reply, self.fs().rmdir(ino(parent), name.as_bytes())));
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        guarded("symlink", || {
+            let target = target.as_os_str().as_bytes();
+            reply::entry(reply, self.fs().symlink(ino(parent), name.as_bytes(), target, &caller(req)));
+        });
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        guarded("rename", || {
+            let Some(mode) = rename_mode(flags) else { return reply.error(Errno::EINVAL) };
+            let (from, to) = (name.as_bytes(), newname.as_bytes());
+            reply::empty(reply, self.fs().rename(ino(parent), from, ino(newparent), to, mode));
+        });
+    }
+
+    fn link(&self, _req: &Request, n: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        guarded("link", || {
+            reply::entry(reply, self.fs().link(ino(n), ino(newparent), newname.as_bytes()));
+        });
+    }
+
+    fn open(&self, req: &Request, n: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        guarded("open", || {
+            let truncate = flags.0 & libc::O_TRUNC != 0;
+            let opened = self.fs().open(ino(n), may_write(flags), truncate).and_then(|()| {
+                let fall = truncate && req.uid() != 0;
+                if !fall {
+                    return Ok(());
+                }
+                self.shared.drop_privileges(ino(n), &caller(req)).inspect_err(|_| self.fs().release(ino(n)))
+            });
+            match opened {
+                Ok(()) => {
+                    self.shared.opened(ino(n), flags);
+                    reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
+                }
+                Err(e) => reply.error(errno(&e)),
+            }
+        });
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        guarded("create", || {
+            match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &caller(req)) {
+                Ok(attr) => {
+                    self.shared.opened(attr.ino, OpenFlags(flags));
+                    let generation = Generation(attr.generation.into());
+                    let keep = FopenFlags::FOPEN_KEEP_CACHE;
+                    reply.created(&TTL, &file_attr(&attr), generation, HANDLE, keep);
+                }
+                Err(e) => reply.error(errno(&e)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        guarded("read", || match self.fs().read(ino(n), offset, size, Wait::No) {
+            Err(VfsError::WouldBlock) => {
+                let fs = Arc::clone(&self.shared.fs);
+                self.shared.reads.run(move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes)));
+            }
+            answer => reply::data(reply, answer),
+        });
+    }
+
+    fn write(
+        &self,
+        req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        guarded("write", || {
+            if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
+                && let Err(e) = self.shared.drop_privileges(ino(n), &caller(req))
+            {
+                return reply.error(errno(&e));
+            }
+            match self.fs().write(ino(n), offset, data, Wait::No) {
+                Err(VfsError::WouldBlock) => {
+                    // The buffer belongs to the serving thread, which goes on with the next request.
+                    let (fs, data) = (Arc::clone(&self.shared.fs), data.to_vec());
+                    let again = move || reply::written(reply, fs.write(ino(n), offset, &data, Wait::Yes));
+                    self.shared.writes.run(again);
+                }
+                answer => reply::written(reply, answer),
+            }
+        });
+    }
+
+    fn flush(&self, _req: &Request, n: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        guarded("flush", || reply::empty(reply, self.fs().flush(ino(n))));
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        guarded("release", || {
+            self.shared.closed(ino(n), flags);
+            self.fs().release(ino(n));
+            reply.ok();
+        });
+    }
+
+    fn fsync(&self, _req: &Request, n: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        // Even a local sync takes the disk's time, in which this thread could serve a hundred other requests; and the
+        // more syncs wait together, the more share one.
+        let fs = Arc::clone(&self.shared.fs);
+        self.shared.syncs.run(move || reply::empty(reply, fs.fsync(ino(n), datasync, Wait::Yes)));
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.skip_opendir {
+            // The kernel does not ask again, and caches directories as if told to.
+            return reply.error(Errno::ENOSYS);
+        }
+        reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
+    }
+
+    fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        guarded("readdir", || {
+            let mut taken = 0_u32;
+            let listed = self.fs().readdir(ino(n), offset, false, &mut |item| {
+                let name = OsStr::from_bytes(item.name);
+                let full = reply.add(INodeNo(item.ino.0), item.cookie, file_type(item.kind), name);
+                taken += u32::from(!full);
+                !full
+            });
+            match listed {
+                // What was taken is handed over; the error comes again with the next call.
+                Err(e) if taken == 0 => reply.error(errno(&e)),
+                _ => reply.ok(),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        guarded("readdirplus", || {
+            let mut taken = 0_u32;
+            let listed = self.fs().readdir(ino(n), offset, true, &mut |item| {
+                let (number, cookie, name) = (INodeNo(item.ino.0), item.cookie, OsStr::from_bytes(item.name));
+                let full = match item.attr {
+                    Some(a) => {
+                        let generation = Generation(a.generation.into());
+                        reply.add(number, cookie, name, &TTL, &file_attr(&a), generation)
+                    }
+                    // `.` and `..`: the kernel takes number and kind, and counts no reference.
+                    None if matches!(item.name, b"." | b"..") => {
+                        let bare = bare_attr(item.ino.0, item.kind);
+                        reply.add(number, cookie, name, &Duration::ZERO, &bare, Generation(0))
+                    }
+                    None => {
+                        log::error!("inode {} was listed without attributes and is left out", item.ino);
+                        false
+                    }
+                };
+                taken += u32::from(!full);
+                !full
+            });
+            match listed {
+                Err(e) if taken == 0 => reply.error(errno(&e)),
+                _ => reply.ok(),
+            }
+        });
+    }
+
+    fn fsyncdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let fs = Arc::clone(&self.shared.fs);
+        self.shared.syncs.run(move || reply::empty(reply, fs.fsyncdir(ino(n), Wait::Yes)));
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        guarded("statfs", || reply::statfs(reply, self.fs().statfs()));
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        guarded("setxattr", || {
+            if is_foreign_xattr(name) {
+                return reply.error(Errno::EOPNOTSUPP);
+            }
+            let Some(mode) = xattr_mode(flags) else { return reply.error(Errno::EINVAL) };
+            reply::empty(reply, self.fs().setxattr(ino(n), name.as_bytes(), value, mode));
+        });
+    }
+
+    fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        guarded("getxattr", || {
+            if is_foreign_xattr(name) {
+                return reply.error(Errno::EOPNOTSUPP);
+            }
+            match self.fs().getxattr(ino(n), name.as_bytes()) {
+                Ok(value) => reply::xattr(reply, &value, size),
+                Err(e) => reply.error(errno(&e)),
+            }
+        });
+    }
+
+    fn listxattr(&self, req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
+        guarded("listxattr", || match self.fs().listxattr(ino(n)) {
+            Ok(names) => {
+                let mut list = Vec::new();
+                for name in names {
+                    // As the kernel's own filesystems: `trusted` is not shown to those who may not read it.
+                    if req.uid() == 0 || !name.starts_with(b"trusted.") {
+                        list.extend_from_slice(&name);
+                        list.push(0);
+                    }
+                }
+                reply::xattr(reply, &list, size);
+            }
+            Err(e) => reply.error(errno(&e)),
+        });
+    }
+
+    fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        guarded("removexattr", || {
+            if is_foreign_xattr(name) {
+                return reply.error(Errno::EOPNOTSUPP);
+            }
+            reply::empty(reply, self.fs().removexattr(ino(n), name.as_bytes()));
+        });
+    }
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        // With default_permissions the kernel decides; should it ask, it has decided.
+        reply.ok();
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        guarded("fallocate", || {
+            let Some(how) = fallocate_mode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
+            match self.fs().fallocate(ino(n), how, offset, length, Wait::No) {
+                Err(VfsError::WouldBlock) => {
+                    let fs = Arc::clone(&self.shared.fs);
+                    self.shared.writes.run(move || {
+                        reply::empty(reply, fs.fallocate(ino(n), how, offset, length, Wait::Yes));
+                    });
+                }
+                answer => reply::empty(reply, answer),
+            }
+        });
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        n: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        guarded("lseek", || {
+            let seek = match whence {
+                libc::SEEK_DATA => Seek::Data,
+                libc::SEEK_HOLE => Seek::Hole,
+                _ => return reply.error(Errno::EINVAL),
+            };
+            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            if !self.shared.has_writers(ino(n)) {
+                return reply::offset(reply, self.fs().lseek(ino(n), offset, seek));
+            }
+            // The kernel does not write its pages before it asks, so data that only it has would be taken for a hole.
+            let shared = Arc::clone(&self.shared);
+            self.shared.reads.run(move || {
+                shared.pull_pages(ino(n));
+                reply::offset(reply, shared.fs.lseek(ino(n), offset, seek));
+            });
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        source: INodeNo,
+        _fh_in: FileHandle,
+        source_offset: u64,
+        target: INodeNo,
+        _fh_out: FileHandle,
+        target_offset: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        guarded("copy_file_range", || {
+            // The answer has 32 bits; the kernel comes back for the rest.
+            let len = len.min(u64::from(u32::MAX) & !0xfff);
+            let (from, to) = (ino(source), ino(target));
+            match self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No) {
+                Err(VfsError::WouldBlock) => {
+                    let fs = Arc::clone(&self.shared.fs);
+                    self.shared.writes.run(move || {
+                        let wait = Wait::Yes;
+                        reply::copied(
+                            reply,
+                            fs.copy_file_range(from, source_offset, to, target_offset, len, wait),
+                        );
+                    });
+                }
+                answer => reply::copied(reply, answer),
+            }
+        });
+    }
+
+    // Asked once each: after ENOSYS the kernel answers by itself.
+
+    fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn poll(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _ph: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}

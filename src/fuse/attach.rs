@@ -1,0 +1,284 @@
+//! Attaching to a directory and detaching from it: mount(2) with enough rights, `fusermount3` without.
+//!
+//! Owns the checks of the mountpoint and the words in which a refusal is explained. Done here and not by fuser, because
+//! fuser ties "who may ask" to `allow_other`: without that it refuses what the kernel itself sends on behalf of root
+//! (the times of files that it wrote back), and those times would be lost in a user's mount. The kernel checks who may
+//! ask anyway.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::mountinfo::{FSTYPE, is_fuse, is_mirrorfs, mount_at};
+use super::{MountError, MountOptions};
+
+const DEVICE: &str = "/dev/fuse";
+const HELPER: &str = "fusermount3";
+
+/// Makes sure that `mountpoint` is a directory that can be mounted on, and answers its canonical path. What a killed
+/// daemon of ours left mounted there is detached first.
+pub(super) fn check(mountpoint: &Path) -> Result<PathBuf, MountError> {
+    let bad = |why: String| MountError::Mountpoint { path: mountpoint.to_owned(), why };
+    let path = match mountpoint.canonicalize() {
+        Ok(path) => path,
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => detach_dead(mountpoint)?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(bad("does not exist; create the directory first".into()));
+        }
+        Err(e) => return Err(bad(e.to_string())),
+    };
+    let meta = match path.metadata() {
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => detach_dead(&path)?.metadata(),
+        other => other,
+    };
+    if !meta.map_err(|e| bad(e.to_string()))?.is_dir() {
+        return Err(bad("is not a directory".into()));
+    }
+    match mount_at(&path) {
+        Ok(Some(there)) if is_fuse(&there) => Err(bad(format!(
+            "is busy: {} ({}) is mounted there; unmount it first or take another directory",
+            there.source, there.fstype
+        ))),
+        _ => Ok(path),
+    }
+}
+
+/// Detaches the mount of a daemon that is no more; answers the canonical path of what is below.
+fn detach_dead(mountpoint: &Path) -> Result<PathBuf, MountError> {
+    let bad = |why: String| MountError::Mountpoint { path: mountpoint.to_owned(), why };
+    let path = std::path::absolute(mountpoint).map_err(|e| bad(e.to_string()))?;
+    let ours = matches!(mount_at(&path), Ok(Some(there)) if is_mirrorfs(&there));
+    if !ours {
+        let why = "is busy: a FUSE filesystem whose server is gone is mounted there; unmount it first \
+                   (umount -l, or fusermount3 -uz)";
+        return Err(bad(why.into()));
+    }
+    log::warn!("detaching what a daemon that is gone left mounted at {}", path.display());
+    detach(&path, true).map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?;
+    path.canonicalize().map_err(|e| bad(e.to_string()))
+}
+
+/// Whether more descriptors to the kernel's FUSE device can be had: each serving thread should have its own.
+pub(super) fn can_open_device() -> bool {
+    OpenOptions::new().read(true).write(true).open(DEVICE).is_ok()
+}
+
+/// Mounts at the canonical path `mountpoint` and answers the descriptor to serve.
+pub(super) fn attach(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
+    if !Path::new(DEVICE).exists() {
+        return Err(MountError::NoFuse(format!("{DEVICE} is not there; load it with: modprobe fuse")));
+    }
+    match OpenOptions::new().read(true).write(true).open(DEVICE) {
+        Ok(device) => {
+            if mount_directly(mountpoint, options, &device)? {
+                return Ok(device.into());
+            }
+        }
+        // The helper may have the right to open it.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
+        Err(e) => return Err(MountError::NoFuse(format!("{DEVICE} cannot be opened: {e}"))),
+    }
+    mount_by_helper(mountpoint, options)
+}
+
+/// Mounts with mount(2); `false` when we have no right to.
+fn mount_directly(mountpoint: &Path, options: &MountOptions, device: &File) -> Result<bool, MountError> {
+    let failed = |e: io::Error| MountError::Refused { path: mountpoint.to_owned(), why: e.to_string() };
+    let mode = mountpoint.metadata().map_err(failed)?.permissions().mode();
+    // SAFETY: these calls have no preconditions.
+    let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
+    let mut data = format!(
+        "fd={},rootmode={:o},user_id={uid},group_id={gid},default_permissions",
+        device.as_raw_fd(),
+        mode & libc::S_IFMT
+    );
+    if options.allow_other {
+        data.push_str(",allow_other");
+    }
+    let text = |s: &[u8]| CString::new(s).map_err(|e| failed(e.into()));
+    let (source, target) = (text(options.fsname.as_bytes())?, text(mountpoint.as_os_str().as_bytes())?);
+    let (fstype, data) = (text(FSTYPE.as_bytes())?, text(data.as_bytes())?);
+    // SAFETY: all pointers are to NUL-terminated strings that outlive the call.
+    let done = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            fstype.as_ptr(),
+            mount_flags(options),
+            data.as_ptr().cast(),
+        )
+    };
+    if done == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EPERM) => Ok(false),
+        Some(libc::ENODEV) => {
+            Err(MountError::NoFuse("the kernel has no FUSE; load it: modprobe fuse".into()))
+        }
+        _ => Err(failed(error)),
+    }
+}
+
+fn mount_flags(options: &MountOptions) -> libc::c_ulong {
+    let mut flags = 0;
+    for (on, flag) in [
+        (options.read_only, libc::MS_RDONLY),
+        (!options.suid, libc::MS_NOSUID),
+        (!options.dev, libc::MS_NODEV),
+        (options.noexec, libc::MS_NOEXEC),
+        (options.noatime, libc::MS_NOATIME),
+    ] {
+        if on {
+            flags |= flag;
+        }
+    }
+    flags
+}
+
+/// The options in the words of the helper.
+fn helper_options(options: &MountOptions) -> OsString {
+    // The helper takes a backslash before a comma or a backslash.
+    let name = options.fsname.replace('\\', "\\\\").replace(',', "\\,");
+    let mut words = vec![format!("fsname={name}"), "subtype=mirrorfs".into(), "default_permissions".into()];
+    for (on, word) in [
+        (options.allow_other, "allow_other"),
+        (options.read_only, "ro"),
+        (options.suid, "suid"),
+        (options.dev, "dev"),
+        (options.noexec, "noexec"),
+        (options.noatime, "noatime"),
+    ] {
+        if on {
+            words.push(word.into());
+        }
+    }
+    words.join(",").into()
+}
+
+/// Lets `fusermount3` mount and hand over the descriptor through a socket.
+fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
+    let failed = |why: String| MountError::Refused { path: mountpoint.to_owned(), why };
+    let (ours, theirs) = UnixStream::pair().map_err(|e| failed(e.to_string()))?;
+    let inherited = theirs.as_raw_fd();
+    let mut command = Command::new(HELPER);
+    command.arg("-o").arg(helper_options(options)).arg("--").arg(mountpoint);
+    command.env("_FUSE_COMMFD", inherited.to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // SAFETY: only fcntl, which may be called between fork and exec, on a descriptor that `theirs` keeps open.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(inherited, libc::F_SETFD, 0) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let mut child = command.spawn().map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => MountError::NoHelper,
+        _ => failed(format!("{HELPER}: {e}")),
+    })?;
+    drop(theirs);
+    let received = receive_descriptor(&ours);
+    let mut told = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        // Whatever it says is only for the message.
+        let _ = stderr.read_to_string(&mut told);
+    }
+    let status = child.wait().map_err(|e| failed(e.to_string()))?;
+    match received {
+        Ok(Some(fd)) if status.success() => Ok(fd),
+        Err(e) => Err(failed(e.to_string())),
+        _ => Err(failed(explain(told.trim().trim_start_matches("fusermount3: ")))),
+    }
+}
+
+/// What the helper said, with the remedy where we know it.
+fn explain(told: &str) -> String {
+    let remedy = if told.contains(DEVICE) && told.contains("Permission denied") {
+        "; users need access to the device (chmod 666 /dev/fuse), or mount as root"
+    } else if told.contains("user_allow_other") {
+        "; add that line to /etc/fuse.conf, or leave out allow_other"
+    } else {
+        ""
+    };
+    format!("{told}{remedy}")
+}
+
+/// The descriptor that comes with the next message; `None` when the other side closes without one.
+fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut byte = 0_u8;
+    let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // Room for one descriptor with its header, aligned as a header must be.
+    let mut control = [0_u64; 8];
+    loop {
+        // SAFETY: all zeros is a valid msghdr.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of_val(&control);
+        // SAFETY: `message` points to one buffer of one byte and a control buffer of the length given.
+        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+        if got < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(error);
+        }
+        if got == 0 {
+            return Ok(None);
+        }
+        // SAFETY: `message` was filled by recvmsg; the first header is checked for null, level, type and length
+        // before the descriptor behind it is read, and that descriptor is ours alone.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            if header.is_null()
+                || (*header).cmsg_level != libc::SOL_SOCKET
+                || (*header).cmsg_type != libc::SCM_RIGHTS
+                || ((*header).cmsg_len as usize) < libc::CMSG_LEN(4) as usize
+            {
+                return Ok(None);
+            }
+            let fd = libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned();
+            return Ok((fd >= 0).then(|| OwnedFd::from_raw_fd(fd)));
+        }
+    }
+}
+
+/// Unmounts; `lazy` takes the mount out of the tree at once and lets it end when the last user is gone.
+pub(super) fn detach(mountpoint: &Path, lazy: bool) -> io::Result<()> {
+    let path = CString::new(mountpoint.as_os_str().as_bytes())?;
+    let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
+    // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
+    if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::EPERM) {
+        return Err(error);
+    }
+    let how = OsStr::new(if lazy { "-uz" } else { "-u" });
+    let output = Command::new(HELPER).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let told = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let kind = if told.contains("busy") { io::ErrorKind::ResourceBusy } else { io::ErrorKind::Other };
+    Err(io::Error::new(kind, told))
+}
+
+/// Whether the kernel still serves `fd`'s mount.
+pub(super) fn is_attached(fd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one valid pollfd, no waiting.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n == 0 || (n > 0 && poll.revents & libc::POLLERR == 0)
+}

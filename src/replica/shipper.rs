@@ -1,0 +1,405 @@
+//! The shipper: one task per replica that sends what the replica lacks.
+//!
+//! Owns one replica's order of work: attach, send in order with several in flight, move the cursor, ship checkpoints, and begin again after
+//! a failure. Never gives up, never waits for another replica. What to send is decided in `ship_plan`, whether the replica is ours in
+//! `attach`, where bytes come from in `transfer`; this file only connects them.
+//!
+//! ```text
+//!        ┌──────── failure: wait (health) ───────┐
+//!        ▼                                       │
+//!  ── attach ──▶ ship: outbox ─▶ window ─▶ send ─┴─▶ verified ─▶ cursor saved ─▶ …
+//!        │                └─ every 10 s: fence ──▶ fenced: stop for good
+//!        └─ not our volume: nothing is written; looked at again every minute
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::attach::{self, AttachError, Attached, Fenced, Identity};
+use super::contract::{CursorStore, Outbox, Staged, StagedKind};
+use super::health::{Event, backoff};
+use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
+use super::ship_plan::ShipPlan;
+use super::transfer::{self, SendError};
+use super::volume::valid_epoch;
+use crate::ids::SegmentNo;
+
+/// Times and sizes that tests shorten.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// A send is preceded by a look for a higher epoch when the last look is older than this.
+    pub fence_every: Duration,
+    /// A replica that is not ours is looked at again after this.
+    pub foreign_every: Duration,
+    /// When nobody has the bytes of a segment, they are looked for again after this.
+    pub source_every: Duration,
+    /// The replica's identity and cursor are looked at again after this, and outbox and checkpoints without being woken after a
+    /// tenth of it.
+    pub recheck_every: Duration,
+    /// Bytes in flight to one replica.
+    pub in_flight_bytes: u64,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            fence_every: Duration::from_secs(10),
+            foreign_every: Duration::from_secs(60),
+            source_every: Duration::from_secs(30),
+            recheck_every: Duration::from_secs(600),
+            in_flight_bytes: 64 << 20,
+        }
+    }
+}
+
+/// Everything that one replica's shipper needs.
+#[derive(Clone)]
+pub struct Shipper {
+    /// The replica.
+    pub replica: Arc<Replica>,
+    /// All replicas of the volume, from which missing bytes are taken; this one among them does no harm.
+    pub peers: Vec<Arc<Replica>>,
+    /// What there is to send.
+    pub outbox: Arc<dyn Outbox>,
+    /// Where the cursor is kept.
+    pub cursors: Arc<dyn CursorStore>,
+    /// What must stand on the replica.
+    pub identity: Arc<Identity>,
+    /// Called once when another writer is seen. The shipper writes nothing more.
+    pub on_fenced: Arc<dyn Fn(Fenced) + Send + Sync>,
+    /// True ends the task; what is in flight is dropped and will be sent again.
+    pub closing: watch::Receiver<bool>,
+    /// Times and sizes.
+    pub tuning: Tuning,
+}
+
+/// Why a phase ended.
+enum End {
+    Closing,
+    Fenced(Box<Fenced>),
+    /// Something failed: begin again after this time at least.
+    Again(Duration),
+    /// Nothing failed, but it is time for a new look at the replica.
+    Recheck,
+}
+
+/// What is known of the replica's checkpoints.
+#[derive(Clone, Copy)]
+struct Checkpoints {
+    /// The newest one there, or not to be sent.
+    there: SegmentNo,
+    in_flight: bool,
+}
+
+/// A job in flight that came to its end.
+enum Done {
+    Segment(Staged, Result<u64, SendError>),
+    Checkpoint(Staged, Result<(u64, u64), SendError>),
+}
+
+/// What `status` shows of a replica.
+#[must_use]
+pub fn status(replica: &Replica, outbox: &dyn Outbox) -> ReplicaStatus {
+    replica.status(outbox.backlog(replica.cursor()), unix_now())
+}
+
+impl Shipper {
+    /// Runs until `closing` is true or another writer is seen. Spawn it.
+    pub async fn run(mut self) {
+        // Counted here and not in the replica's health: reads that succeed say nothing about writes.
+        let mut failures = 0;
+        loop {
+            let end = self.attach_and_ship(&mut failures).await;
+            self.replica.set_attached(false);
+            match end {
+                End::Closing => return,
+                End::Fenced(fenced) => {
+                    let text = format!(
+                        "replica {}: epoch {} was claimed by {} (process {}): another machine took over, nothing more is written",
+                        fenced.replica, fenced.by.epoch, fenced.by.host, fenced.by.pid
+                    );
+                    log::error!("{text}");
+                    self.replica.tell(text, None);
+                    self.replica.set_stopped(Some(Stopped::Fenced));
+                    (self.on_fenced)(*fenced);
+                    return;
+                }
+                End::Again(wait) => {
+                    failures = failures.saturating_add(1);
+                    let wait = wait.max(backoff(failures, jitter()));
+                    let _ = tokio::time::timeout(wait, closed(&mut self.closing)).await;
+                }
+                End::Recheck => {}
+            }
+        }
+    }
+
+    async fn attach_and_ship(&mut self, failures: &mut u32) -> End {
+        let (mut paused, mut closing) = (self.replica.watch_paused(), self.closing.clone());
+        tokio::select! {
+            () = closed(&mut closing) => return End::Closing,
+            _ = paused.wait_for(|p| !p) => {}
+        }
+        let attached = tokio::select! {
+            () = closed(&mut closing) => return End::Closing,
+            attached = attach::attach(&self.replica, &self.identity, &self.outbox, &self.cursors) => attached,
+        };
+        match attached {
+            Ok(attached) => {
+                self.replica.set_stopped(None);
+                self.move_cursor(attached.cursor).await;
+                self.replica.set_attached(true);
+                self.ship(attached, failures).await
+            }
+            Err(e) => self.failed(e),
+        }
+    }
+
+    /// Takes note of a failure and says how to go on.
+    fn failed(&self, error: AttachError) -> End {
+        match error {
+            AttachError::Store(e) => {
+                log::debug!("{e}");
+                self.replica.note_write_error(&e);
+                End::Again(Duration::ZERO)
+            }
+            AttachError::Foreign(e) => {
+                log::error!("{e}; nothing is written there");
+                self.replica.tell(e.to_string(), None);
+                self.replica.set_stopped(Some(Stopped::Foreign));
+                End::Again(self.tuning.foreign_every)
+            }
+            AttachError::Fenced(by) => End::Fenced(by),
+            AttachError::Local(text) => {
+                let text = format!("replica {}: local bookkeeping: {text}", self.replica.name());
+                log::error!("{text}");
+                self.replica.tell(text, None);
+                End::Again(self.tuning.source_every)
+            }
+        }
+    }
+
+    /// Sends until something fails.
+    async fn ship(&mut self, attached: Attached, failures: &mut u32) -> End {
+        let most = self.replica.store().limits().in_flight;
+        let mut plan = ShipPlan::new(attached.cursor, most, self.tuning.in_flight_bytes);
+        let mut checkpoint = Checkpoints { there: attached.checkpoint, in_flight: false };
+        let (began, mut fence_seen) = (Instant::now(), Instant::now());
+        // Tasks of their own: they go on while this one looks into the outbox or at the fence.
+        let mut jobs: JoinSet<Done> = JoinSet::new();
+        let mut ending: Option<End> = None;
+        let mut sealed = self.outbox.watch();
+        let (mut paused, mut closing) = (self.replica.watch_paused(), self.closing.clone());
+        loop {
+            if ending.is_none() && !*paused.borrow_and_update() {
+                sealed.mark_unchanged();
+                let work = tokio::select! {
+                    () = closed(&mut closing) => return End::Closing,
+                    work = self.work(&mut plan, checkpoint, &mut fence_seen) => work,
+                };
+                match work {
+                    Ok(work) if work.is_empty() && jobs.is_empty() => {
+                        *failures = 0;
+                        self.replica.writes_work();
+                        if began.elapsed() >= self.tuning.recheck_every {
+                            return End::Recheck;
+                        }
+                    }
+                    Ok(work) => {
+                        for staged in work {
+                            checkpoint.in_flight |= staged.kind == StagedKind::Checkpoint;
+                            jobs.spawn(self.job(staged));
+                        }
+                    }
+                    Err(end) => ending = Some(end),
+                }
+            }
+            if jobs.is_empty()
+                && let Some(end) = ending
+            {
+                return end;
+            }
+            let failed = tokio::select! {
+                () = closed(&mut closing) => return End::Closing,
+                Some(done) = jobs.join_next(), if !jobs.is_empty() => {
+                    self.done(done, &mut plan, &mut checkpoint, failures).await
+                }
+                changed = sealed.changed(), if ending.is_none() => {
+                    if changed.is_err() {
+                        return End::Closing;
+                    }
+                    None
+                }
+                _ = paused.changed(), if ending.is_none() => None,
+                () = tokio::time::sleep(self.tuning.recheck_every / 10) => None,
+            };
+            // What else is in flight is seen through; then everything begins with a new look at the replica. One outage counts
+            // once, however many were in flight.
+            if let Some(e) = failed
+                && ending.is_none()
+            {
+                ending = Some(self.send_failed(e));
+            }
+        }
+    }
+
+    /// Takes note of a job that came to its end; gives its failure.
+    async fn done(
+        &self,
+        done: Result<Done, tokio::task::JoinError>,
+        plan: &mut ShipPlan,
+        checkpoint: &mut Checkpoints,
+        failures: &mut u32,
+    ) -> Option<SendError> {
+        let arrived = match done {
+            Ok(Done::Segment(staged, Ok(bytes))) => {
+                if let Some(cursor) = plan.verified(staged.number) {
+                    self.move_cursor(cursor).await;
+                }
+                (1, bytes)
+            }
+            Ok(Done::Segment(staged, Err(e))) => {
+                plan.failed(staged.number);
+                return Some(e);
+            }
+            Ok(Done::Checkpoint(staged, result)) => {
+                checkpoint.in_flight = false;
+                match result {
+                    Ok(arrived) => {
+                        checkpoint.there = staged.number;
+                        arrived
+                    }
+                    // It is only a shortcut for restores: segments go on, the next checkpoint will be sent.
+                    Err(SendError::Source(text)) => {
+                        log::warn!("replica {}: {text}", self.replica.name());
+                        checkpoint.there = staged.number;
+                        return None;
+                    }
+                    Err(e) => return Some(e),
+                }
+            }
+            Err(e) => return Some(SendError::Source(e.to_string())),
+        };
+        *failures = 0;
+        self.replica.uploaded(arrived.0, arrived.1);
+        self.replica.writes_work();
+        self.replica.note(&Event::Success);
+        None
+    }
+
+    /// What to send now, after a look at the fence when it is due.
+    async fn work(
+        &self,
+        plan: &mut ShipPlan,
+        checkpoint: Checkpoints,
+        fence_seen: &mut Instant,
+    ) -> Result<Vec<Staged>, End> {
+        let cursor = plan.cursor();
+        let mut staged = match attach::segments_after(&self.outbox, cursor, plan.span()).await {
+            Ok(staged) => staged,
+            Err(e) => return Err(self.failed(e)),
+        };
+        let newest = *self.outbox.watch().borrow();
+        if cursor < newest && staged.first().is_none_or(|s| s.number != cursor.next()) {
+            staged = self.unstaged(cursor, newest.min(SegmentNo(cursor.0 + plan.span() as u64))).await?;
+        }
+        let outbox = Arc::clone(&self.outbox);
+        let there = checkpoint.there;
+        let dump = match checkpoint.in_flight {
+            true => None,
+            false => {
+                let find = tokio::task::spawn_blocking(move || outbox.checkpoint(there, cursor));
+                find.await.ok().flatten().filter(|c| c.number > there && c.number <= cursor)
+            }
+        };
+        if (!staged.is_empty() || dump.is_some()) && fence_seen.elapsed() >= self.tuning.fence_every {
+            attach::check_fence(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
+            *fence_seen = Instant::now();
+        }
+        let mut work = plan.next(&staged);
+        work.extend(dump);
+        Ok(work)
+    }
+
+    /// Segments that the outbox knows nothing of any more, as the peers list them.
+    async fn unstaged(&self, after: SegmentNo, last: SegmentNo) -> Result<Vec<Staged>, End> {
+        let mut listed = BTreeMap::new();
+        for peer in self.peers.iter().filter(|p| p.name() != self.replica.name()) {
+            match attach::list_segments(peer.store()).await {
+                Ok(segments) => listed.extend(segments),
+                Err(e) => peer.note_error(&e),
+            }
+        }
+        let mut found = Vec::new();
+        let mut number = after.next();
+        while number <= last {
+            let epoch = valid_epoch(&self.identity.claims, number);
+            let Some((epoch, len)) = epoch.and_then(|e| Some((e, *listed.get(&(number, e))?))) else { break };
+            let path = std::path::PathBuf::from("(not staged any more)");
+            found.push(Staged { kind: StagedKind::Segment, number, epoch, path, len, cut_at: 0.0 });
+            number = number.next();
+        }
+        if found.is_empty() {
+            let text = format!(
+                "replica {}: segment {} is neither staged nor on any reachable replica",
+                self.replica.name(),
+                after.next()
+            );
+            log::error!("{text}");
+            self.replica.tell(text, None);
+            return Err(End::Again(self.tuning.source_every));
+        }
+        Ok(found)
+    }
+
+    fn job(&self, staged: Staged) -> impl Future<Output = Done> + Send + use<> {
+        let (replica, peers) = (Arc::clone(&self.replica), self.peers.clone());
+        let volume = self.identity.volume.volume;
+        async move {
+            match staged.kind {
+                StagedKind::Segment => {
+                    let result = transfer::send_segment(&replica, &peers, volume, &staged).await;
+                    Done::Segment(staged, result)
+                }
+                StagedKind::Checkpoint => {
+                    let result = transfer::send_checkpoint(&replica, &staged).await;
+                    Done::Checkpoint(staged, result)
+                }
+            }
+        }
+    }
+
+    fn send_failed(&self, error: SendError) -> End {
+        match error {
+            SendError::Replica(e) => self.failed(e.into()),
+            SendError::Source(text) => {
+                let text = format!("replica {}: {text}", self.replica.name());
+                log::error!("{text}");
+                self.replica.tell(text, None);
+                End::Again(self.tuning.source_every)
+            }
+        }
+    }
+
+    /// Saves the cursor, then shows it. A cursor that could not be saved is only found again later.
+    async fn move_cursor(&self, cursor: SegmentNo) {
+        let (cursors, name) = (Arc::clone(&self.cursors), self.replica.name().clone());
+        let saved = tokio::task::spawn_blocking(move || cursors.save(&name, cursor)).await;
+        if let Ok(Err(e)) = saved {
+            log::warn!("replica {}: its cursor {cursor} could not be saved: {e}", self.replica.name());
+        }
+        self.replica.set_cursor(cursor);
+    }
+}
+
+/// Returns when the daemon closes, also when it is gone.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    let _ = closing.wait_for(|c| *c).await;
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! Carrying one staged object to a replica.
+//!
+//! Owns where its bytes come from (local disk, else another replica that has it) and that they are checked before they are sent, so that
+//! damage on one disk does not spread. Knows no cursor, no order and no backoff.
+
+use std::path::Path as FsPath;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::contract::Staged;
+use super::error::{ErrorKind, StoreError};
+use super::health;
+use super::shared::{Damage, DamageKind, Replica};
+use crate::format::codec::FormatError;
+use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder};
+use crate::format::segment::{self, FOOTER_LEN};
+use crate::ids::{Epoch, SegmentNo, VolumeId};
+
+/// Segments above this length are sent from their file without being held, and checked, in memory.
+const MOST_IN_MEMORY: u64 = 64 << 20;
+
+/// Why an object did not arrive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum SendError {
+    /// The replica failed.
+    Replica(StoreError),
+    /// Nobody has intact bytes of the object; the replica is not to blame.
+    Source(String),
+}
+
+impl From<StoreError> for SendError {
+    fn from(e: StoreError) -> Self {
+        SendError::Replica(e)
+    }
+}
+
+/// Sends a segment to `to`, from its file or from one of `peers`. Gives its length.
+pub(super) async fn send_segment(
+    to: &Replica,
+    peers: &[Arc<Replica>],
+    volume: VolumeId,
+    staged: &Staged,
+) -> Result<u64, SendError> {
+    let object = ObjectName::Segment(staged.number, staged.epoch).path();
+    if staged.len > MOST_IN_MEMORY {
+        match to.store().put_file(&object, &staged.path, staged.len).await {
+            Ok(()) => return Ok(staged.len),
+            // Its file is gone or cut off: below, others are asked.
+            Err(e) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let local = match read_checked(&staged.path, volume, staged).await {
+        Ok(bytes) => Ok(bytes),
+        Err(local) => from_peers(to, peers, volume, staged, &object).await.map_err(|peers| match peers {
+            _ if peers.is_empty() => format!("local copy: {local}"),
+            peers => format!("local copy: {local}; {peers}"),
+        }),
+    };
+    let bytes =
+        local.map_err(|why| SendError::Source(format!("no intact copy of {object} is to be had: {why}")))?;
+    let len = bytes.len() as u64;
+    to.store().put(&object, bytes).await?;
+    Ok(len)
+}
+
+/// Sends a checkpoint's parts, and after all of them its manifest. Gives objects and bytes sent.
+pub(super) async fn send_checkpoint(to: &Replica, staged: &Staged) -> Result<(u64, u64), SendError> {
+    let folder = checkpoint_folder(staged.number, staged.epoch);
+    let dir = staged.path.clone();
+    let listed = tokio::task::spawn_blocking(move || files_of(&dir)).await;
+    let files = match listed {
+        Ok(Ok(files)) => files,
+        Ok(Err(e)) => return Err(SendError::Source(format!("staged {folder}: {e}"))),
+        Err(e) => return Err(SendError::Source(format!("staged {folder}: {e}"))),
+    };
+    if files.last().is_none_or(|(name, _)| name != MANIFEST) {
+        return Err(SendError::Source(format!("staged {folder} has no manifest")));
+    }
+    let mut bytes = 0;
+    for (name, len) in &files {
+        let file = staged.path.join(name);
+        match to.store().put_file(&format!("{folder}/{name}"), &file, *len).await {
+            Ok(()) => bytes += len,
+            Err(e) if e.kind == ErrorKind::Absent => {
+                return Err(SendError::Source(format!("staged {folder}/{name} is gone")));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok((files.len() as u64, bytes))
+}
+
+/// The files of a staged checkpoint with their lengths, the manifest last.
+fn files_of(dir: &FsPath) -> std::io::Result<Vec<(String, u64)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if let Ok(name) = entry.file_name().into_string() {
+            files.push((name, entry.metadata()?.len()));
+        }
+    }
+    files.sort_by_key(|(name, _)| (name == MANIFEST, name.clone()));
+    Ok(files)
+}
+
+async fn read_checked(path: &FsPath, volume: VolumeId, staged: &Staged) -> Result<Bytes, String> {
+    let (path, number, epoch) = (path.to_owned(), staged.number, staged.epoch);
+    let read = move || -> Result<Bytes, String> {
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        check_segment(&bytes, volume, number, epoch).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(bytes.into())
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|e| e.to_string())?
+}
+
+/// Asks the peers for a segment, those first that should have it and are near; the error says what each answered.
+async fn from_peers(
+    to: &Replica,
+    peers: &[Arc<Replica>],
+    volume: VolumeId,
+    staged: &Staged,
+    object: &str,
+) -> Result<Bytes, String> {
+    let peers: Vec<_> = peers.iter().filter(|p| p.name() != to.name()).collect();
+    let healths: Vec<_> = peers.iter().map(|p| p.health()).collect();
+    let mut order = health::order(&healths, staged.len, std::time::Instant::now());
+    order.sort_by_key(|i| peers.get(*i).is_none_or(|p| p.cursor() < staged.number));
+    let mut said = Vec::new();
+    for peer in order.into_iter().filter_map(|i| peers.get(i)) {
+        let bytes = match peer.store().get(object).await {
+            Ok(bytes) => bytes,
+            Err(e) => {
+                if e.kind != ErrorKind::Absent {
+                    peer.note_error(&e);
+                }
+                said.push(e.to_string());
+                continue;
+            }
+        };
+        let (number, epoch, checked) = (staged.number, staged.epoch, bytes.clone());
+        let check = tokio::task::spawn_blocking(move || check_segment(&checked, volume, number, epoch));
+        match check.await {
+            Ok(Ok(())) => {
+                log::info!("replica {}: taking {object} from replica {}", to.name(), peer.name());
+                return Ok(bytes);
+            }
+            Ok(Err(e)) => {
+                peer.note_damage(Damage {
+                    object: object.to_owned(),
+                    segment: staged.number,
+                    offset: 0,
+                    len: bytes.len() as u64,
+                    block: None,
+                    kind: DamageKind::Wrong,
+                });
+                said.push(format!("replica {}: {e}", peer.name()));
+            }
+            Err(e) => said.push(e.to_string()),
+        }
+    }
+    Err(said.join("; "))
+}
+
+/// Checks that `bytes` are that segment, every one of them.
+fn check_segment(bytes: &[u8], volume: VolumeId, number: SegmentNo, epoch: Epoch) -> Result<(), FormatError> {
+    let footer = segment::parse_footer(bytes, bytes.len() as u64)?;
+    footer.expect(volume, number, epoch)?;
+    let body = bytes.get(..bytes.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
+    if *blake3::hash(body).as_bytes() != footer.body_hash {
+        return Err(FormatError::new("segment", "its content is damaged"));
+    }
+    Ok(())
+}

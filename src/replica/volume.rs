@@ -1,0 +1,297 @@
+//! The small objects that say whose a replica is: `volume.json` and the writers' claims.
+//!
+//! Owns reading, creating and comparing them. Knows neither segments nor shipping, and deletes nothing.
+
+use futures::future::join_all;
+
+use super::error::{ErrorKind, StoreError};
+use super::store::{Conditional, Created, Store};
+use crate::format::codec::FormatError;
+use crate::format::names::{EPOCHS, ObjectName};
+use crate::format::volume::{Claim, Release, Volume};
+use crate::ids::{Epoch, ReplicaName, SegmentNo, VolumeId};
+
+/// Why a replica cannot be used as part of a volume.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum VolumeError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The replica belongs to another volume.
+    #[error(
+        "replica {replica} ({url}) holds volume {found}, not {expected}: give it another place, or use that volume"
+    )]
+    WrongVolume {
+        /// The replica.
+        replica: ReplicaName,
+        /// Its URL.
+        url: String,
+        /// The volume there.
+        found: VolumeId,
+        /// The volume that was meant.
+        expected: VolumeId,
+    },
+    /// There is something, but no volume.
+    #[error(
+        "replica {replica} ({url}) is not empty and holds no mirrorfs volume (found {example}): give it an empty place"
+    )]
+    Foreign {
+        /// The replica.
+        replica: ReplicaName,
+        /// Its URL.
+        url: String,
+        /// One of the objects there.
+        example: String,
+    },
+    /// One of the small objects cannot be read.
+    #[error("replica {replica}: {object}: {error}")]
+    Unreadable {
+        /// The replica.
+        replica: ReplicaName,
+        /// The object.
+        object: String,
+        /// Why; `newer` tells damage from a newer format.
+        error: FormatError,
+    },
+    /// Another writer holds the epoch.
+    #[error(
+        "replica {replica}: epoch {} is held by {} (process {}) since {}: that machine writes to this volume; \
+         unmount it there, or mount again to take over",
+        claim.epoch, claim.host, claim.pid, claim.claimed_at
+    )]
+    Held {
+        /// The replica on which it was seen.
+        replica: ReplicaName,
+        /// The other writer's claim.
+        claim: Box<Claim>,
+    },
+    /// The backend cannot tell the first writer from the second.
+    #[error(
+        "replica {replica} ({url}) cannot create an object only if it is absent, so it cannot keep two writers apart; \
+         set conditional_put = \"disabled\" for it to accept that risk"
+    )]
+    NoConditions {
+        /// The replica.
+        replica: ReplicaName,
+        /// Its URL.
+        url: String,
+    },
+}
+
+/// What lies at a replica's place.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Found {
+    /// Nothing at all.
+    Empty,
+    /// Objects of a volume, but no `volume.json` (wiped in part); never taken for an empty place.
+    Headless,
+    /// A volume.
+    Volume(Volume),
+}
+
+/// A writer's tenure as found on a replica.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tenure {
+    /// Its claim.
+    pub claim: Claim,
+    /// The mark of its orderly end, when there is one.
+    pub release: Option<Release>,
+}
+
+/// Where an epoch was claimed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Claimed {
+    /// Replicas that hold our claim; never empty.
+    pub on: Vec<ReplicaName>,
+    /// Replicas that could not be asked; their shippers will put the claim there before anything else.
+    pub failed: Vec<StoreError>,
+}
+
+/// Looks what is at a replica's place. Objects that are not mirrorfs's and no `volume.json` is [`VolumeError::Foreign`].
+pub async fn inspect(store: &Store) -> Result<Found, VolumeError> {
+    let object = ObjectName::Volume.path();
+    match store.get(&object).await {
+        Ok(bytes) => Ok(Found::Volume(Volume::decode(&bytes).map_err(|e| unreadable(store, &object, e))?)),
+        // The listing also tells a missing bucket, which some servers report as a missing object.
+        Err(e) if e.kind == ErrorKind::Absent => {
+            let objects = store.list("").await?;
+            let is_ours = |path: &str| ObjectName::parse(path).is_some() || path.starts_with("selftest/");
+            match objects.iter().find(|o| !is_ours(&o.path)) {
+                Some(foreign) => Err(VolumeError::Foreign {
+                    replica: store.name().clone(),
+                    url: store.url().to_owned(),
+                    example: foreign.path.clone(),
+                }),
+                None if objects.iter().all(|o| o.path.starts_with("selftest/")) => Ok(Found::Empty),
+                None => Ok(Found::Headless),
+            }
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Reads a replica's volume and checks that it is the expected one.
+pub async fn expect(store: &Store, expected: VolumeId) -> Result<Found, VolumeError> {
+    let found = inspect(store).await?;
+    if let Found::Volume(volume) = &found {
+        check(store, volume, expected)?;
+    }
+    Ok(found)
+}
+
+fn check(store: &Store, volume: &Volume, expected: VolumeId) -> Result<(), VolumeError> {
+    if volume.volume == expected {
+        return Ok(());
+    }
+    Err(VolumeError::WrongVolume {
+        replica: store.name().clone(),
+        url: store.url().to_owned(),
+        found: volume.volume,
+        expected,
+    })
+}
+
+/// Refuses a backend that ignores conditions, unless its options accept that. A new folder must have been made ([`Store::prepare`]).
+pub async fn require_conditions(store: &Store, unique: u128) -> Result<(), VolumeError> {
+    if !store.is_conditional() {
+        return Ok(());
+    }
+    match store.self_test(unique).await? {
+        Conditional::Works => Ok(()),
+        Conditional::Ignored => {
+            Err(VolumeError::NoConditions { replica: store.name().clone(), url: store.url().to_owned() })
+        }
+    }
+}
+
+/// Writes `volume.json`, making the replica's folder when it is one. That the same volume is there already is no error.
+pub async fn create(store: &Store, volume: &Volume) -> Result<(), VolumeError> {
+    store.prepare().await?;
+    write_volume(store, volume).await
+}
+
+pub(super) async fn write_volume(store: &Store, volume: &Volume) -> Result<(), VolumeError> {
+    let object = ObjectName::Volume.path();
+    let bytes = volume.encode().map_err(|e| unreadable(store, &object, e))?;
+    match store.put_if_absent(&object, bytes.into()).await? {
+        Created::New => Ok(()),
+        Created::Existed(bytes) => {
+            let found = Volume::decode(&bytes).map_err(|e| unreadable(store, &object, e))?;
+            check(store, &found, volume.volume)
+        }
+    }
+}
+
+/// All writers' tenures on a replica, by ascending epoch. One that belongs to another volume is an error.
+pub async fn tenures(store: &Store, volume: VolumeId) -> Result<Vec<Tenure>, VolumeError> {
+    let listed = store.list(EPOCHS).await?;
+    let names: Vec<_> = listed.iter().filter_map(|o| ObjectName::parse(&o.path)).collect();
+    let mut found = Vec::new();
+    for name in &names {
+        let ObjectName::Claim(epoch) = *name else { continue };
+        let claim = read_claim(store, epoch, volume).await?;
+        let release = match names.contains(&ObjectName::Release(epoch)) {
+            true => {
+                let object = ObjectName::Release(epoch).path();
+                let bytes = store.get(&object).await?;
+                let release = Release::decode(&bytes, epoch).map_err(|e| unreadable(store, &object, e))?;
+                // A mark of another claim is left from a lost race and ends nothing.
+                (release.claim_id == claim.claim_id).then_some(release)
+            }
+            false => None,
+        };
+        found.push(Tenure { claim, release });
+    }
+    found.sort_by_key(|t| t.claim.epoch);
+    Ok(found)
+}
+
+/// Reads one claim.
+pub async fn read_claim(store: &Store, epoch: Epoch, volume: VolumeId) -> Result<Claim, VolumeError> {
+    let object = ObjectName::Claim(epoch).path();
+    let bytes = store.get(&object).await?;
+    let claim = Claim::decode(&bytes, epoch).map_err(|e| unreadable(store, &object, e))?;
+    if claim.volume != volume {
+        return Err(VolumeError::WrongVolume {
+            replica: store.name().clone(),
+            url: store.url().to_owned(),
+            found: claim.volume,
+            expected: volume,
+        });
+    }
+    Ok(claim)
+}
+
+/// Puts a claim on one replica; [`VolumeError::Held`] when another writer was first.
+pub async fn put_claim(store: &Store, claim: &Claim) -> Result<(), VolumeError> {
+    let object = ObjectName::Claim(claim.epoch).path();
+    let bytes = claim.encode().map_err(|e| unreadable(store, &object, e))?;
+    match store.put_if_absent(&object, bytes.into()).await? {
+        Created::New => Ok(()),
+        Created::Existed(bytes) => {
+            let other = Claim::decode(&bytes, claim.epoch).map_err(|e| unreadable(store, &object, e))?;
+            if other.claim_id == claim.claim_id {
+                return Ok(());
+            }
+            Err(VolumeError::Held { replica: store.name().clone(), claim: Box::new(other) })
+        }
+    }
+}
+
+/// Claims an epoch on all given replicas. They are asked in the order of their names until one has taken the claim, so that of two
+/// writers at most one goes on; then the others at once. A lost race is [`VolumeError::Held`]; replicas that cannot be asked are
+/// listed, and it is an error only when none could.
+pub async fn claim(stores: &[Store], claim: &Claim) -> Result<Claimed, VolumeError> {
+    let mut stores: Vec<_> = stores.iter().collect();
+    stores.sort_by(|a, b| a.name().cmp(b.name()));
+    let (mut on, mut failed) = (Vec::new(), Vec::new());
+    let mut rest = stores.into_iter();
+    for store in rest.by_ref() {
+        match put_claim(store, claim).await {
+            Ok(()) => {
+                on.push(store.name().clone());
+                break;
+            }
+            Err(VolumeError::Store(e)) => failed.push(e),
+            Err(e) => return Err(e),
+        }
+    }
+    let others = join_all(rest.map(|s| async move { (s, put_claim(s, claim).await) })).await;
+    for (store, result) in others {
+        match result {
+            Ok(()) => on.push(store.name().clone()),
+            Err(VolumeError::Store(e)) => failed.push(e),
+            Err(e) => return Err(e),
+        }
+    }
+    match failed.first() {
+        Some(e) if on.is_empty() => Err(e.clone().into()),
+        _ => Ok(Claimed { on, failed }),
+    }
+}
+
+/// Marks the orderly end of a tenure on all given replicas; gives the errors of those where that failed.
+pub async fn release(stores: &[Store], release: &Release) -> Vec<VolumeError> {
+    let object = ObjectName::Release(release.epoch).path();
+    let put = |store: Store| {
+        let (object, release) = (object.clone(), release.clone());
+        async move {
+            let bytes = release.encode().map_err(|e| unreadable(&store, &object, e))?;
+            store.put(&object, bytes.into()).await.map_err(VolumeError::from)
+        }
+    };
+    join_all(stores.iter().cloned().map(put)).await.into_iter().filter_map(Result::err).collect()
+}
+
+/// The epoch whose segment `number` counts: the highest whose first segment is at or below it. `None` before all claims.
+#[must_use]
+pub fn valid_epoch<'a>(claims: impl IntoIterator<Item = &'a Claim>, number: SegmentNo) -> Option<Epoch> {
+    claims.into_iter().filter(|c| c.first_segment <= number).map(|c| c.epoch).max()
+}
+
+fn unreadable(store: &Store, object: &str, error: FormatError) -> VolumeError {
+    VolumeError::Unreadable { replica: store.name().clone(), object: object.to_owned(), error }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+//! Tests of `volume.json` and claims over memory with faults.
+
+use bytes::Bytes;
+
+use super::*;
+use crate::format::volume::Compression;
+use crate::replica::fault::{Fault, Faults, Op, Rule};
+
+fn volume(seed: u8) -> Volume {
+    Volume {
+        volume: VolumeId::from_random([seed; 16]),
+        created_at: 1,
+        block_size: 1 << 20,
+        compression: Compression::Zstd,
+        key_wrapping: None,
+        created_by: "test".into(),
+    }
+}
+
+fn make_claim(epoch: u32, id: u8, first: u64) -> Claim {
+    Claim {
+        volume: volume(1).volume,
+        epoch: Epoch(epoch),
+        claim_id: [id; 16],
+        host: format!("host{id}"),
+        pid: 1,
+        claimed_at: 2,
+        first_segment: SegmentNo(first),
+        mirrorfs: "0".into(),
+    }
+}
+
+fn faulty(name: &str) -> (Store, Faults) {
+    let faults = Faults::new(3);
+    (Store::in_memory(name.parse().unwrap()).wrapped(|s| faults.wrap(s)), faults)
+}
+
+#[tokio::test]
+async fn a_volume_is_made_once_and_never_taken_for_another() {
+    let (store, _) = faulty("a");
+    assert_eq!(inspect(&store).await, Ok(Found::Empty));
+    create(&store, &volume(1)).await.unwrap();
+    create(&store, &volume(1)).await.unwrap();
+    assert_eq!(expect(&store, volume(1).volume).await, Ok(Found::Volume(volume(1))));
+    for result in [create(&store, &volume(2)).await, expect(&store, volume(2).volume).await.map(|_| ())] {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains(&volume(1).volume.to_string()) && text.contains(&volume(2).volume.to_string()));
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_empty_is_told_apart() {
+    let (store, _) = faulty("a");
+    store.put("holiday/beach.jpg", Bytes::from_static(b"x")).await.unwrap();
+    let error = inspect(&store).await.unwrap_err();
+    assert!(
+        matches!(&error, VolumeError::Foreign { example, .. } if example == "holiday/beach.jpg"),
+        "{error}"
+    );
+    let (store, _) = faulty("b");
+    store.put(&ObjectName::Segment(SegmentNo(1), Epoch(1)).path(), Bytes::new()).await.unwrap();
+    assert_eq!(inspect(&store).await, Ok(Found::Headless));
+    store.put("volume.json", Bytes::from_static(b"{}")).await.unwrap();
+    assert!(matches!(inspect(&store).await, Err(VolumeError::Unreadable { .. })));
+}
+
+#[tokio::test]
+async fn a_lost_race_names_the_holder_and_a_lost_answer_is_no_lost_race() {
+    let (a, faults) = faulty("a");
+    let (b, b_faults) = faulty("b");
+    let stores = [b.clone(), a.clone()];
+    faults.add(Rule::always(Fault::After(ErrorKind::Transient), &[Op::Create]).times(1));
+    let claimed = claim(&stores, &make_claim(1, 7, 1)).await.unwrap();
+    assert_eq!(claimed.on.len(), 2);
+    let error = claim(&stores, &make_claim(1, 8, 1)).await.unwrap_err();
+    assert!(matches!(&error, VolumeError::Held { claim, .. } if claim.claim_id == [7; 16]), "{error}");
+    assert!(error.to_string().contains("host7"), "{error}");
+    claim(&stores, &make_claim(1, 7, 1)).await.unwrap();
+
+    b_faults.partition(true);
+    let claimed = claim(&stores, &make_claim(2, 7, 10)).await.unwrap();
+    assert_eq!((claimed.on.len(), claimed.failed.len()), (1, 1));
+    faults.partition(true);
+    assert!(matches!(claim(&stores, &make_claim(3, 7, 20)).await, Err(VolumeError::Store(_))));
+}
+
+#[tokio::test]
+async fn tenures_are_read_with_their_ends() {
+    let (a, _) = faulty("a");
+    let stores = [a.clone()];
+    for (epoch, first) in [(2, 5), (1, 1), (3, 9)] {
+        claim(&stores, &make_claim(epoch, epoch as u8, first)).await.unwrap();
+    }
+    let end = |epoch: u32, id: u8| Release {
+        volume: volume(1).volume,
+        epoch: Epoch(epoch),
+        claim_id: [id; 16],
+        released_at: 3,
+        last_segment: SegmentNo(8),
+    };
+    assert_eq!(release(&stores, &end(1, 1)).await, vec![]);
+    assert_eq!(release(&stores, &end(2, 99)).await, vec![]);
+    let found = tenures(&a, volume(1).volume).await.unwrap();
+    let seen: Vec<_> = found.iter().map(|t| (t.claim.epoch.0, t.release.is_some())).collect();
+    assert_eq!(seen, [(1, true), (2, false), (3, false)]);
+    assert!(matches!(tenures(&a, volume(2).volume).await, Err(VolumeError::WrongVolume { .. })));
+    let claims: Vec<_> = found.iter().map(|t| t.claim.clone()).collect();
+    let epochs: Vec<_> = (0..11).map(|n| valid_epoch(&claims, SegmentNo(n)).map_or(0, |e| e.0)).collect();
+    assert_eq!(epochs, [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]);
+}
+
+#[tokio::test]
+async fn a_backend_without_conditions_is_refused_unless_accepted() {
+    let (store, faults) = faulty("a");
+    require_conditions(&store, 1).await.unwrap();
+    faults.add(Rule::always(Fault::Before(ErrorKind::Unsupported), &[Op::Create]));
+    assert!(matches!(require_conditions(&store, 2).await, Err(VolumeError::NoConditions { .. })));
+    require_conditions(&store.without_conditions(), 3).await.unwrap();
+}

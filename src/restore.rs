@@ -1,0 +1,41 @@
+//! Bringing a volume back from its replicas alone.
+//!
+//! Owns the way from a list of stores to metadata tables (*survey* → *plan* → *load*) and from tables to a folder of files
+//! (*tree*, *write*). Knows no mount and no local state; writes nothing to replicas.
+//!
+//! ```text
+//! stores ─ survey ─▶ inventories ─ plan (pure) ─▶ plan ─ load ─▶ sink: tables ─ tree ─▶ list of entries
+//!                                                                  └──────── write ─▶ files, with content
+//! ```
+
+mod content;
+mod fetch;
+mod load;
+mod plan;
+mod survey;
+mod tables;
+#[cfg(test)]
+mod testing;
+mod tree;
+mod write;
+
+pub use content::Source;
+pub use load::{LoadError, Loaded, Lost, SegmentSeen, Sink, load};
+pub use plan::{Place, Plan, PlanError, Start, plan, valid_epoch};
+pub use survey::{Found, Inventory, SurveyError, survey};
+pub use tables::Tables;
+pub use tree::{Entry, Filter, Listed, TreeError, list, walk};
+pub use write::{Options, Problem, ProblemKind, Progress, Report, RestoreError, restore};
+
+use crate::ids::ReplicaName;
+
+/// An object that a replica holds but that is not what it should be: material for a repair.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// The replica.
+    pub replica: ReplicaName,
+    /// The object's path.
+    pub object: String,
+    /// What is wrong with it.
+    pub why: String,
+}

@@ -1,0 +1,212 @@
+//! Fetching the objects that a load needs, each from the first holder that has it intact.
+//!
+//! Owns the order of asking and what a failure means. Applies nothing.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+
+use super::super::fetch::{Meaning, meaning, read};
+use super::super::{Damage, Place};
+use super::LoadError;
+use crate::format::checkpoint::{Manifest, Part, parse_part};
+use crate::format::codec::FormatError;
+use crate::format::names::ObjectName;
+use crate::format::segment::{FOOTER_LEN, SegmentMeta, parse_footer, parse_meta};
+use crate::ids::VolumeId;
+use crate::replica::{Store, StoreError};
+
+/// How much of a segment's end is asked for, in bytes; between these it follows what was needed lately.
+const TAIL: (u64, u64) = (64 << 10, 4 << 20);
+
+/// A spawned task that ends with its handle.
+pub(super) struct Task<T>(JoinHandle<T>);
+
+impl<T: Send + 'static> Task<T> {
+    pub(super) fn spawn(work: impl Future<Output = T> + Send + 'static) -> Self {
+        Self(tokio::spawn(work))
+    }
+
+    pub(super) async fn join(mut self) -> Result<T, LoadError> {
+        (&mut self.0).await.map_err(|e| match e.try_into_panic() {
+            // A bug of ours stays one, as if no task had been between.
+            Ok(payload) => std::panic::resume_unwind(payload),
+            Err(e) => LoadError::Unavailable { object: "an object".into(), detail: e.to_string() },
+        })
+    }
+}
+
+impl<T> Drop for Task<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What came of asking the holders of an object, one after the other.
+pub(super) struct Fetched<T> {
+    pub value: Option<T>,
+    /// The holder that had it.
+    pub from: Option<usize>,
+    /// Copies found damaged on the way.
+    damaged: Vec<Damage>,
+    /// Holders that did not answer.
+    silent: Vec<String>,
+    /// Set when a copy is of a newer format.
+    newer: Option<String>,
+}
+
+/// The value; or why there is none; or an error when that is not certain.
+pub(super) fn settle<T>(
+    object: &ObjectName,
+    fetched: Fetched<T>,
+    damaged: &mut Vec<Damage>,
+) -> Result<Result<T, String>, LoadError> {
+    let whys: Vec<_> = fetched.damaged.iter().map(|d| format!("replica {}: {}", d.replica, d.why)).collect();
+    damaged.extend(fetched.damaged);
+    match fetched.value {
+        Some(value) => Ok(Ok(value)),
+        None => match fetched.newer {
+            Some(why) => Err(LoadError::Newer { object: object.path(), why }),
+            None if !fetched.silent.is_empty() => {
+                Err(LoadError::Unavailable { object: object.path(), detail: fetched.silent.join("; ") })
+            }
+            None => Ok(Err(format!("no replica holds an intact copy ({})", whys.join("; ")))),
+        },
+    }
+}
+
+/// Reads objects from whoever holds them.
+#[derive(Clone)]
+pub(super) struct Reader {
+    stores: Arc<[Store]>,
+    volume: VolumeId,
+    bytes: Arc<AtomicU64>,
+    /// How many bytes of a segment's end to ask for.
+    tail: Arc<AtomicU64>,
+}
+
+enum ReadError {
+    Store(StoreError),
+    Format(FormatError),
+}
+
+impl Reader {
+    pub(super) fn new(stores: &[Store], volume: VolumeId) -> Self {
+        let tail = Arc::new(AtomicU64::new(TAIL.0 * 2));
+        Self { stores: stores.into(), volume, bytes: Arc::default(), tail }
+    }
+
+    /// Bytes fetched so far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Begins to fetch a segment without its frames, asking its holders but those in `without`.
+    pub(super) fn begin(&self, place: &Place, without: Vec<usize>) -> Task<Fetched<SegmentMeta>> {
+        let (reader, place) = (self.clone(), place.clone());
+        Task::spawn(async move {
+            let object = ObjectName::Segment(place.number, place.epoch).path();
+            let mut fetched = Fetched::nothing();
+            for (holder, size) in place.holders.iter().filter(|(h, _)| !without.contains(h)) {
+                let answer = reader.segment(*holder, &object, *size, &place).await;
+                if reader.take(&mut fetched, *holder, &object, answer) {
+                    break;
+                }
+            }
+            fetched
+        })
+    }
+
+    /// Fetches one part of a checkpoint.
+    pub(super) async fn part(&self, manifest: &Manifest, index: u32, holders: &[usize]) -> Fetched<Part> {
+        let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, index).path();
+        let len = manifest.parts.get(index as usize).map_or(0, |p| p.len);
+        let mut fetched = Fetched::nothing();
+        for holder in holders {
+            let answer = match self.read(*holder, &object, 0, len).await {
+                Ok(bytes) => parse_part(&bytes, manifest, index).map_err(ReadError::Format),
+                Err(e) => Err(e),
+            };
+            if self.take(&mut fetched, *holder, &object, answer) {
+                break;
+            }
+        }
+        fetched
+    }
+
+    async fn read(&self, holder: usize, object: &str, offset: u64, len: u64) -> Result<Bytes, ReadError> {
+        let store = &self.stores[holder];
+        let bytes = read(store, object, Some((offset, len))).await.map_err(ReadError::Store)?;
+        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(bytes)
+    }
+
+    /// Footer, index and records of a segment; the frames stay where they are.
+    async fn segment(
+        &self,
+        holder: usize,
+        object: &str,
+        size: u64,
+        place: &Place,
+    ) -> Result<SegmentMeta, ReadError> {
+        let ask = self.tail.load(Ordering::Relaxed).min(size);
+        let tail = self.read(holder, object, size - ask, ask).await?;
+        let footer = parse_footer(&tail, size).map_err(ReadError::Format)?;
+        footer.expect(self.volume, place.number, place.epoch).map_err(ReadError::Format)?;
+        let range = footer.meta_range();
+        let tail_start = size - ask;
+        let needed = range.end - range.start + FOOTER_LEN as u64;
+        self.tail.store((needed + needed / 4).clamp(TAIL.0, TAIL.1), Ordering::Relaxed);
+        let meta = if range.start >= tail_start {
+            tail.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize)
+        } else {
+            let missing_end = tail_start.min(range.end);
+            let head = self.read(holder, object, range.start, missing_end - range.start).await?;
+            let mut meta = head.to_vec();
+            if range.end > tail_start {
+                meta.extend_from_slice(&tail[..(range.end - tail_start) as usize]);
+            }
+            meta.into()
+        };
+        parse_meta(&footer, &meta).map_err(ReadError::Format)
+    }
+
+    /// Notes an answer; true when the search is over.
+    fn take<T>(
+        &self,
+        fetched: &mut Fetched<T>,
+        holder: usize,
+        object: &str,
+        answer: Result<T, ReadError>,
+    ) -> bool {
+        let replica = self.stores[holder].name().clone();
+        let why = match answer {
+            Ok(value) => {
+                fetched.value = Some(value);
+                fetched.from = Some(holder);
+                return true;
+            }
+            Err(ReadError::Format(e)) if e.newer => {
+                fetched.newer = Some(e.to_string());
+                return false;
+            }
+            Err(ReadError::Store(e)) if meaning(&e) == Meaning::Unreachable => {
+                fetched.silent.push(e.to_string());
+                return false;
+            }
+            Err(ReadError::Store(e)) => format!("{} ({})", e.kind, e.detail),
+            Err(ReadError::Format(e)) => e.to_string(),
+        };
+        fetched.damaged.push(Damage { replica, object: object.to_owned(), why });
+        false
+    }
+}
+
+impl<T> Fetched<T> {
+    fn nothing() -> Self {
+        Self { value: None, from: None, damaged: Vec::new(), silent: Vec::new(), newer: None }
+    }
+}
