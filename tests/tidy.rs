@@ -1,6 +1,8 @@
 //! Rules of the house that the compiler does not know: headers, file lengths, the order of the modules, who may name which
 //! dependency, and documents that keep up with the code.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
