@@ -7,6 +7,7 @@ mod checkpoints;
 mod fleet;
 mod open;
 mod parts;
+mod rebuild;
 mod restore;
 mod serve;
 mod state;

@@ -4,7 +4,7 @@
 //! journal closed → lock released. Whatever is not shipped then waits in the state folder for the next mount.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Handle, Runtime};
@@ -99,6 +99,7 @@ impl Running {
 
 /// fsync's way to the replicas.
 struct RemoteFsync {
+    vfs: Weak<Vfs>,
     engine: Arc<Engine>,
     fleet: Arc<Fleet>,
     needed: usize,
@@ -108,6 +109,7 @@ struct RemoteFsync {
 
 impl Durability for RemoteFsync {
     fn replicate(&self) -> Result<(), VfsError> {
+        self.refuse_fenced()?;
         let deadline = Instant::now() + self.timeout;
         let segment = self.engine.sync(deadline).map_err(VfsError::TimedOut)?;
         let wait = self.fleet.wait_for(segment, self.needed);
@@ -116,7 +118,18 @@ impl Durability for RemoteFsync {
             let why = self.fleet.lacking(segment);
             log::warn!("an fsync gave up after {:?}: {why}", self.timeout);
             VfsError::TimedOut(why)
-        })
+        })?;
+        self.refuse_fenced()
+    }
+}
+
+impl RemoteFsync {
+    /// A fenced mount may have nothing acknowledged: what it stores no longer counts.
+    fn refuse_fenced(&self) -> Result<(), VfsError> {
+        match self.vfs.upgrade().and_then(|vfs| vfs.read_only()) {
+            Some(why) => Err(VfsError::ReadOnly(why)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -262,6 +275,7 @@ fn assemble(
         )
         .map_err(|e| failure(&e))?;
         vfs.set_durability(Arc::new(RemoteFsync {
+            vfs: Arc::downgrade(&vfs),
             engine: Arc::clone(&engine),
             fleet: Arc::clone(&fleet),
             needed: config.fsync.needed(replicas.len()),
