@@ -7,7 +7,7 @@ use futures::future::join_all;
 use super::Error;
 use super::state::Local;
 use crate::exit::Exit;
-use crate::format::volume::Volume;
+use crate::format::volume::{Claim, Volume};
 use crate::ids::VolumeId;
 use crate::replica::volume::{self, Found, Tenure, VolumeError};
 use crate::replica::{ErrorKind, Store};
@@ -134,24 +134,29 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, E
     }
 }
 
+/// The claim among `there` that takes the volume from us: one of an epoch of ours with another id, or one that we do not
+/// know and that came after our first.
+fn rival<'a>(local: &Local, there: impl IntoIterator<Item = &'a Claim>) -> Option<&'a Claim> {
+    there.into_iter().find(|claim| match local.claims.iter().find(|c| c.epoch == claim.epoch) {
+        Some(known) => known.claim_id != claim.claim_id,
+        None => claim.epoch > local.own_since,
+    })
+}
+
 /// Refuses to go on with a local state when another writer came after it. `tenures` are those of one replica.
 pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &[Tenure]) -> Result<(), Error> {
-    let Some(claim) = local.claim() else { return Ok(()) };
-    let newer = tenures.iter().rev().find(|t| {
-        t.claim.epoch > claim.epoch || (t.claim.epoch == claim.epoch && t.claim.claim_id != claim.claim_id)
-    });
-    let Some(t) = newer else { return Ok(()) };
+    let Some(claim) = rival(local, tenures.iter().rev().map(|t| &t.claim)) else { return Ok(()) };
     Err(Error::new(
         Exit::InUse,
         format!(
             "the volume was taken over: replica {} shows epoch {} of {} (process {}), this state has epoch {}. What was \
-             written here and not sent is still in the state folder; to follow the other writer mount with an empty --state \
-             folder",
+             written here and not sent is still in the state folder; to follow the other writer mount with an empty \
+             --state folder",
             replica.name(),
-            t.claim.epoch,
-            t.claim.host,
-            t.claim.pid,
-            claim.epoch
+            claim.epoch,
+            claim.host,
+            claim.pid,
+            local.epoch()
         ),
     ))
 }
@@ -214,5 +219,35 @@ mod tests {
         };
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("r1"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_rival_is_told_from_our_own_claims() {
+        let claim = |epoch, id| Claim {
+            volume: volume(1).volume,
+            epoch: crate::ids::Epoch(epoch),
+            claim_id: [id; 16],
+            host: "h".into(),
+            pid: 1,
+            claimed_at: 1,
+            first_segment: crate::ids::SegmentNo(1),
+            mirrorfs: "test".into(),
+        };
+        // We restored behind epoch 2 (which we saw), and claimed 3 and, without a replica, 4.
+        let mut local = Local::new(volume(1), vec![claim(2, 9), claim(3, 1), claim(4, 1)], false);
+        local.own_since = crate::ids::Epoch(3);
+        let found = |there: &[Claim]| rival(&local, there).map(|c| c.epoch.0);
+        assert_eq!(
+            found(&[claim(1, 7), claim(2, 9), claim(3, 1)]),
+            None,
+            "an old one that was never seen is harmless"
+        );
+        assert_eq!(
+            found(&[claim(2, 9), claim(3, 1), claim(4, 5)]),
+            Some(4),
+            "taken over while we were offline"
+        );
+        assert_eq!(found(&[claim(3, 5)]), Some(3));
+        assert_eq!(found(&[claim(3, 1), claim(4, 1), claim(6, 1)]), Some(6));
     }
 }
