@@ -3,6 +3,9 @@
 //! Owns which block lives where and how many references it has; knows neither files nor replicas (a
 //! [`FrameSource`] answers misses). Dirty blocks are not in the LRU, so nothing can address them for eviction.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
