@@ -3,6 +3,9 @@
 //! Owns the content of segments and their registration in the tables. Runs on one thread; a failed seal leaves nothing
 //! behind and is tried again with the same cut.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
