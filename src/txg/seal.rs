@@ -151,7 +151,7 @@ impl Sealer {
     /// find; writing one each time would never come to rest, so it is written once in many records.
     fn pass(&mut self, lsn: Lsn) -> Result<(), SealError> {
         self.mark.lsn = lsn;
-        if lsn.0 - self.remembered.0 >= REMEMBER_STEP {
+        if lsn.0.saturating_sub(self.remembered.0) >= REMEMBER_STEP {
             let written = self.remember(self.mark)?;
             self.journal.barrier(written)?;
             self.journal.release(lsn);

@@ -198,3 +198,18 @@ fn a_short_last_block_is_shared_only_while_it_ends_both_files() {
     assert_eq!(f.read(a), [vec![9; 10], vec![1; 69_990]].concat());
     assert_eq!(f.vfs.share_blocks(a, 9, b, 0, bs), Ok(Some(0)), "behind the end of the source");
 }
+
+#[test]
+fn a_name_that_leads_nowhere_is_an_error_not_a_loop() {
+    let f = Fixture::new(1 << 30);
+    let bad = Dirent { ino: Ino(4_000_000), kind: FileKind::Regular };
+    let put = |tx: &mut Tx<'_>| {
+        tx.put(dirent_key(Ino::ROOT, b"bad"), bad.encode());
+        Ok(())
+    };
+    f.vfs.journal.transact::<_, VfsError>(put).unwrap();
+    assert!(matches!(f.vfs.unlink(Ino::ROOT, b"bad"), Err(VfsError::Io(_))));
+    let moved = f.vfs.rename(Ino::ROOT, b"bad", Ino::ROOT, b"x", RenameMode::Replace);
+    assert!(matches!(moved, Err(VfsError::Io(_))));
+    assert_eq!(f.vfs.lookup(Ino::ROOT, b"bad"), Err(VfsError::NotFound));
+}
