@@ -3,6 +3,9 @@
 //! Owns which block lives where and how many references it has; knows neither files nor replicas (a
 //! [`FrameSource`] answers misses). Dirty blocks are not in the LRU, so nothing can address them for eviction.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
@@ -524,12 +527,13 @@ impl BlockStore {
         if ids.is_empty() {
             return;
         }
-        let mut dirty = self.dirty.write();
-        for id in ids {
-            if let Some(block) = dirty.remove(id) {
-                block.set_dead();
-                self.space.sub_dirty(block.uncount());
-            }
+        let gone: Vec<_> = {
+            let mut dirty = self.dirty.write();
+            ids.iter().filter_map(|id| dirty.remove(id)).collect()
+        };
+        for block in gone {
+            block.set_dead();
+            self.space.sub_dirty(block.uncount());
         }
     }
 

@@ -3,6 +3,9 @@
 //! Owns the content of segments and their registration in the tables. Runs on one thread; a failed seal leaves nothing
 //! behind and is tried again with the same cut.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -148,7 +151,7 @@ impl Sealer {
     /// find; writing one each time would never come to rest, so it is written once in many records.
     fn pass(&mut self, lsn: Lsn) -> Result<(), SealError> {
         self.mark.lsn = lsn;
-        if lsn.0 - self.remembered.0 >= REMEMBER_STEP {
+        if lsn.0.saturating_sub(self.remembered.0) >= REMEMBER_STEP {
             let written = self.remember(self.mark)?;
             self.journal.barrier(written)?;
             self.journal.release(lsn);

@@ -100,7 +100,14 @@ impl Vfs {
 
     /// Lets the target name the source's blocks from `first` on, up to `bytes` bytes. Answers the bytes covered, or
     /// `None` when it cannot be done by sharing (the files have changed since it was planned).
-    fn share_blocks(&self, source: Ino, first: u64, target: Ino, at: u64, bytes: u64) -> Result<Option<u64>> {
+    pub(super) fn share_blocks(
+        &self,
+        source: Ino,
+        first: u64,
+        target: Ino,
+        at: u64,
+        bytes: u64,
+    ) -> Result<Option<u64>> {
         let _gate = self.enter()?;
         self.with_cell(source, |from_cell| {
             self.with_cell(target, |to_cell| {

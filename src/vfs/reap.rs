@@ -18,6 +18,8 @@ use crate::ids::Ino;
 
 /// Extent chunks released in one transaction.
 const CHUNKS_PER_STEP: usize = 8;
+/// Pause before a deletion is tried again that found no space.
+const FULL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Orphans whose last reference went.
 #[derive(Default)]
@@ -102,7 +104,7 @@ impl Vfs {
     }
 
     /// Deletes one orphan, in steps.
-    fn reap(&self, ino: Ino) -> Result<()> {
+    pub(super) fn reap(&self, ino: Ino) -> Result<()> {
         // Somebody may use it again: then this is asked for once more when they end.
         if self.is_referenced(ino) || self.existing_cell(ino).is_some_and(|c| c.is_open()) {
             return Ok(());
@@ -197,10 +199,20 @@ fn run(vfs: &Weak<Vfs>) {
             next
         };
         let Some(ino) = next else { continue };
-        if let Err(e) = vfs.reap(ino) {
-            log::warn!("inode {ino} cannot be deleted now, it will be at the next start: {e}");
-        }
-        vfs.reaper.state.lock().busy = false;
+        let done = vfs.reap(ino);
+        let mut state = vfs.reaper.state.lock();
+        state.busy = false;
         vfs.reaper.wake.notify_all();
+        match done {
+            Ok(()) => {}
+            // Deleting is what makes space: it goes on as soon as there is room to note it.
+            Err(VfsError::NoSpace) => {
+                state.inodes.insert(ino);
+                if !state.stopped {
+                    vfs.reaper.wake.wait_for(&mut state, FULL_PAUSE);
+                }
+            }
+            Err(e) => log::warn!("inode {ino} cannot be deleted now, it will be at the next start: {e}"),
+        }
     }
 }

@@ -1,1 +1,215 @@
-//! Tests of the filesystem.
+//! Tests of what only a look inside shows: cells that must go, orphans against users, errors in the middle of an operation.
+//!
+//! The operations as such are tested against a reference in `tests/model`.
+
+use super::api::FileSystem;
+use super::types::{Caller, Fallocate, FileKind, RenameMode, Seek, SetAttr, Wait, XattrMode};
+use super::*;
+use crate::journal::Options as JournalOptions;
+
+const BS: u32 = 65536;
+const ME: Caller = Caller { uid: 1, gid: 1, pid: 1 };
+
+struct Fixture {
+    _dir: tempfile::TempDir,
+    vfs: Arc<Vfs>,
+}
+
+impl Fixture {
+    fn new(limit: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+        let blocks = BlockStore::open(&dir.path().join("slots"), BS, limit, Arc::clone(&journal)).unwrap();
+        let options = Options {
+            clock: Arc::new(|| Time { secs: 1, nanos: 0 }),
+            remote_fsync: false,
+            space_wait: Duration::from_millis(30),
+        };
+        Self { _dir: dir, vfs: Vfs::open(journal, blocks, options).unwrap() }
+    }
+
+    fn file(&self, name: &[u8], content: &[u8]) -> Ino {
+        let ino = self.vfs.create(Ino::ROOT, name, 0o644, &ME).unwrap().ino;
+        self.vfs.write(ino, 0, content, Wait::Yes).unwrap();
+        self.vfs.flush(ino).unwrap();
+        ino
+    }
+
+    fn read(&self, ino: Ino) -> Vec<u8> {
+        self.vfs.read(ino, 0, 1 << 20, Wait::Yes).unwrap().to_vec()
+    }
+
+    fn cells(&self) -> usize {
+        self.vfs.cells.iter().map(|c| c.lock().len()).sum()
+    }
+}
+
+#[test]
+fn cells_go_when_nobody_needs_them() {
+    let f = Fixture::new(1 << 30);
+    for i in 0..20u8 {
+        let ino = f.file(&[b'a' + i], &[i; 70_000]);
+        f.vfs.release(ino);
+        // What fails leaves no cell behind, either.
+        let vfs = &f.vfs;
+        assert_eq!(vfs.link(ino, Ino::ROOT, &[b'a' + i]).unwrap_err(), VfsError::Exists);
+        assert_eq!(vfs.setxattr(ino, b"user.x", b"", XattrMode::Replace), Err(VfsError::NoAttribute));
+        assert_eq!(vfs.lseek(ino, 1 << 40, Seek::Data), Err(VfsError::NoSuchOffset));
+        assert_eq!(vfs.write(ino, 0, b"", Wait::Yes), Ok(0));
+        let set = SetAttr { size: Some(u64::MAX), ..SetAttr::default() };
+        assert_eq!(vfs.setattr(ino, &set, &ME), Err(VfsError::FileTooLarge));
+        let fifo = vfs.mknod(Ino::ROOT, &[b'A' + i], FileKind::Fifo, 0o600, 0, &ME).unwrap().ino;
+        assert_eq!(vfs.write(fifo, 0, b"x", Wait::Yes), Err(VfsError::Invalid));
+        assert_eq!(vfs.fallocate(fifo, Fallocate::Allocate, 0, 9, Wait::Yes), Err(VfsError::NoSuchOffset));
+        assert_eq!(
+            vfs.rename(Ino::ROOT, &[b'a' + i], Ino::ROOT, &[b'A' + i], RenameMode::NoReplace),
+            Err(VfsError::Exists)
+        );
+    }
+    assert_eq!(f.cells(), 0);
+    assert_eq!(f.vfs.pending_files(), 0);
+}
+
+#[test]
+fn cells_with_changes_or_handles_stay() {
+    let f = Fixture::new(1 << 30);
+    let ino = f.file(b"a", b"x");
+    assert_eq!(f.cells(), 1, "open");
+    f.vfs.write(ino, 1, b"y", Wait::Yes).unwrap();
+    f.vfs.release(ino);
+    assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "pending");
+    f.vfs.commit().unwrap();
+    assert_eq!((f.cells(), f.vfs.pending_files()), (0, 0));
+    assert_eq!(f.read(ino), b"xy");
+}
+
+#[test]
+fn an_orphan_that_somebody_uses_again_is_not_deleted() {
+    let f = Fixture::new(1 << 30);
+    f.vfs.stop_reaper();
+    let ino = f.file(b"a", &[1; 100_000]);
+    f.vfs.release(ino);
+    f.vfs.unlink(Ino::ROOT, b"a").unwrap();
+    // Still referenced: the reaper finds it in use.
+    f.vfs.reap(ino).unwrap();
+    assert_eq!(f.vfs.getattr(ino).unwrap().nlink, 0);
+    assert_eq!(f.read(ino), vec![1; 100_000]);
+    // Referenced no more, but open.
+    f.vfs.open(ino, false, false).unwrap();
+    f.vfs.forget(ino, 1);
+    f.vfs.reap(ino).unwrap();
+    assert_eq!(f.read(ino), vec![1; 100_000]);
+    f.vfs.release(ino);
+    f.vfs.reap(ino).unwrap();
+    assert_eq!(f.vfs.getattr(ino), Err(VfsError::Stale));
+    assert_eq!(f.vfs.open(ino, true, false), Err(VfsError::Stale));
+    assert_eq!(f.cells(), 0);
+    let usage = f.vfs.usage().unwrap();
+    assert_eq!((usage.inodes, usage.blocks), (1, 0));
+}
+
+#[test]
+fn what_is_being_deleted_is_there_for_nobody() {
+    let f = Fixture::new(1 << 30);
+    f.vfs.stop_reaper();
+    let ino = f.file(b"a", &[1; 100_000]);
+    f.vfs.release(ino);
+    f.vfs.unlink(Ino::ROOT, b"a").unwrap();
+    f.vfs.forget(ino, 1);
+    // As between the first and the last step of its deletion.
+    let cell = f.vfs.cell(ino).unwrap();
+    f.vfs.flush_cell(&cell, &mut cell.state.write()).unwrap();
+    cell.state.write().gone = true;
+    assert_eq!(f.vfs.getattr(ino), Err(VfsError::Stale));
+    assert_eq!(f.vfs.open(ino, false, false), Err(VfsError::Stale));
+    assert!(!cell.is_open());
+    assert_eq!(f.vfs.write(ino, 0, b"x", Wait::Yes), Err(VfsError::Stale));
+    assert_eq!(f.vfs.setattr(ino, &SetAttr::default(), &ME), Err(VfsError::Stale));
+}
+
+#[test]
+fn a_removed_directory_takes_no_names_even_when_its_parent_is_gone() {
+    let f = Fixture::new(1 << 30);
+    f.file(b"file", b"x");
+    let outer = f.vfs.mkdir(Ino::ROOT, b"outer", 0o755, &ME).unwrap().ino;
+    let inner = f.vfs.mkdir(outer, b"inner", 0o755, &ME).unwrap().ino;
+    let moved = f.vfs.mkdir(Ino::ROOT, b"moved", 0o755, &ME).unwrap().ino;
+    f.vfs.rmdir(outer, b"inner").unwrap();
+    f.vfs.rmdir(Ino::ROOT, b"outer").unwrap();
+    f.vfs.forget(outer, 1);
+    f.vfs.wait_reaped();
+    assert_eq!(f.vfs.getattr(outer), Err(VfsError::Stale));
+    for name in [&b"file"[..], b"moved"] {
+        let answer = f.vfs.rename(Ino::ROOT, name, inner, b"x", RenameMode::Replace);
+        assert_eq!(answer, Err(VfsError::NotFound));
+    }
+    assert_eq!(f.vfs.create(inner, b"x", 0o644, &ME), Err(VfsError::NotFound));
+    assert_eq!(f.vfs.getattr(moved).unwrap().nlink, 2);
+}
+
+#[test]
+fn a_write_that_fails_halfway_leaves_zeros_behind_the_end() {
+    let f = Fixture::new(1 << 30);
+    let ino = f.vfs.create(Ino::ROOT, b"a", 0o644, &ME).unwrap().ino;
+    // One block number is left; the next one needs a record, which the poisoned journal refuses.
+    while f.vfs.blocks.create(None, 0).map(|b| b.id.0 % 4096).unwrap() != 4095 {}
+    f.vfs.journal.poison("by the test");
+    let failed = f.vfs.write(ino, 0, &[7; 3 * BS as usize], Wait::Yes);
+    assert!(matches!(failed, Err(VfsError::ReadOnly(_))), "{failed:?}");
+    assert_eq!(f.vfs.getattr(ino).unwrap().size, 0);
+    f.vfs.fallocate(ino, Fallocate::Allocate, 0, 3 * u64::from(BS), Wait::Yes).unwrap();
+    assert_eq!(f.read(ino), vec![0; 3 * BS as usize], "bytes of the failed write show");
+}
+
+#[test]
+fn a_full_disk_refuses_and_changes_nothing() {
+    let f = Fixture::new(200_000);
+    let ino = f.file(b"a", &[1; 210_000]);
+    let before = f.vfs.getattr(ino).unwrap();
+    assert_eq!(f.vfs.write(ino, 5, b"x", Wait::No), Err(VfsError::WouldBlock));
+    assert_eq!(f.vfs.write(ino, 5, b"x", Wait::Yes), Err(VfsError::NoSpace));
+    assert_eq!(f.vfs.fallocate(ino, Fallocate::PunchHole, 0, 9, Wait::Yes), Err(VfsError::NoSpace));
+    assert_eq!((f.vfs.getattr(ino).unwrap(), f.read(ino)), (before, vec![1; 210_000]));
+    // Giving space back is always possible, and ends it.
+    let set = SetAttr { size: Some(10), ..SetAttr::default() };
+    f.vfs.setattr(ino, &set, &ME).unwrap();
+    assert_eq!(f.vfs.write(ino, 5, b"x", Wait::No), Ok(1));
+}
+
+#[test]
+fn a_short_last_block_is_shared_only_while_it_ends_both_files() {
+    let f = Fixture::new(1 << 30);
+    let (a, b) = (f.file(b"a", &[1; 70_000]), f.file(b"b", &[2; 100_000]));
+    let bs = u64::from(BS);
+    // The target has more behind it.
+    assert_eq!(f.vfs.share_blocks(a, 1, b, 1, 70_000 - bs), Ok(None));
+    // The source has grown since it was planned.
+    assert_eq!(f.vfs.share_blocks(b, 1, a, 1, 10_000), Ok(None));
+    // It has shrunk: what is there is shared.
+    assert_eq!(f.vfs.share_blocks(a, 0, b, 2, 4 * bs), Ok(Some(70_000)));
+    let mut expected = [vec![2; 100_000], vec![0; 2 * BS as usize - 100_000], vec![1; 70_000]].concat();
+    assert_eq!(f.read(b), expected);
+    // And stays as it is when the source changes.
+    f.vfs.write(a, 0, &[9; 10], Wait::Yes).unwrap();
+    assert_eq!(f.read(b), expected);
+    f.vfs.write(b, 2 * bs + 1, &[8; 2], Wait::Yes).unwrap();
+    expected[2 * BS as usize + 1..][..2].fill(8);
+    assert_eq!(f.read(b), expected);
+    assert_eq!(f.read(a), [vec![9; 10], vec![1; 69_990]].concat());
+    assert_eq!(f.vfs.share_blocks(a, 9, b, 0, bs), Ok(Some(0)), "behind the end of the source");
+}
+
+#[test]
+fn a_name_that_leads_nowhere_is_an_error_not_a_loop() {
+    let f = Fixture::new(1 << 30);
+    let bad = Dirent { ino: Ino(4_000_000), kind: FileKind::Regular };
+    let put = |tx: &mut Tx<'_>| {
+        tx.put(dirent_key(Ino::ROOT, b"bad"), bad.encode());
+        Ok(())
+    };
+    f.vfs.journal.transact::<_, VfsError>(put).unwrap();
+    assert!(matches!(f.vfs.unlink(Ino::ROOT, b"bad"), Err(VfsError::Io(_))));
+    let moved = f.vfs.rename(Ino::ROOT, b"bad", Ino::ROOT, b"x", RenameMode::Replace);
+    assert!(matches!(moved, Err(VfsError::Io(_))));
+    assert_eq!(f.vfs.lookup(Ino::ROOT, b"bad"), Err(VfsError::NotFound));
+}
