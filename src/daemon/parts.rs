@@ -141,7 +141,8 @@ pub(super) async fn open(
             let local = take_over(config, state, stores, volume, Vec::new(), Epoch(0), SegmentNo(1)).await?;
             (local, journal)
         }
-        (Decision::Restore, _) | (Decision::GoOn { .. }, None) => {
+        (Decision::Restore { warnings }, _) | (Decision::GoOn { warnings }, None) => {
+            notes.extend(warnings);
             set_aside(state, &mut notes)?;
             let restored = restore::fetch(&holders(seen)).await?;
             describe(&restored, &mut notes);
