@@ -120,7 +120,8 @@ impl Space {
         answer
     }
 
-    fn on_disk(&self) -> Admission {
+    /// May content be added, as far as the disk goes?
+    pub(super) fn on_disk(&self) -> Admission {
         admit_on_disk(self.free.load(Ordering::Relaxed), self.dirty())
     }
 

@@ -327,6 +327,16 @@ impl BlockStore {
         if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
             return Ok(());
         }
+        self.space.note_written(raw.len() as u64);
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        match self.space.on_disk() {
+            Admission::Now => {}
+            // One comes, one goes, as long as the disk has some room.
+            Admission::After(_) => _ = self.evict_one(),
+            Admission::Full => return Ok(()),
+        }
         let slot = self.slots.allocate();
         slot.write(0, raw)?;
         self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
