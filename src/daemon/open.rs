@@ -29,7 +29,10 @@ pub(super) enum Decision {
         warnings: Vec<String>,
     },
     /// Bring the volume back from those replicas that hold it.
-    Restore,
+    Restore {
+        /// What a person should know.
+        warnings: Vec<String>,
+    },
 }
 
 /// Looks what is at each replica's place.
@@ -47,7 +50,7 @@ pub(super) fn exit_of(error: &VolumeError) -> Exit {
     match error {
         VolumeError::Store(e) => match e.kind {
             ErrorKind::Corrupt => Exit::Damaged,
-            ErrorKind::Config | ErrorKind::Unsupported => Exit::Usage,
+            ErrorKind::Unsupported => Exit::Usage,
             _ => Exit::Unreachable,
         },
         VolumeError::WrongVolume { .. } | VolumeError::Foreign { .. } => Exit::WrongVolume,
@@ -103,22 +106,31 @@ fn one_volume(seen: &[Seen], expected: Option<VolumeId>) -> Result<Option<&Volum
 }
 
 /// Decides what to do. Anything wrong is an error that names the replica; nothing has been changed then.
-pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, Error> {
+///
+/// A replica that does not answer stops nobody who has a local state. Without one it does, unless the mount is
+/// `read_only`: it may hold the newest changes, and a new writer that goes on without them cuts them off for good.
+pub(super) fn decide(local: Option<&Local>, seen: &[Seen], read_only: bool) -> Result<Decision, Error> {
     let volume = one_volume(seen, local.map(|l| l.volume.volume))?;
     let mut warnings = Vec::new();
     for s in seen {
         let Err(e) = &s.found else { continue };
-        let unreachable = matches!(e, VolumeError::Store(e) if !matches!(e.kind, ErrorKind::Config | ErrorKind::Unsupported));
-        if local.is_some() && unreachable {
+        let unreachable = matches!(e, VolumeError::Store(_));
+        if (local.is_some() || read_only && volume.is_some()) && unreachable {
             warnings.push(format!("goes on without it for now: {e}"));
             continue;
         }
-        let hint = if unreachable { "; mend it, or mount without this replica" } else { "" };
+        let hint = match (unreachable, volume) {
+            (false, _) => "",
+            (true, None) => "; mend it, or leave this replica out",
+            (true, Some(_)) => {
+                "; mend it, or mount with --read-only, or mount without this replica (what only it holds is given up then)"
+            }
+        };
         return Err(Error::new(exit_of(e), format!("{e}{hint}")));
     }
     match (local, volume) {
         (Some(_), _) => Ok(Decision::GoOn { warnings }),
-        (None, Some(_)) => Ok(Decision::Restore),
+        (None, Some(_)) => Ok(Decision::Restore { warnings }),
         (None, None) => match seen.iter().find(|s| s.found == Ok(Found::Headless)) {
             Some(s) => Err(Error::new(
                 Exit::Damaged,
@@ -203,22 +215,40 @@ mod tests {
         let v = || Ok(Found::Volume(volume(1)));
         let empty = || Ok(Found::Empty);
         let local = Local::new(volume(1), Vec::new(), true);
-        assert_eq!(decide(None, &seen(vec![empty(), empty()])).unwrap(), Decision::Create);
-        assert_eq!(decide(None, &seen(vec![empty(), v()])).unwrap(), Decision::Restore);
-        assert_eq!(decide(Some(&local), &seen(vec![v()])).unwrap(), Decision::GoOn { warnings: vec![] });
-        let refused = |local: Option<&Local>, found| decide(local, &seen(found)).unwrap_err().exit_code();
+        assert_eq!(decide(None, &seen(vec![empty(), empty()]), false).unwrap(), Decision::Create);
+        assert_eq!(
+            decide(None, &seen(vec![empty(), v()]), false).unwrap(),
+            Decision::Restore { warnings: vec![] }
+        );
+        assert_eq!(
+            decide(Some(&local), &seen(vec![v()]), false).unwrap(),
+            Decision::GoOn { warnings: vec![] }
+        );
+        let refused =
+            |local: Option<&Local>, found| decide(local, &seen(found), false).unwrap_err().exit_code();
         assert_eq!(refused(None, vec![v(), Ok(Found::Volume(volume(2)))]), Exit::WrongVolume);
         assert_eq!(refused(Some(&local), vec![Ok(Found::Volume(volume(2)))]), Exit::WrongVolume);
         assert_eq!(refused(None, vec![empty(), Err(ErrorKind::Timeout)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![v(), Err(ErrorKind::Denied)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![Ok(Found::Headless), empty()]), Exit::Damaged);
         let Decision::GoOn { warnings } =
-            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)])).unwrap()
+            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)]), false).unwrap()
         else {
             panic!("an unreachable replica must not stop a mount with local state")
         };
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("r1"), "{warnings:?}");
+        let found = || seen(vec![v(), Err(ErrorKind::Config)]);
+        assert!(
+            matches!(decide(Some(&local), &found(), false), Ok(Decision::GoOn { .. })),
+            "its bucket is gone"
+        );
+        assert!(
+            matches!(decide(None, &found(), true), Ok(Decision::Restore { warnings }) if warnings.len() == 1)
+        );
+        assert_eq!(refused(None, vec![v(), Err(ErrorKind::Config)]), Exit::Unreachable);
+        let nothing = decide(None, &seen(vec![empty(), Err(ErrorKind::Timeout)]), true).unwrap_err();
+        assert_eq!(nothing.exit_code(), Exit::Unreachable);
     }
 
     #[test]

@@ -117,7 +117,8 @@ pub(super) async fn open(
             complete(state, &local)?;
             (local, journal)
         }
-        (Decision::Restore, _) | (Decision::GoOn { .. }, None) => {
+        (Decision::Restore { warnings }, _) | (Decision::GoOn { warnings }, None) => {
+            notes.extend(warnings);
             set_aside(state, &mut notes)?;
             let (local, restored) = take_over(config, seen).await?;
             describe(&restored, &mut notes);
