@@ -76,7 +76,8 @@ impl StateDir {
             return Err(Error::new(
                 Exit::InUse,
                 format!(
-                    "the state folder {} is in use by another daemon{by}: unmount that one first",
+                    "the state folder {} is in use by another daemon{by}: unmount that one first (see: mirrorfs \
+                     status), or wait if it is just ending",
                     dir.display()
                 ),
             ));
