@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::locate::{self, Located};
 use super::{CommandError, Outcome, human, output, runtime};
-use crate::control::Status;
+use crate::control::{Status, reason};
 use crate::ids::Epoch;
 use crate::replica::{ReplicaState, ReplicaStatus};
 
@@ -52,9 +52,8 @@ pub(super) fn run(args: &Args) -> Outcome {
         let texts: Vec<String> = living.iter().map(|status| show(status, now)).collect();
         output::print(&texts.join("\n"))?;
     }
-    for (located, status) in &asked {
+    for (_, status) in &asked {
         if let Err(error) = status {
-            let _ = located;
             output::note(&format!("mirrorfs: {error}"));
         }
     }
@@ -70,7 +69,6 @@ fn show(status: &Status, now: f64) -> String {
     let cache = &status.cache;
     let ratio =
         cache.hit_ratio().map_or_else(|| "no reads yet".to_owned(), |r| format!("{:.1} % hits", r * 100.0));
-    let segments = if status.staged_segments == 1 { "segment" } else { "segments" };
     let volume = match status.epoch {
         Epoch(0) => status.volume.to_string(),
         epoch => format!("{}, epoch {epoch}", status.volume),
@@ -91,10 +89,10 @@ fn show(status: &Status, now: f64) -> String {
         (
             "in hand",
             format!(
-                "{} not yet sealed, {} in {} {segments} kept for replicas",
+                "{} not yet sealed, {} in {} kept for replicas",
                 human::size(status.dirty_bytes),
                 human::size(status.staged_bytes),
-                status.staged_segments
+                human::count(status.staged_segments, "segment")
             ),
         ),
         (
@@ -122,8 +120,8 @@ fn row(replica: &ReplicaStatus) -> Vec<String> {
         "-".to_owned()
     } else {
         format!(
-            "{} segments, {}, {}",
-            replica.lag_segments,
+            "{}, {}, {}",
+            human::count(replica.lag_segments, "segment"),
             human::size(replica.lag_bytes),
             human::seconds(replica.lag_seconds)
         )
@@ -150,7 +148,8 @@ fn trouble(replica: &ReplicaStatus, now: f64) -> String {
     let mut lines = String::new();
     if let Some(error) = &replica.last_error {
         let age = human::seconds(now - error.at);
-        lines += &format!("last error of {}, {age} ago: {}\n", replica.name, error.text);
+        let reason = reason(&replica.name, &error.text);
+        lines += &format!("last error of {}, {age} ago: {reason}\n", replica.name);
     }
     if replica.damages > 0 {
         lines += &format!("damaged places found on {}: {}\n", replica.name, replica.damages);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, locate, output, runtime};
 use crate::config::units;
-use crate::control::{Client, Replicas, SyncProgress, SyncRequest};
+use crate::control::{Client, Replicas, SyncProgress, SyncRequest, reason};
 
 /// Wait until everything written so far is committed on the replicas
 #[derive(Debug, clap::Args)]
@@ -72,7 +72,7 @@ fn detail(step: &SyncProgress) -> String {
         .iter()
         .filter(|r| !r.done)
         .map(|r| match &r.error {
-            Some(error) => format!("{}: {error}", r.name),
+            Some(error) => format!("{}: {}", r.name, reason(&r.name, error)),
             None => format!("{}: {}", r.name, human::size(r.bytes_left)),
         })
         .collect();

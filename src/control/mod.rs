@@ -15,7 +15,7 @@ pub use registry::{Entry, Registration, Registry};
 pub use server::{SOCKET, Server};
 pub use types::{
     Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,
-    SyncRequest,
+    SyncRequest, reason,
 };
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
 use super::socket;
-use super::types::{Backend, Failure, ShutdownRequest, SyncEvent, SyncProgress, SyncRequest};
+use super::types::{Backend, Failure, ShutdownRequest, SyncEvent, SyncProgress, SyncRequest, reason};
 use crate::exit::Exit;
 
 /// Name of the socket in the state folder.
@@ -167,7 +167,7 @@ fn gave_up(progress: &SyncProgress) -> Failure {
         .iter()
         .filter(|r| !r.done)
         .map(|r| match &r.error {
-            Some(error) => format!("{} ({error})", r.name),
+            Some(error) => format!("{} ({})", r.name, reason(&r.name, error)),
             None => r.name.to_string(),
         })
         .collect();

@@ -176,6 +176,16 @@ pub struct SyncReplica {
     pub error: Option<String>,
 }
 
+/// What is wrong with a replica, without its name in front of it: for where the name stands already.
+#[must_use]
+pub fn reason<'a>(replica: &ReplicaName, error: &'a str) -> &'a str {
+    error
+        .strip_prefix("replica ")
+        .and_then(|rest| rest.strip_prefix(replica.as_str()))
+        .and_then(|rest| rest.strip_prefix(": "))
+        .unwrap_or(error)
+}
+
 /// A refusal or failure, with the code a command ends with.
 #[derive(Clone, Debug, PartialEq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[error("{message}")]
@@ -251,6 +261,15 @@ mod tests {
             (error.exit, error.message.as_str()),
             (Exit::Usage, "5 replicas are asked for, but the volume has 4")
         );
+    }
+
+    #[test]
+    fn a_name_is_not_said_twice() {
+        let a: ReplicaName = "a".parse().unwrap();
+        assert_eq!(reason(&a, "replica a: get x: no route"), "get x: no route");
+        for other in ["no route", "replica ab: no route", "replica a"] {
+            assert_eq!(reason(&a, other), other);
+        }
     }
 
     #[test]

@@ -7,10 +7,10 @@ mod checkpoints;
 mod fleet;
 mod open;
 mod parts;
+mod rebuild;
 mod restore;
 mod serve;
 mod state;
-mod tmp_reader;
 
 use std::path::PathBuf;
 use std::sync::Arc;

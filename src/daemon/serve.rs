@@ -6,7 +6,7 @@
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Handle, Runtime};
@@ -18,7 +18,6 @@ use super::checkpoints::Checkpoints;
 use super::fleet::{Cursors, Fleet};
 use super::parts::{self, Parts};
 use super::state::StateDir;
-use super::tmp_reader::Reader;
 use super::{Error, MountArgs, Ready, ReadyInfo, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::{Config, Fsync};
@@ -28,7 +27,7 @@ use crate::format::volume::{Compression, Volume};
 use crate::fuse::{self, Session};
 use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
-use crate::replica::{FrameSource, Identity, Outbox, Replica, Shipper, Tuning};
+use crate::replica::{FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
 use crate::txg::{Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
@@ -136,6 +135,7 @@ impl Running {
 
 /// fsync's way to the replicas.
 struct RemoteFsync {
+    vfs: Weak<Vfs>,
     engine: Arc<Engine>,
     fleet: Arc<Fleet>,
     needed: usize,
@@ -145,6 +145,7 @@ struct RemoteFsync {
 
 impl Durability for RemoteFsync {
     fn replicate(&self) -> Result<(), VfsError> {
+        self.refuse_fenced()?;
         let deadline = Instant::now() + self.timeout;
         let segment = self.engine.sync(deadline).map_err(VfsError::TimedOut)?;
         let wait = self.fleet.wait_for(segment, self.needed);
@@ -153,7 +154,18 @@ impl Durability for RemoteFsync {
             let why = self.fleet.lacking(segment);
             log::warn!("an fsync gave up after {:?}: {why}", self.timeout);
             VfsError::TimedOut(why)
-        })
+        })?;
+        self.refuse_fenced()
+    }
+}
+
+impl RemoteFsync {
+    /// A fenced mount may have nothing acknowledged: what it stores no longer counts.
+    fn refuse_fenced(&self) -> Result<(), VfsError> {
+        match self.vfs.upgrade().and_then(|vfs| vfs.read_only()) {
+            Some(why) => Err(VfsError::ReadOnly(why)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -257,8 +269,12 @@ fn assemble(
         let staging = Arc::clone(&staging);
         move |loc: &crate::format::tables::FrameLoc| staging.file_of(loc)
     };
-    let reader: Arc<dyn FrameSource> =
-        Arc::new(Reader::new(replicas.clone(), runtime.handle().clone(), Some(Arc::new(local_files))));
+    let reader: Arc<dyn FrameSource> = Arc::new(Reader::new(
+        replicas.clone(),
+        Some(Arc::new(local_files)),
+        runtime.handle().clone(),
+        closing_seen.clone(),
+    ));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
@@ -312,6 +328,7 @@ fn assemble(
         )
         .map_err(|e| failure(&e))?;
         vfs.set_durability(Arc::new(RemoteFsync {
+            vfs: Arc::downgrade(&vfs),
             engine: Arc::clone(&engine),
             fleet: Arc::clone(&fleet),
             needed: config.fsync.needed(replicas.len()),

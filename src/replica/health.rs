@@ -21,7 +21,7 @@ const OFFLINE_AFTER: u32 = 3;
 /// First wait after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 /// Longest wait between two tries.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// Reads up to this length tell latency, longer ones tell throughput.
 const SMALL: u64 = 64 * 1024;
 /// Weight of a new observation.

@@ -125,6 +125,7 @@ impl Run {
             self.tick();
             self.event();
             self.operation();
+            self.settle();
             self.note_past();
             if step % 500 == 0 {
                 self.compare_all();
@@ -148,6 +149,14 @@ impl Run {
         self.model.now = Time { secs: now, nanos: 0 };
     }
 
+    /// With a tiny cache the space in use decides what is cut and evicted: without this the run would depend on the pace
+    /// of the thread that deletes.
+    fn settle(&self) {
+        if self.plan.failing > 0 {
+            self.world.vfs().wait_reaped();
+        }
+    }
+
     fn say(&mut self, what: &'static str, text: String) {
         *self.counts.entry(what).or_default() += 1;
         if self.log.lines.len() == 60 {
@@ -163,10 +172,6 @@ impl Run {
     // ---- commits, cuts, restarts ---------------------------------------------------------------------------------
 
     fn event(&mut self) {
-        if self.plan.failing > 0 {
-            // The space in use decides below: without this the run would depend on a thread's pace.
-            self.world.vfs().wait_reaped();
-        }
         let space = &self.world.stack().blocks.space;
         // Keep out of the range where writers are slowed.
         let heavy = space.dirty() + space.staged() > space.limit() / 3;
