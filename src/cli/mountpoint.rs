@@ -8,6 +8,7 @@ use super::CommandError;
 use crate::config::{Config, real_path};
 use crate::control::mounts::{self, Mount};
 use crate::exit::Exit;
+use crate::fuse::is_gone;
 use crate::replica::Place;
 
 /// A mount that is dead says so at once.
@@ -85,9 +86,9 @@ pub(super) fn is_dead(mountpoint: &Path) -> bool {
     let path = mountpoint.to_owned();
     let (sender, answer) = mpsc::channel();
     std::thread::spawn(move || {
-        let _ = sender.send(path.metadata().err().and_then(|error| error.raw_os_error()));
+        let _ = sender.send(is_gone(&path));
     });
-    matches!(answer.recv_timeout(ANSWER), Ok(Some(libc::ENOTCONN)))
+    answer.recv_timeout(ANSWER).unwrap_or(false)
 }
 
 fn own_folders(config: &Config) -> Vec<(String, PathBuf)> {
