@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -13,7 +13,7 @@ use futures::stream::FuturesUnordered;
 use crate::format::tables::cursor_key;
 use crate::ids::{ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{CursorStore, Outbox, Replica, ReplicaStatus};
+use crate::replica::{CursorStore, Outbox, Replica, ReplicaState, ReplicaStatus};
 use crate::txg::Staging;
 
 /// Cursors in the local tables, by name and place: a name given to another place begins anew.
@@ -73,6 +73,19 @@ impl Fleet {
             if waiting.next().await.is_none() {
                 return;
             }
+        }
+    }
+
+    /// Waits until every replica holds everything sealed, at most until `until`. For those in trouble it waits only
+    /// when `all` are wanted.
+    pub async fn last_call(&self, until: Instant, all: bool) {
+        let newest = self.staging.newest();
+        while Instant::now() < until {
+            let works = |s: &ReplicaStatus| matches!(s.state, ReplicaState::Healthy | ReplicaState::Degraded);
+            if !self.statuses().iter().any(|s| s.cursor < newest && (all || works(s))) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
