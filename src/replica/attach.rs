@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::contract::{CursorStore, Outbox};
 use super::error::{ErrorKind, StoreError};
+use super::fence::{FenceReason, Fenced, taken_over};
 use super::shared::Replica;
 use super::ship_plan::true_cursor;
 use super::store::Store;
@@ -31,15 +32,6 @@ impl Identity {
     pub fn epoch(&self) -> Epoch {
         self.claims.last().map_or(Epoch(0), |c| c.epoch)
     }
-}
-
-/// A writer with a higher epoch, or another one with ours, was seen.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Fenced {
-    /// The replica on which it was seen.
-    pub replica: crate::ids::ReplicaName,
-    /// Its claim.
-    pub by: Claim,
 }
 
 /// Why a replica cannot be written to.
@@ -120,7 +112,7 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
         })
         .collect();
     if let Some(higher) = there.iter().copied().filter(|e| *e > identity.epoch()).max() {
-        return Err(fenced(replica, identity, higher).await);
+        return Err(taken_over(replica, identity, higher).await);
     }
     for claim in &identity.claims {
         let ours = claim.epoch == identity.epoch();
@@ -130,29 +122,13 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
         match volume::put_claim(store, claim).await {
             Ok(()) => {}
             Err(VolumeError::Held { claim, replica }) if ours => {
-                return Err(AttachError::Fenced(Box::new(Fenced { replica, by: *claim })));
+                let reason = FenceReason::TakenOver { epoch: claim.epoch, claim: Some(claim) };
+                return Err(AttachError::Fenced(Box::new(Fenced { replica, reason })));
             }
             Err(e) => return Err(e.into()),
         }
     }
     Ok(())
-}
-
-async fn fenced(replica: &Replica, identity: &Identity, epoch: Epoch) -> AttachError {
-    match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
-        Ok(by) => AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), by })),
-        Err(e) => e.into(),
-    }
-}
-
-/// Looks whether the epoch after ours was claimed on the replica.
-pub(super) async fn check_fence(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
-    let next = identity.epoch().next();
-    match replica.store().head(&ObjectName::Claim(next).path()).await {
-        Ok(_) => Err(fenced(replica, identity, next).await),
-        Err(e) if e.kind == ErrorKind::Absent => Ok(()),
-        Err(e) => Err(e.into()),
-    }
 }
 
 /// Compares the saved cursor with the replica, by one request when they agree and by a listing when they do not.

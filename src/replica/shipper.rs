@@ -8,7 +8,7 @@
 //!        ┌──────── failure: wait (health) ───────┐
 //!        ▼                                       │
 //!  ── attach ──▶ ship: outbox ─▶ window ─▶ send ─┴─▶ verified ─▶ cursor saved ─▶ …
-//!        │                └─ every 10 s: fence ──▶ fenced: stop for good
+//!        │                └─ every 10 s: fence ──▶ fenced: all shippers stop for good
 //!        └─ not our volume: nothing is written; looked at again every minute
 //! ```
 
@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::attach::{self, AttachError, Attached, Fenced, Identity};
+use super::attach::{self, AttachError, Attached, Identity};
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
+use super::fence::{self, Fence, Fenced};
 use super::health::{Event, backoff};
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
@@ -69,8 +70,8 @@ pub struct Shipper {
     pub cursors: Arc<dyn CursorStore>,
     /// What must stand on the replica.
     pub identity: Arc<Identity>,
-    /// Called once when another writer is seen. The shipper writes nothing more.
-    pub on_fenced: Arc<dyn Fn(Fenced) + Send + Sync>,
+    /// Shared by all shippers of the volume: once one sees another writer, none writes anything more.
+    pub fence: Arc<Fence>,
     /// True ends the task; what is in flight is dropped and will be sent again.
     pub closing: watch::Receiver<bool>,
     /// Times and sizes.
@@ -113,25 +114,32 @@ impl Shipper {
         // Counted here and not in the replica's health: reads that succeed say nothing about writes.
         let mut failures = 0;
         loop {
-            let end = self.attach_and_ship(&mut failures).await;
+            let fence = Arc::clone(&self.fence);
+            let end = tokio::select! {
+                biased;
+                // What is in flight is dropped.
+                fenced = fence.raised() => End::Fenced(Box::new(fenced)),
+                end = self.attach_and_ship(&mut failures) => end,
+            };
             self.replica.set_attached(false);
             match end {
                 End::Closing => return,
                 End::Fenced(fenced) => {
-                    let text = format!(
-                        "replica {}: epoch {} was claimed by {} (process {}): another machine took over, nothing more is written",
-                        fenced.replica, fenced.by.epoch, fenced.by.host, fenced.by.pid
-                    );
-                    log::error!("{text}");
-                    self.replica.tell(text, None);
+                    self.replica.tell(fenced.to_string(), None);
                     self.replica.set_stopped(Some(Stopped::Fenced));
-                    (self.on_fenced)(*fenced);
+                    self.fence.raise(*fenced);
                     return;
                 }
                 End::Again(wait) => {
                     failures = failures.saturating_add(1);
                     let wait = wait.max(backoff(failures, jitter()));
-                    let _ = tokio::time::timeout(wait, closed(&mut self.closing)).await;
+                    let woken = async {
+                        tokio::select! {
+                            () = closed(&mut self.closing) => {}
+                            _ = fence.raised() => {}
+                        }
+                    };
+                    let _ = tokio::time::timeout(wait, woken).await;
                 }
                 End::Recheck => {}
             }
@@ -317,7 +325,7 @@ impl Shipper {
             }
         };
         if (!staged.is_empty() || dump.is_some()) && fence_seen.elapsed() >= self.tuning.fence_every {
-            attach::check_fence(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
+            fence::look(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
             *fence_seen = Instant::now();
         }
         let mut work = plan.next(&staged);

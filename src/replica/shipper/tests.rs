@@ -8,6 +8,7 @@ use crate::format::names::ObjectName;
 use crate::format::volume::Claim;
 use crate::ids::Epoch;
 use crate::replica::fault::{Fault, Faults, Op, Rule};
+use crate::replica::fence::{FenceReason, confirm};
 use crate::replica::testing::{FakeCursors, FakeOutbox, claim, faulty, identity};
 use crate::replica::{ErrorKind, ReplicaState, Store};
 
@@ -18,6 +19,7 @@ struct Bench {
     cursors: Arc<FakeCursors>,
     identity: Arc<Identity>,
     fenced: Arc<Mutex<Vec<Fenced>>>,
+    fence: Arc<Fence>,
     closing: watch::Sender<bool>,
     replicas: Vec<Arc<Replica>>,
     faults: Vec<Faults>,
@@ -28,12 +30,15 @@ struct Bench {
 impl Bench {
     fn new(names: &[&str]) -> Self {
         let _ = env_logger::builder().is_test(true).try_init();
+        let fenced = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&fenced);
         let made: Vec<_> = names.iter().enumerate().map(|(i, n)| faulty(n, i as u64)).collect();
         Self {
             outbox: FakeOutbox::new(),
             cursors: Arc::default(),
             identity: identity(&[claim(1, 1, 1)]),
-            fenced: Arc::default(),
+            fenced,
+            fence: Fence::new(move |f| told.lock().push(f.clone())),
             closing: watch::channel(false).0,
             replicas: made.iter().map(|m| Arc::clone(&m.0)).collect(),
             faults: made.iter().map(|m| m.1.clone()).collect(),
@@ -49,14 +54,13 @@ impl Bench {
     }
 
     fn start(&self, i: usize) -> tokio::task::JoinHandle<()> {
-        let fenced = Arc::clone(&self.fenced);
         let shipper = Shipper {
             replica: Arc::clone(&self.replicas[i]),
             peers: self.replicas.clone(),
             outbox: self.outbox.clone(),
             cursors: self.cursors.clone(),
             identity: Arc::clone(&self.identity),
-            on_fenced: Arc::new(move |by| fenced.lock().push(by)),
+            fence: Arc::clone(&self.fence),
             closing: self.closing.subscribe(),
             tuning: self.tuning,
         };
@@ -278,7 +282,9 @@ async fn another_volume_is_never_touched() {
 
 #[tokio::test]
 async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
-    for (by, before) in [(claim(2, 9, 4), false), (claim(1, 9, 1), true), (claim(5, 9, 1), true)] {
+    for (by, before) in
+        [(claim(2, 9, 4), false), (claim(3, 9, 4), false), (claim(1, 9, 1), true), (claim(5, 9, 1), true)]
+    {
         let bench = Bench::new(&["a"]);
         let path = ObjectName::Claim(by.epoch).path();
         if before {
@@ -294,7 +300,8 @@ async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
         bench.outbox.seal(1, 10);
         tokio::time::timeout(SOON, task).await.unwrap().unwrap();
         let fenced = bench.fenced.lock().clone();
-        assert_eq!((fenced.len(), &fenced[0].by), (1, &by));
+        let reason = FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())) };
+        assert_eq!((fenced.len(), &fenced[0].reason), (1, &reason));
         assert_eq!(bench.status(0).state, ReplicaState::Fenced);
         let newest = segment_path(bench.outbox.watch().borrow().0, 1);
         assert!(bench.stores[0].head(&newest).await.is_err(), "nothing was written after {by:?}");
@@ -355,4 +362,54 @@ async fn a_paused_replica_waits_and_goes_on() {
     assert_eq!((status.state, status.cursor, status.lag_segments), (ReplicaState::Paused, SegmentNo(1), 1));
     bench.replicas[0].pause(false);
     bench.reaches(0, 2).await;
+}
+
+#[tokio::test]
+async fn one_replica_that_shows_a_newer_writer_stops_writing_to_all() {
+    let bench = Bench::new(&["a", "b"]);
+    let tasks = [bench.start(0), bench.start(1)];
+    bench.outbox.seal(1, 10);
+    bench.reaches(0, 1).await;
+    bench.reaches(1, 1).await;
+    // The new writer never reached b; what we send there hangs at this moment.
+    bench.faults[1].add(Rule::always(Fault::Hang, &[]).on("segments/"));
+    let by = claim(2, 9, 2);
+    bench.stores[0].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    tokio::time::sleep(bench.tuning.fence_every * 2).await;
+    bench.outbox.seal(1, 10);
+    for task in tasks {
+        tokio::time::timeout(SOON, task).await.unwrap().unwrap();
+    }
+    assert_eq!(bench.fenced.lock().len(), 1, "said once");
+    assert!(bench.stores[1].head(&segment_path(2, 1)).await.is_err());
+    for i in [0, 1] {
+        assert_eq!(bench.status(i).state, ReplicaState::Fenced);
+        let text = bench.status(i).last_error.unwrap().text;
+        assert!(text.contains("replica a") && text.contains("host9"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_counts_when_a_later_look_shows_no_other_writer() {
+    let mut bench = Bench::new(&["a", "b"]);
+    bench.tuning.fence_every = Duration::from_secs(3600);
+    let _tasks = [bench.start(0), bench.start(1)];
+    let confirmed = |n| confirm(&bench.replicas, &bench.identity, &bench.fence, SegmentNo(n), 2);
+    bench.outbox.seal(1, 10);
+    let lists = || bench.faults[0].calls(Op::List);
+    bench.reaches(0, 1).await;
+    bench.reaches(1, 1).await;
+    let before = lists();
+    let both = futures::join!(confirmed(1), confirmed(1));
+    assert_eq!(both, (Ok(()), Ok(())));
+    assert_eq!(lists() - before, 1, "who waits shares the look");
+    // A look that fails is made again; a claim that it shows then counts, though the shipper has not looked yet.
+    bench.outbox.seal(1, 10);
+    bench.reaches(1, 2).await;
+    bench.faults[1].add(Rule::always(Fault::Before(ErrorKind::Transient), &[Op::List]).times(1));
+    let by = claim(4, 9, 2);
+    bench.stores[1].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    let fenced = tokio::time::timeout(SOON, confirmed(2)).await.unwrap().unwrap_err();
+    assert_eq!(fenced.replica.as_str(), "b");
+    assert_eq!(*bench.fenced.lock(), [fenced]);
 }
