@@ -27,7 +27,7 @@ use crate::format::volume::{Compression, Volume};
 use crate::fuse::{self, Session};
 use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
-use crate::replica::{FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
+use crate::replica::{Fence, FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
 use crate::txg::{Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
@@ -344,16 +344,10 @@ fn assemble(
             handle: runtime.handle().clone(),
         }));
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
-        let on_fenced = {
+        let fence = {
             let vfs = Arc::clone(&vfs);
-            move |fenced: crate::replica::Fenced| {
-                vfs.set_read_only(&format!(
-                    "{} (process {}) took the volume over with epoch {}, seen on replica {}",
-                    fenced.by.host, fenced.by.pid, fenced.by.epoch, fenced.replica
-                ));
-            }
+            Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string()))
         };
-        let on_fenced: Arc<dyn Fn(crate::replica::Fenced) + Send + Sync> = Arc::new(on_fenced);
         for replica in &replicas {
             let shipper = Shipper {
                 replica: Arc::clone(replica),
@@ -361,7 +355,7 @@ fn assemble(
                 outbox: Arc::clone(&staging) as Arc<dyn Outbox>,
                 cursors: Arc::clone(&cursors),
                 identity: Arc::clone(&identity),
-                on_fenced: Arc::clone(&on_fenced),
+                fence: Arc::clone(&fence),
                 closing: closing_seen.clone(),
                 tuning: Tuning::default(),
             };
