@@ -115,6 +115,12 @@ impl SlotFile {
         }
     }
 
+    /// Bytes that this process may still write on the file's disk.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let fs = rustix::fs::fstatvfs(&self.file)?;
+        Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
+    }
+
     /// Slots that wait in limbo.
     pub fn in_limbo(&self) -> usize {
         self.state.lock().limbo.len()

@@ -19,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
-use super::space::Space;
+use super::space::{Admission, Space};
 use crate::format::codec::FormatError;
 use crate::format::local::{CachedValue, FrameValue, SegmentValue};
 use crate::format::tables::{
@@ -174,6 +174,7 @@ impl BlockStore {
             }
         }
         store.evict();
+        store.make_room();
         Ok(Arc::new(store))
     }
 
@@ -329,6 +330,16 @@ impl BlockStore {
         if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
             return Ok(());
         }
+        self.space.note_written(raw.len() as u64);
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        match self.space.on_disk() {
+            Admission::Now => {}
+            // One comes, one goes, as long as the disk has some room.
+            Admission::After(_) => _ = self.evict_one(),
+            Admission::Full => return Ok(()),
+        }
         let slot = self.slots.allocate();
         slot.write(0, raw)?;
         self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
@@ -365,9 +376,51 @@ impl BlockStore {
     /// Evicts the least recently used clean blocks until the allowance is kept.
     pub fn evict(&self) {
         while self.space.excess() > 0 {
-            let mut clean = self.clean.lock();
-            let Some((hash, c)) = clean.pop_lru() else { return };
-            self.left(&hash, &c);
+            if self.evict_one().is_none() {
+                return;
+            }
+        }
+    }
+
+    fn evict_one(&self) -> Option<u64> {
+        let mut clean = self.clean.lock();
+        let (hash, c) = clean.pop_lru()?;
+        self.left(&hash, &c);
+        Some(u64::from(c.len))
+    }
+
+    /// May a writer go on? Looks at the disk when the last look is old.
+    pub fn admit(&self) -> Admission {
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        self.space.admit()
+    }
+
+    /// Whether names may be added: they take little, but a full disk must keep room for the journal.
+    pub fn has_room_for_names(&self) -> bool {
+        self.space.note_written(4096);
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        !self.space.is_disk_full()
+    }
+
+    fn measure(&self) {
+        match self.slots.free_bytes() {
+            Ok(free) => self.space.measured(free),
+            Err(e) => log::debug!("the disk of the slot file cannot be measured: {e}"),
+        }
+    }
+
+    /// Gives up clean blocks when the disk gets full, whatever fills it.
+    fn make_room(&self) {
+        self.measure();
+        let freeing = self.slots.in_limbo() as u64 * u64::from(self.block_size);
+        let mut short = self.space.shortage(freeing);
+        while short > 0 {
+            let Some(len) = self.evict_one() else { return };
+            short = short.saturating_sub(len);
         }
     }
 
@@ -613,6 +666,14 @@ impl BlockStore {
     /// Writes the changes of the cached-block table into the journal and frees slots whose freeing is durable. Called
     /// every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
+        self.make_room();
+        let written = self.write_index();
+        // Also when the journal takes nothing, for want of space perhaps: this is what makes some.
+        self.slots.reclaim(self.journal.durable_lsn())?;
+        written
+    }
+
+    fn write_index(&self) -> Result<(), StoreError> {
         {
             let _turn = self.housekeeping.lock();
             let changes: Vec<_> = self.index_changes.lock().drain().collect();
@@ -635,7 +696,6 @@ impl BlockStore {
                 }
             }
         }
-        self.slots.reclaim(self.journal.durable_lsn())?;
         Ok(())
     }
 

@@ -111,14 +111,16 @@ pub(super) async fn open(
                 stores.iter().map(Store::url).collect::<Vec<_>>().join(", ")
             ));
             let mut local = Local::new(volume, Vec::new(), false);
-            claim(&mut local, stores, Epoch(0), SegmentNo(1)).await?;
+            let intended = intend(&mut local, Epoch(0), SegmentNo(1))?;
+            put_claim(&local, &intended, stores).await?;
             let (journal, _) = open_with_ballast(state, &slots)?;
             complete(state, &local)?;
             (local, journal)
         }
-        (Decision::Restore, _) | (Decision::GoOn { .. }, None) => {
+        (Decision::Restore { warnings }, _) | (Decision::GoOn { warnings }, None) => {
+            notes.extend(warnings);
             set_aside(state, &mut notes)?;
-            let (local, restored) = take_over(config, stores, seen).await?;
+            let (local, restored) = take_over(config, seen).await?;
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &restored)?;
@@ -167,7 +169,7 @@ async fn go_on(
         None => match open_with_ballast(state, slots) {
             Ok((journal, opened)) if opened.fresh => {
                 journal.close()?;
-                Err("the local journal is gone".to_owned())
+                Err("the local journal is gone, and with it changes that no replica had".to_owned())
             }
             Ok((journal, opened)) => {
                 if !opened.clean {
@@ -187,10 +189,12 @@ async fn go_on(
     if !config.read_only {
         let mark = sealed_mark(&journal)?;
         refuse_older_state(state, &reachable, local.epoch(), mark.segment).await?;
-        let highest = local.epoch();
-        // The shippers put it where it could not be put now, before anything else.
-        claim(&mut local, &reachable, highest, mark.segment.next()).await?;
+        let highest = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+        let intended = intend(&mut local, highest, mark.segment.next())?;
+        // Written down first: after a crash in between, the next mount knows the claim as its own.
         complete(state, &local)?;
+        // The shippers put it where it could not be put now, before anything else.
+        put_claim(&local, &intended, &holders(seen)).await?;
     }
     Ok((local, journal))
 }
@@ -213,7 +217,8 @@ async fn refuse_older_state(
                 return Err(Error::new(
                     Exit::InUse,
                     format!(
-                        "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy                          of this folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
+                        "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy of \
+                         this folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
                         state.path().display(),
                         store.name(),
                         store.url()
@@ -225,13 +230,8 @@ async fn refuse_older_state(
     Ok(())
 }
 
-/// Claims the epoch after `highest` in the name of this mount. Replicas that cannot be reached get the claim later.
-async fn claim(
-    local: &mut Local,
-    stores: &[Store],
-    highest: Epoch,
-    first_segment: SegmentNo,
-) -> Result<(), Error> {
+/// The claim of this mount: the epoch after `highest`. It is entered into `local`, and counts once it is on a replica.
+fn intend(local: &mut Local, highest: Epoch, first_segment: SegmentNo) -> Result<Claim, Error> {
     let claim = Claim {
         volume: local.volume.volume,
         epoch: highest.next(),
@@ -242,19 +242,30 @@ async fn claim(
         first_segment,
         mirrorfs: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    match volume::claim(stores, &claim).await {
+    if local.own_since == Epoch(0) {
+        local.own_since = claim.epoch;
+    }
+    local.claims.push(claim.clone());
+    Ok(claim)
+}
+
+/// Puts the claim on all of `stores` that can be reached. With a state that claimed before it is no error when none can:
+/// the shippers put it there before anything else.
+async fn put_claim(local: &Local, claim: &Claim, stores: &[Store]) -> Result<(), Error> {
+    if stores.is_empty() && local.claims.len() > 1 {
+        return Ok(());
+    }
+    match volume::claim(stores, claim).await {
         Ok(claimed) => {
             claimed.failed.iter().for_each(|e| log::warn!("the epoch is not claimed there yet: {e}"));
+            Ok(())
         }
-        Err(volume::VolumeError::Store(e)) if !local.claims.is_empty() => {
+        Err(volume::VolumeError::Store(e)) if local.own_since != claim.epoch => {
             log::warn!("the epoch is not claimed on any replica yet: {e}");
+            Ok(())
         }
-        Err(e) => return Err(e.into()),
+        Err(e) => Err(e.into()),
     }
-    // A claim under which nothing was written has no meaning once there is a later one.
-    local.claims.retain(|c| c.first_segment != first_segment);
-    local.claims.push(claim);
-    Ok(())
 }
 
 /// How often a restore begins anew because the former writer was still writing.
@@ -262,11 +273,7 @@ const TAKE_OVER_TRIES: usize = 5;
 
 /// Reads the volume back and claims the next epoch. What the former writer stored between the reading and the claim
 /// would be lost, so then it begins anew: behind the claim he writes nothing more that he acknowledges.
-async fn take_over(
-    config: &Config,
-    stores: &[Store],
-    seen: &[open::Seen],
-) -> Result<(Local, Restored), Error> {
+async fn take_over(config: &Config, seen: &[open::Seen]) -> Result<(Local, Restored), Error> {
     let holders = holders(seen);
     for _ in 0..TAKE_OVER_TRIES {
         let restored = restore::fetch(&holders).await?;
@@ -276,7 +283,8 @@ async fn take_over(
             return Ok((local, restored));
         }
         let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
-        claim(&mut local, stores, highest, loaded.last_segment.next()).await?;
+        let intended = intend(&mut local, highest, loaded.last_segment.next())?;
+        put_claim(&local, &intended, &holders).await?;
         let newer = restore::listed(&holders).await;
         let overtaken = newer.difference(&restored.listed).any(|(n, _)| *n > loaded.last_segment);
         if !overtaken {

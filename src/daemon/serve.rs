@@ -65,8 +65,16 @@ impl Running {
         let Some(engine) = self.engine.clone() else { return Ok(self.fleet.staging.newest()) };
         let running = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            running.vfs.commit().map_err(|e| e.to_string())?;
-            engine.sync(deadline)
+            loop {
+                match running.vfs.commit() {
+                    Ok(_) => return engine.sync(deadline),
+                    // There is space again when replicas have taken what is staged.
+                    Err(VfsError::NoSpace) if Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                    Err(e) => return Err(e.to_string()),
+                }
+            }
         })
         .await
         .map_err(|e| e.to_string())?
@@ -174,7 +182,7 @@ fn start(config: &Config, mount: &MountArgs, runtime: &Arc<Runtime>) -> Result<S
     }
     let parts = runtime.block_on(async {
         let seen = open::look(&stores).await;
-        let decision = open::decide(local.as_ref(), &seen)?;
+        let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
         parts::open(config, &state, &stores, &seen, local, decision).await
     })?;
     if let Err(e) = crate::config::state::remember(&config.state, &config.replicas) {
@@ -412,6 +420,9 @@ fn start_commits(vfs: &Arc<Vfs>, journal: &Arc<Journal>, stop: mpsc::Receiver<()
                     log::error!("changes cannot be committed: {e}");
                 }
                 Err(_) => {}
+            }
+            if failed && let Err(e) = vfs.blocks().housekeep() {
+                log::debug!("making room: {e}");
             }
         }
     })?;

@@ -24,6 +24,10 @@ pub(super) struct Local {
     pub volume: Volume,
     /// All known claims by ascending epoch; the last one is ours.
     pub claims: Vec<Claim>,
+    /// The first epoch that this folder claimed: what others claimed before is in `claims` as far as it was seen, what
+    /// others claim after it takes the volume from us.
+    #[serde(default)]
+    pub own_since: Epoch,
     /// Built by a read-only mount, which claims nothing: thrown away by the next mount.
     pub borrowed: bool,
     /// A rebuild of the tables is under way; its name is that of the folder with the damaged ones.
@@ -33,7 +37,7 @@ pub(super) struct Local {
 
 impl Local {
     pub fn new(volume: Volume, claims: Vec<Claim>, borrowed: bool) -> Self {
-        Self { version: VERSION, volume, claims, borrowed, rebuild: None }
+        Self { version: VERSION, volume, claims, own_since: Epoch(0), borrowed, rebuild: None }
     }
 
     /// Our claim.

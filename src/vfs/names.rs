@@ -65,6 +65,7 @@ impl Vfs {
         open: bool,
     ) -> Result<Attr> {
         check_name(name)?;
+        self.admit_name()?;
         let _gate = self.enter()?;
         let ino = self.new_ino()?;
         let now = self.now();
@@ -151,6 +152,7 @@ impl Vfs {
 
     pub(super) fn do_link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr> {
         check_name(name)?;
+        self.admit_name()?;
         let now = self.now();
         let (_, inode) = match self.existing_kind(ino)? {
             FileKind::Directory => return Err(VfsError::NotPermitted),
