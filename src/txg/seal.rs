@@ -61,6 +61,9 @@ pub struct Sealer {
     unpublished: Vec<(SegmentNo, SegmentValue)>,
 }
 
+/// A frozen block and what it became.
+type SealedBlock = (Arc<DirtyBlock>, BlockEntry);
+
 /// The segments of one txg while they are written.
 struct Draft<'a> {
     sealer_staging: &'a Staging,
@@ -219,11 +222,7 @@ impl Sealer {
     }
 
     /// Writes frames, index and records. `None`: there was nothing.
-    fn fill(
-        &mut self,
-        draft: &mut Draft<'_>,
-        cut: &Cut,
-    ) -> Result<Option<Vec<(Arc<DirtyBlock>, BlockEntry)>>, SealError> {
+    fn fill(&mut self, draft: &mut Draft<'_>, cut: &Cut) -> Result<Option<Vec<SealedBlock>>, SealError> {
         let mut sealed = Vec::with_capacity(cut.frozen.len());
         let mut fresh: HashMap<BlockHash, BlockEntry> = HashMap::new();
         for block in &cut.frozen {
