@@ -459,6 +459,15 @@ impl BlockStore {
         self.space.sub_dirty(before.saturating_sub(block.bytes()));
     }
 
+    /// Joins the valid ranges of block `id` when it is a dirty one that has too many of them: what lies between is filled
+    /// in from the block below (a [`StoreError::Miss`] asks for that one) or with zeros. The caller holds off writers.
+    pub fn join_ranges(&self, id: BlockId, supply: &Supply) -> Result<(), StoreError> {
+        let Some(block) = self.dirty(id).filter(|b| b.is_crowded()) else { return Ok(()) };
+        let mut full = vec![0; block.len() as usize];
+        self.read_dirty(&block, 0, &mut full, supply)?;
+        self.fill(&block, &full)
+    }
+
     /// Makes the slot of a frozen block hold all of its content `full`, so that it can serve as a clean one.
     pub fn fill(&self, block: &DirtyBlock, full: &[u8]) -> Result<(), StoreError> {
         let grown = block.fill(full)?;

@@ -305,7 +305,11 @@ impl Vfs {
     }
 
     /// Runs `f` with the cell of a file and lets it go afterwards, whatever came of it.
-    fn with_cell<R>(&self, ino: Ino, f: impl FnOnce(&Arc<Cell>) -> Result<R>) -> Result<R> {
+    fn with_cell<R, E: From<VfsError>>(
+        &self,
+        ino: Ino,
+        f: impl FnOnce(&Arc<Cell>) -> Result<R, E>,
+    ) -> Result<R, E> {
         let cell = self.cell(ino)?;
         let answer = f(&cell);
         self.let_go(cell);
