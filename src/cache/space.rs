@@ -9,6 +9,8 @@ use std::time::Duration;
 #[derive(Debug, Default)]
 pub struct Space {
     limit: AtomicU64,
+    /// What the disk itself has room for.
+    disk: AtomicU64,
     /// Signed, like `clean`: a subtraction may overtake the addition it belongs to.
     dirty: AtomicI64,
     staged: AtomicU64,
@@ -44,15 +46,31 @@ pub fn admit(limit: u64, used: u64) -> Admission {
     Admission::After(SLOWEST.mul_f64((share - SLOW_FROM) / (1.0 - SLOW_FROM)))
 }
 
+/// Kept free on the disk, as a share of its size and within bounds: the journal needs some space to get anything done, and
+/// a segment must be staged before what it holds becomes clean.
+const RESERVE: (u64, u64, u64) = (100, 64 << 20, 256 << 20);
+
+/// How many bytes we may use on a disk of `size` bytes, when we use `used` of them and `free` are free.
+fn room(used: u64, free: u64, size: u64) -> u64 {
+    let (share, least, most) = RESERVE;
+    (used + free).saturating_sub((size / share).clamp(least, most))
+}
+
 impl Space {
     /// An allowance of `limit` bytes.
     pub fn new(limit: u64) -> Self {
-        Self { limit: AtomicU64::new(limit), ..Self::default() }
+        Self { limit: AtomicU64::new(limit), disk: AtomicU64::new(u64::MAX), ..Self::default() }
     }
 
-    /// The allowance in bytes.
+    /// The allowance in bytes: what was configured, or less when the disk has no room for it.
     pub fn limit(&self) -> u64 {
-        self.limit.load(Ordering::Relaxed)
+        self.limit.load(Ordering::Relaxed).min(self.disk.load(Ordering::Relaxed))
+    }
+
+    /// Tells the disk's free bytes and its size.
+    pub fn set_disk(&self, free: u64, size: u64) {
+        let used = self.dirty() + self.staged() + self.clean();
+        self.disk.store(room(used, free, size), Ordering::Relaxed);
     }
 
     /// Bytes of dirty blocks.
@@ -116,6 +134,23 @@ mod tests {
         assert!(a < b && b <= SLOWEST);
         assert_eq!(admit(100, 100), Admission::Full);
         assert_eq!(admit(0, 0), Admission::Full);
+    }
+
+    #[test]
+    fn the_disk_bounds_the_allowance() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(room(100 * MIB, 1000 * MIB, 2000 * MIB), 1036 * MIB);
+        assert_eq!(room(100 * MIB, 1000 * MIB, 1 << 50), 844 * MIB);
+        assert_eq!(room(0, 10, 20), 0);
+        let s = Space::new(1000 * MIB);
+        s.add_clean(500 * MIB as i64 as u64);
+        s.add_dirty(100 * MIB);
+        assert_eq!((s.limit(), s.excess()), (1000 * MIB, 0));
+        s.set_disk(14 * MIB, 1000 * MIB);
+        assert_eq!((s.limit(), s.excess(), s.admit()), (550 * MIB, 50 * MIB, Admission::Now));
+        s.set_disk(0, 1000 * MIB);
+        s.add_dirty(500 * MIB);
+        assert_eq!(s.admit(), Admission::Full);
     }
 
     #[test]
