@@ -17,8 +17,11 @@ use crate::ids::{BlockId, Ino};
 /// Blocks given up by one transaction.
 const BLOCKS_PER_STEP: usize = 4096;
 
+/// Bytes of the cache given up at once when the disk is full.
+const GIVE_UP: u64 = 64 << 20;
+
 /// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
-fn units(len: u32) -> u64 {
+pub(super) fn units(len: u32) -> u64 {
     u64::from(len).div_ceil(4096) * 8
 }
 
@@ -49,10 +52,8 @@ impl Vfs {
     // ---- opening -------------------------------------------------------------------------------------------------
 
     pub(super) fn do_open(&self, ino: Ino, write: bool, truncate: bool) -> Result<()> {
-        if (write || truncate)
-            && let Some(why) = self.read_only.read().as_ref()
-        {
-            return Err(VfsError::ReadOnly(why.clone()));
+        if write || truncate {
+            self.check_writable()?;
         }
         let cell = self.cell(ino)?;
         cell.open.fetch_add(1, Ordering::AcqRel);
@@ -177,7 +178,7 @@ impl Vfs {
                 .filter_map(|index| state.block_at(&self.journal, cell.ino, index).ok())
                 .filter(|id| id.0 != 0 && self.blocks.dirty(*id).is_none())
                 .filter_map(|id| self.blocks.entry(id).ok())
-                .filter(|entry| !self.blocks.is_cached(&entry.hash))
+                .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
                 .collect::<Vec<_>>()
         };
         // In pieces, so that several requests are under way; a full queue means that enough are.
@@ -271,8 +272,8 @@ impl Vfs {
         })
     }
 
-    /// Runs a change of content, and once more with what it turns out to need: content of blocks that are not local.
-    /// That is fetched here, where no lock is held.
+    /// Runs a change of content, and once more with what it turns out to need: content of blocks that are not local, or
+    /// space on a full disk. That is come by here, where no lock is held.
     fn changing<R>(
         &self,
         ino: Ino,
@@ -287,6 +288,14 @@ impl Vfs {
                 Err(Needs::Block(entry)) => {
                     let raw = self.fetch(ino, &entry)?;
                     supply.insert(entry.hash, raw);
+                }
+                Err(Needs::Nothing(VfsError::NoSpace)) if self.blocks.space.clean() > 0 => {
+                    if wait == Wait::No {
+                        return Err(VfsError::WouldBlock);
+                    }
+                    if !self.blocks.make_space(GIVE_UP) {
+                        return Err(VfsError::NoSpace);
+                    }
                 }
                 Err(Needs::Nothing(e)) => return Err(e),
             }
@@ -412,7 +421,10 @@ impl Vfs {
                 if len <= within {
                     continue;
                 }
-                if let Some(block) = self.blocks.writable(id) {
+                // In place only what the journal does not name yet. Otherwise bytes written here later would lie in the
+                // slot before the journal is told of the cut, and a crash would show them inside the old length.
+                let unnamed = state.extents.get(&index) == Some(&id);
+                if let Some(block) = self.blocks.writable(id).filter(|_| unnamed) {
                     self.blocks.truncate(&block, within);
                     state.touched.insert(id);
                 } else {

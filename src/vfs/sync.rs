@@ -74,12 +74,14 @@ impl Vfs {
     pub fn cut(&self) -> Result<Cut> {
         // Most of what is pending is committed before writers are held off, so that they wait only for the rest.
         self.commit()?;
+        // Nobody waits for the disk while holding writers off.
+        self.journal.make_room()?;
         let cells;
         let cut = {
             let _gate = self.gate.write();
             cells = self.pending.lock().values().cloned().collect::<Vec<_>>();
             for cell in &cells {
-                self.flush_cell(cell, &mut cell.state.write())?;
+                self.flush_cell_with(cell, &mut cell.state.write(), true)?;
             }
             Cut { lsn: self.journal.last_lsn(), frozen: self.blocks.freeze() }
         };

@@ -61,7 +61,10 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self::open(tempfile::tempdir().unwrap(), Arc::default())
+        // In memory where there is some: what is tested is order and content.
+        let memory = std::path::Path::new("/dev/shm");
+        let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        Self::open(dir.unwrap(), Arc::default())
     }
 
     fn open(dir: tempfile::TempDir, shelf: Arc<Shelf>) -> Self {
@@ -219,4 +222,243 @@ fn a_long_hole_is_punched_in_steps() {
     let attr = bench.vfs.getattr(ino).unwrap();
     assert_eq!((attr.size, attr.blocks), (size, 16));
     assert_eq!(bench.read(ino, 0, 3).unwrap(), [1, 0, 0]);
+}
+
+#[test]
+fn a_file_that_cannot_be_committed_stops_no_other() {
+    let bench = Bench::new();
+    let files: Vec<Ino> = (0..20).map(|i| bench.file(&format!("f{i}"))).collect();
+    for ino in &files {
+        bench.write(*ino, 0, &[1; 10_000]).unwrap();
+    }
+    let key = crate::format::tables::extent_key(files[7], 0);
+    bench.journal.transact::<_, JournalError>(|tx| Ok(tx.put(key.clone(), "damaged"))).unwrap();
+    assert!(bench.vfs.commit().is_err());
+    assert!(bench.vfs.cut().is_err(), "not the exact state");
+    for ino in &files {
+        let committed = Inode::decode(&bench.journal.get(&inode_key(*ino)).unwrap().unwrap()).unwrap();
+        assert_eq!(committed.size, if *ino == files[7] { 0 } else { 10_000 });
+    }
+    assert_eq!(bench.vfs.pending_files(), 1);
+    bench.journal.transact::<_, JournalError>(|tx| Ok(tx.delete(key))).unwrap();
+    bench.vfs.cut().unwrap();
+    assert_eq!(bench.vfs.pending_files(), 0);
+}
+
+#[test]
+fn nothing_is_accepted_once_the_journal_is_poisoned() {
+    let bench = Bench::new();
+    let ino = bench.file("f");
+    bench.write(ino, 0, &[1; 100]).unwrap();
+    bench.journal.poison("a disk died");
+    let refused = |r: Result<()>| assert_eq!(r, Err(VfsError::ReadOnly("a disk died".into())));
+    refused(bench.write(ino, 0, &[2; 100]).map(|_| ()));
+    refused(bench.truncate(ino, 5).map(|_| ()));
+    refused(bench.vfs.open(ino, true, false));
+    refused(bench.vfs.open(ino, false, true));
+    assert_eq!(bench.vfs.open(ino, false, false), Ok(()));
+    assert_eq!(bench.read(ino, 0, 200).unwrap(), [1; 100]);
+}
+
+#[test]
+fn what_is_written_behind_a_cut_does_not_show_inside_the_old_length() {
+    let bench = Bench::new();
+    let ino = bench.file("f");
+    let old = vec![1; 60_000];
+    bench.write(ino, 0, &old).unwrap();
+    bench.vfs.commit().unwrap();
+    bench.truncate(ino, 100).unwrap();
+    bench.write(ino, 200, b"new").unwrap();
+    let bench = bench.crash();
+    let size = bench.vfs.getattr(ino).unwrap().size;
+    assert!(size == 100 || size == 60_000, "{size}");
+    assert_eq!(bench.read(ino, 0, 60_000).unwrap(), old[..size as usize]);
+}
+
+#[test]
+fn a_large_truncate_leaves_its_extents_to_the_reaper() {
+    let bench = Bench::new();
+    let stretch = u64::from(BS) * crate::format::tables::BLOCKS_PER_CHUNK;
+    for (name, size) in [("to nothing", 0), ("to a chunk", stretch * 4), ("into a block", stretch * 3 + 10)] {
+        let ino = bench.file(name);
+        for i in 0..20 {
+            bench.write(ino, i * stretch, &vec![i as u8 + 1; BS as usize]).unwrap();
+        }
+        bench.vfs.commit().unwrap();
+        let before = bench.journal.last_lsn();
+        bench.truncate(ino, size).unwrap();
+        bench.vfs.commit().unwrap();
+        bench.vfs.wait_reaped();
+        let largest = bench
+            .journal
+            .records(before, bench.journal.last_lsn())
+            .unwrap()
+            .map(|r| {
+                r.unwrap().ops.iter().filter(|op| op.key()[0] == crate::format::tables::table::DIRTY).count()
+            })
+            .max();
+        assert!(largest.unwrap() <= 8, "{largest:?} blocks released at once");
+        let attr = bench.vfs.getattr(ino).unwrap();
+        let kept = size.div_ceil(stretch);
+        let last = if size % stretch == 0 { 128 } else { 8 };
+        assert_eq!((attr.size, attr.blocks), (size, if kept == 0 { 0 } else { (kept - 1) * 128 + last }));
+        // What was cut off does not come back.
+        bench.truncate(ino, stretch * 20).unwrap();
+        for i in 0..20 {
+            let first = bench.read(ino, i * stretch, 20).unwrap();
+            let here = size.saturating_sub(i * stretch).min(20) as usize;
+            assert_eq!(first[..here], vec![i as u8 + 1; here]);
+            assert_eq!(first[here..], vec![0; 20 - here]);
+        }
+        bench.vfs.unlink(Ino::ROOT, name.as_bytes()).unwrap();
+        bench.vfs.release(ino);
+        bench.vfs.forget(ino, 1);
+        bench.vfs.wait_reaped();
+        assert_eq!(bench.vfs.usage().unwrap(), Usage { blocks: 0, inodes: 1 });
+    }
+    assert_eq!(bench.blocks.counts().1, 0);
+}
+
+#[test]
+fn a_deletion_that_fails_is_tried_again() {
+    let bench = Bench::new();
+    let ino = bench.file("f");
+    bench.write(ino, 0, &[1; 10_000]).unwrap();
+    bench.vfs.commit().unwrap();
+    let key = crate::format::tables::extent_key(ino, 0);
+    let good = bench.journal.get(&key).unwrap().unwrap();
+    bench.journal.transact::<_, JournalError>(|tx| Ok(tx.put(key.clone(), "damaged"))).unwrap();
+    bench.vfs.unlink(Ino::ROOT, b"f").unwrap();
+    bench.vfs.release(ino);
+    bench.vfs.forget(ino, 1);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(bench.journal.get(&inode_key(ino)).unwrap().is_some());
+    assert_eq!(bench.vfs.open(ino, false, false), Err(VfsError::Stale), "half deleted");
+    bench.journal.transact::<_, JournalError>(|tx| Ok(tx.put(key, good))).unwrap();
+    bench.vfs.wait_reaped();
+    assert_eq!(bench.vfs.usage().unwrap(), Usage { blocks: 0, inodes: 1 });
+    assert!(bench.vfs.existing_cell(ino).is_none());
+}
+
+#[test]
+fn a_cut_waits_for_no_room_while_writers_stand() {
+    let dir = tempfile::tempdir().unwrap();
+    let options =
+        JournalOptions { memtable_limit: 1, ..JournalOptions::new(dir.path(), Arc::new(|| Ok(()))) };
+    let (journal, _) = Journal::open(options).unwrap();
+    for i in 0..40u8 {
+        journal.transact_at_once::<_, JournalError>(|tx| Ok(tx.put(vec![1, i], vec![i; 100_000]))).unwrap();
+    }
+    assert_eq!(journal.stats().waits, 0);
+    journal.make_room().unwrap();
+    assert!(journal.stats().memtable_bytes <= 1 << 20);
+}
+
+/// Nobody has the rest of a block: everything else goes on.
+#[test]
+fn a_lost_block_stops_no_txg_and_never_shows_wrong_bytes() {
+    let mut bench = Bench::new();
+    let (torn, fine) = (bench.file("torn"), bench.file("fine"));
+    let old = vec![5; 1000];
+    bench.write(torn, 0, &[&old[..], &[0; 9000]].concat()).unwrap();
+    let first = bench.seal();
+    let [(_, base)] = first[..] else { panic!("{first:?}") };
+    bench.blocks.drop_all_clean();
+    *bench.shelf.lost.lock() = Some(base.hash);
+    // Longer than the block below.
+    bench.write(torn, 20_000, b"new").unwrap();
+    bench.write(fine, 0, &[3; 10_000]).unwrap();
+    let second = bench.seal();
+    let (torn_id, entry) =
+        *second.iter().find(|(_, e)| e.is_without_content()).expect("an entry without content");
+    assert_eq!(entry.loc.raw_len, 20_003);
+    assert_ne!(entry.hash, base.hash);
+    assert_eq!(second.len(), 2, "the other file is whole");
+    assert_eq!(bench.blocks.counters.lost.load(SeqCst), 1);
+    assert_eq!(bench.blocks.entry(torn_id).unwrap(), entry, "a checkpoint has it, too");
+    // Here it is as readable as before.
+    assert_eq!(bench.read(torn, 20_000, 9).unwrap(), b"new");
+    assert!(matches!(bench.read(torn, 0, 10), Err(VfsError::Io(_))));
+    // It is not tried with every txg, and others pass.
+    bench.write(fine, 10_000, &[4; 10_000]).unwrap();
+    assert_eq!(bench.seal().len(), 1);
+    // A restart keeps what there is.
+    bench.vfs.commit().unwrap();
+    let mut bench = bench.crash();
+    assert_eq!(bench.read(torn, 20_000, 9).unwrap(), b"new");
+    // The copy turns up: the next group heals it.
+    *bench.shelf.lost.lock() = None;
+    bench.write(fine, 0, b"x").unwrap();
+    let third = bench.seal();
+    assert!(third.iter().any(|(id, e)| *id == torn_id && !e.is_without_content()));
+    assert_eq!(bench.blocks.counters.lost.load(SeqCst), 0);
+    assert_eq!(bench.read(torn, 999, 2).unwrap(), [5, 0]);
+    // Deleting leaves nothing.
+    for (name, ino) in [("torn", torn), ("fine", fine)] {
+        bench.vfs.unlink(Ino::ROOT, name.as_bytes()).unwrap();
+        bench.vfs.forget(ino, 1);
+    }
+    bench.vfs.wait_reaped();
+    let (start, end) = crate::format::tables::prefix_range(&[crate::format::tables::table::FRAME]);
+    assert_eq!(bench.journal.scan(&start, &end, 9).unwrap(), []);
+}
+
+#[test]
+fn content_written_again_does_not_rest_on_a_lost_frame() {
+    let mut bench = Bench::new();
+    let (one, two) = (bench.file("one"), bench.file("two"));
+    bench.write(one, 0, &[5; 10_000]).unwrap();
+    let [(_, base)] = bench.seal()[..] else { panic!() };
+    bench.blocks.drop_all_clean();
+    *bench.shelf.lost.lock() = Some(base.hash);
+    assert!(bench.read(one, 0, 1).is_err());
+    bench.write(two, 0, &[5; 10_000]).unwrap();
+    let [(_, again)] = bench.seal()[..] else { panic!() };
+    assert_eq!(again.hash, base.hash);
+    assert_ne!(again.loc, base.loc, "a frame of its own");
+    for (name, ino) in [("one", one), ("two", two)] {
+        bench.vfs.unlink(Ino::ROOT, name.as_bytes()).unwrap();
+        bench.vfs.release(ino);
+        bench.vfs.forget(ino, 1);
+    }
+    bench.vfs.wait_reaped();
+    let (start, end) = crate::format::tables::prefix_range(&[crate::format::tables::table::SEGMENT]);
+    for (_, value) in bench.journal.scan(&start, &end, 9).unwrap() {
+        assert_eq!(crate::format::local::SegmentValue::decode(&value).unwrap().live, 0);
+    }
+}
+
+#[test]
+fn a_full_disk_takes_the_cache_before_a_writer_fails() {
+    let mut bench = Bench::new();
+    for i in 0..10 {
+        let ino = bench.file(&format!("old{i}"));
+        bench.write(ino, 0, &vec![i + 1; BS as usize]).unwrap();
+    }
+    bench.seal();
+    assert_eq!(bench.blocks.counts(), (10, 0));
+    bench.blocks.slots().most.store(10, SeqCst);
+    let ino = bench.file("new");
+    let data = vec![99; BS as usize];
+    assert_eq!(bench.vfs.write(ino, 0, &data, Wait::No), Err(VfsError::WouldBlock));
+    assert_eq!(bench.write(ino, 0, &data), Ok(BS));
+    assert_eq!(bench.read(ino, 0, BS).unwrap(), data);
+    // Nothing clean is left in the end: then it is an error, not a wait.
+    bench.blocks.drop_all_clean();
+    bench.blocks.slots().most.store(0, SeqCst);
+    assert_eq!(bench.write(ino, u64::from(BS), &data), Err(VfsError::NoSpace));
+}
+
+#[test]
+fn slots_are_freed_although_the_journal_takes_nothing() {
+    let mut bench = Bench::new();
+    let ino = bench.file("f");
+    bench.write(ino, 0, &vec![1; BS as usize]).unwrap();
+    bench.seal();
+    bench.vfs.commit().unwrap();
+    bench.blocks.drop_all_clean();
+    assert_eq!(bench.blocks.slots().in_limbo(), 1);
+    bench.journal.poison("as if it were full");
+    assert!(bench.blocks.housekeep().is_err());
+    assert_eq!(bench.blocks.slots().in_limbo(), 0);
 }
