@@ -168,7 +168,7 @@ fn a_wrong_mountpoint_ends_with_2_and_touches_nothing() {
         ),
         (
             "mount /proc --replica a",
-            "proc is already mounted on /proc; unmount it or choose another directory",
+            "the mountpoint /proc is busy: proc is already mounted there; unmount it or choose another directory",
         ),
         ("mount m --replica a -o alow_other", "-o alow_other: unknown option; did you mean \"allow_other\"?"),
         ("mount m --replica a -o cache_size", "-o cache_size: needs a value: cache_size=…"),

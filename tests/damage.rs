@@ -54,7 +54,8 @@ fn a_flipped_bit_on_the_preferred_replica_hurts_nobody() {
     let status = m.status();
     assert!(counted(&status) > 0, "not counted: {status}");
     let told = m.told();
-    let warnings: Vec<_> = told.lines().filter(|l| l.contains("WARN") && l.contains(".seg")).collect();
+    let warnings: Vec<_> =
+        told.lines().filter(|l| (l.contains("WARN") || l.contains("ERROR")) && l.contains(".seg")).collect();
     assert!(warnings.iter().any(|l| l.contains("replica a")), "not logged with replica and object: {told}");
     assert!(!warnings.iter().any(|l| l.contains("replica b")), "the good one is blamed: {told}");
 }

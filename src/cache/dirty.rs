@@ -212,6 +212,11 @@ impl DirtyBlock {
         self.content.read().len
     }
 
+    /// Whether it has no bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Looks at the content.
     pub fn with<R>(&self, f: impl FnOnce(&Content) -> R) -> R {
         f(&self.content.read())

@@ -125,19 +125,10 @@ impl SlotFile {
         Ok(ready.len())
     }
 
-    /// Free bytes of the file's filesystem, and its size.
-    pub fn disk(&self) -> io::Result<(u64, u64)> {
-        let mut st = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
-        // SAFETY: the descriptor is open for the life of `self` and `st` is a buffer of the right type that fstatvfs fills.
-        let st = unsafe {
-            if libc::fstatvfs(self.file.as_raw_fd(), st.as_mut_ptr()) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            st.assume_init()
-        };
-        #[allow(clippy::unnecessary_cast)]
-        let bytes = |n: u64| n.saturating_mul(st.f_frsize as u64);
-        Ok((bytes(st.f_bavail), bytes(st.f_blocks)))
+    /// Bytes that this process may still write on the file's disk.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let fs = rustix::fs::fstatvfs(&self.file)?;
+        Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
     }
 
     /// Slots that wait in limbo.

@@ -1,20 +1,27 @@
 //! The allowance of local disk: who may still write.
 //!
-//! Owns the counters and the pure decision. Clean blocks never count against a writer: they are evicted for it.
+//! Owns the counters and the pure decision. Clean blocks never count against a writer: they are evicted for it. The
+//! allowance is a promise of the configuration; what the disk itself has left bounds it too, because others use it.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// Bytes in use, by kind, and how many there may be.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Space {
     limit: AtomicU64,
-    /// What the disk itself has room for.
-    disk: AtomicU64,
     /// Signed, like `clean`: a subtraction may overtake the addition it belongs to.
     dirty: AtomicI64,
     staged: AtomicU64,
     clean: AtomicI64,
+    /// Bytes free on the disk when it was measured last.
+    free: AtomicU64,
+    /// Bytes added since then.
+    unmeasured: AtomicU64,
+    /// Since when writers have been refused.
+    full_since: Mutex<Option<Instant>>,
 }
 
 /// May a writer go on?
@@ -32,6 +39,11 @@ pub enum Admission {
 const SLOW_FROM: f64 = 0.75;
 /// Longest pause of one write, reached when the allowance is full.
 const SLOWEST: Duration = Duration::from_millis(200);
+/// Bytes of the disk that content never takes: the journal must be able to go on, or what fills the disk could not be
+/// sealed, sent and removed.
+const RESERVE: u64 = 32 << 20;
+/// After so many bytes the disk is measured again.
+const MEASURE_EVERY: u64 = 1 << 20;
 
 /// Whether a writer may add bytes when `used` of `limit` bytes hold what not every replica has.
 #[must_use]
@@ -46,31 +58,37 @@ pub fn admit(limit: u64, used: u64) -> Admission {
     Admission::After(SLOWEST.mul_f64((share - SLOW_FROM) / (1.0 - SLOW_FROM)))
 }
 
-/// Kept free on the disk, as a share of its size and within bounds: the journal needs some space to get anything done, and
-/// a segment must be staged before what it holds becomes clean.
-const RESERVE: (u64, u64, u64) = (100, 64 << 20, 256 << 20);
-
-/// How many bytes we may use on a disk of `size` bytes, when we use `used` of them and `free` are free.
-fn room(used: u64, free: u64, size: u64) -> u64 {
-    let (share, least, most) = RESERVE;
-    (used + free).saturating_sub((size / share).clamp(least, most))
+/// Whether a writer may add bytes to a disk with `free` bytes, when `dirty` bytes have yet to be sealed (which takes as
+/// many again).
+#[must_use]
+pub fn admit_on_disk(free: u64, dirty: u64) -> Admission {
+    let left = free.saturating_sub(dirty);
+    if left <= RESERVE {
+        return Admission::Full;
+    }
+    if left >= 2 * RESERVE {
+        return Admission::Now;
+    }
+    Admission::After(SLOWEST.mul_f64((2 * RESERVE - left) as f64 / RESERVE as f64))
 }
 
 impl Space {
     /// An allowance of `limit` bytes.
     pub fn new(limit: u64) -> Self {
-        Self { limit: AtomicU64::new(limit), disk: AtomicU64::new(u64::MAX), ..Self::default() }
+        Self {
+            limit: AtomicU64::new(limit),
+            dirty: AtomicI64::new(0),
+            staged: AtomicU64::new(0),
+            clean: AtomicI64::new(0),
+            free: AtomicU64::new(u64::MAX),
+            unmeasured: AtomicU64::new(0),
+            full_since: Mutex::new(None),
+        }
     }
 
-    /// The allowance in bytes: what was configured, or less when the disk has no room for it.
+    /// The allowance in bytes.
     pub fn limit(&self) -> u64 {
-        self.limit.load(Ordering::Relaxed).min(self.disk.load(Ordering::Relaxed))
-    }
-
-    /// Tells the disk's free bytes and its size.
-    pub fn set_disk(&self, free: u64, size: u64) {
-        let used = self.dirty() + self.staged() + self.clean();
-        self.disk.store(room(used, free, size), Ordering::Relaxed);
+        self.limit.load(Ordering::Relaxed)
     }
 
     /// Bytes of dirty blocks.
@@ -90,15 +108,63 @@ impl Space {
 
     /// May a writer go on?
     pub fn admit(&self) -> Admission {
-        admit(self.limit(), self.dirty() + self.staged())
+        let dirty = self.dirty();
+        let answer = match (admit(self.limit(), dirty + self.staged()), self.on_disk()) {
+            (Admission::Full, _) | (_, Admission::Full) => Admission::Full,
+            (Admission::After(a), Admission::After(b)) => Admission::After(a.max(b)),
+            (Admission::Now, other) | (other, Admission::Now) => other,
+        };
+        if answer != Admission::Full {
+            *self.full_since.lock() = None;
+        }
+        answer
     }
 
-    /// Bytes by which clean blocks exceed what is left for them.
+    /// May content be added, as far as the disk goes?
+    pub(super) fn on_disk(&self) -> Admission {
+        admit_on_disk(self.free.load(Ordering::Relaxed), self.dirty())
+    }
+
+    /// Since when it has been full; from now on when it was not before.
+    pub fn full_since(&self) -> Instant {
+        *self.full_since.lock().get_or_insert_with(Instant::now)
+    }
+
+    /// Whether the disk has so little left that not even names can be added.
+    pub fn is_disk_full(&self) -> bool {
+        self.free.load(Ordering::Relaxed) < RESERVE / 2
+    }
+
+    /// Whether the disk is to be measured again before the next answer.
+    pub fn is_measure_due(&self) -> bool {
+        self.unmeasured.load(Ordering::Relaxed) >= MEASURE_EVERY || self.on_disk() != Admission::Now
+    }
+
+    /// Tells how many bytes the disk has left.
+    pub fn measured(&self, free: u64) {
+        self.unmeasured.store(0, Ordering::Relaxed);
+        self.free.store(free, Ordering::Relaxed);
+    }
+
+    /// Tells that about `n` bytes were written that no counter here sees.
+    pub fn note_written(&self, n: u64) {
+        self.unmeasured.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Bytes by which clean blocks exceed what is left for them in the allowance.
     pub fn excess(&self) -> u64 {
         (self.dirty() + self.staged() + self.clean()).saturating_sub(self.limit()).min(self.clean())
     }
 
+    /// Bytes of clean blocks to be given up so that the disk has room, `freeing` of them being on their way out already.
+    pub fn shortage(&self, freeing: u64) -> u64 {
+        let wanted = self.dirty().saturating_add(2 * RESERVE);
+        let coming = self.free.load(Ordering::Relaxed).saturating_add(freeing);
+        wanted.saturating_sub(coming).min(self.clean())
+    }
+
     pub(super) fn add_dirty(&self, n: u64) {
+        self.note_written(n);
         self.dirty.fetch_add(n as i64, Ordering::Relaxed);
     }
 
@@ -137,20 +203,26 @@ mod tests {
     }
 
     #[test]
-    fn the_disk_bounds_the_allowance() {
-        const MIB: u64 = 1 << 20;
-        assert_eq!(room(100 * MIB, 1000 * MIB, 2000 * MIB), 1036 * MIB);
-        assert_eq!(room(100 * MIB, 1000 * MIB, 1 << 50), 844 * MIB);
-        assert_eq!(room(0, 10, 20), 0);
-        let s = Space::new(1000 * MIB);
-        s.add_clean(500 * MIB as i64 as u64);
-        s.add_dirty(100 * MIB);
-        assert_eq!((s.limit(), s.excess()), (1000 * MIB, 0));
-        s.set_disk(14 * MIB, 1000 * MIB);
-        assert_eq!((s.limit(), s.excess(), s.admit()), (550 * MIB, 50 * MIB, Admission::Now));
-        s.set_disk(0, 1000 * MIB);
-        s.add_dirty(500 * MIB);
-        assert_eq!(s.admit(), Admission::Full);
+    fn the_disk_itself_bounds_writers() {
+        assert_eq!(admit_on_disk(u64::MAX, 1 << 40), Admission::Now);
+        assert_eq!(admit_on_disk(2 * RESERVE + 10, 10), Admission::Now);
+        assert!(matches!(admit_on_disk(2 * RESERVE, 10), Admission::After(_)));
+        assert_eq!(admit_on_disk(RESERVE + 10, 10), Admission::Full);
+        assert_eq!(admit_on_disk(5, 10), Admission::Full);
+        let s = Space::new(u64::MAX);
+        assert_eq!((s.admit(), s.shortage(0)), (Admission::Now, 0));
+        s.add_clean(10 * RESERVE);
+        s.measured(RESERVE);
+        assert_eq!(
+            (s.admit(), s.shortage(0), s.shortage(RESERVE / 2)),
+            (Admission::Full, RESERVE, RESERVE / 2)
+        );
+        assert!(s.is_measure_due() && !s.is_disk_full());
+        let since = s.full_since();
+        assert_eq!(s.full_since(), since);
+        s.measured(4 * RESERVE);
+        assert_eq!((s.admit(), s.shortage(0)), (Admission::Now, 0));
+        assert!(s.full_since() > since, "a new shortage begins anew");
     }
 
     #[test]

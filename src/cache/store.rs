@@ -3,6 +3,9 @@
 //! Owns which block lives where and how many references it has; knows neither files nor replicas (a
 //! [`FrameSource`] answers misses). Dirty blocks are not in the LRU, so nothing can address them for eviction.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
@@ -16,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
-use super::space::Space;
+use super::space::{Admission, Space};
 use crate::format::codec::FormatError;
 use crate::format::local::{CachedValue, FrameValue, SegmentValue};
 use crate::format::tables::{
@@ -178,6 +181,7 @@ impl BlockStore {
             }
         }
         store.evict();
+        store.make_room();
         Ok(Arc::new(store))
     }
 
@@ -347,6 +351,16 @@ impl BlockStore {
         if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
             return Ok(());
         }
+        self.space.note_written(raw.len() as u64);
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        match self.space.on_disk() {
+            Admission::Now => {}
+            // One comes, one goes, as long as the disk has some room.
+            Admission::After(_) => _ = self.evict_one(),
+            Admission::Full => return Ok(()),
+        }
         let slot = self.slots.allocate();
         slot.write(0, raw)?;
         self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
@@ -384,9 +398,51 @@ impl BlockStore {
     /// Evicts the least recently used clean blocks until the allowance is kept.
     pub fn evict(&self) {
         while self.space.excess() > 0 {
-            let mut clean = self.clean.lock();
-            let Some((hash, c)) = clean.pop_lru() else { return };
-            self.left(&hash, &c);
+            if self.evict_one().is_none() {
+                return;
+            }
+        }
+    }
+
+    fn evict_one(&self) -> Option<u64> {
+        let mut clean = self.clean.lock();
+        let (hash, c) = clean.pop_lru()?;
+        self.left(&hash, &c);
+        Some(u64::from(c.len))
+    }
+
+    /// May a writer go on? Looks at the disk when the last look is old.
+    pub fn admit(&self) -> Admission {
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        self.space.admit()
+    }
+
+    /// Whether names may be added: they take little, but a full disk must keep room for the journal.
+    pub fn has_room_for_names(&self) -> bool {
+        self.space.note_written(4096);
+        if self.space.is_measure_due() {
+            self.measure();
+        }
+        !self.space.is_disk_full()
+    }
+
+    fn measure(&self) {
+        match self.slots.free_bytes() {
+            Ok(free) => self.space.measured(free),
+            Err(e) => log::debug!("the disk of the slot file cannot be measured: {e}"),
+        }
+    }
+
+    /// Gives up clean blocks when the disk gets full, whatever fills it.
+    fn make_room(&self) {
+        self.measure();
+        let freeing = self.slots.in_limbo() as u64 * u64::from(self.block_size);
+        let mut short = self.space.shortage(freeing);
+        while short > 0 {
+            let Some(len) = self.evict_one() else { return };
+            short = short.saturating_sub(len);
         }
     }
 
@@ -558,12 +614,13 @@ impl BlockStore {
         if ids.is_empty() {
             return;
         }
-        let mut dirty = self.dirty.write();
-        for id in ids {
-            if let Some(block) = dirty.remove(id) {
-                block.set_dead();
-                self.space.sub_dirty(block.uncount());
-            }
+        let gone: Vec<_> = {
+            let mut dirty = self.dirty.write();
+            ids.iter().filter_map(|id| dirty.remove(id)).collect()
+        };
+        for block in gone {
+            block.set_dead();
+            self.space.sub_dirty(block.uncount());
         }
     }
 
@@ -665,16 +722,12 @@ impl BlockStore {
         self.evict();
     }
 
-    /// Frees slots whose freeing is durable, fits the allowance to the disk, and writes the changes of the cached-block
-    /// table into the journal. Called every second or so.
+    /// Frees slots whose freeing is durable, gives up clean blocks when the disk gets full, and writes the changes of the
+    /// cached-block table into the journal. Called every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
         // First what needs no space, so that a full disk cannot keep it from being done.
         let freed = self.slots.reclaim(self.journal.durable_lsn());
-        match self.slots.disk() {
-            Ok((free, size)) => self.space.set_disk(free, size),
-            Err(e) => log::warn!("the disk's free space cannot be seen: {e}"),
-        }
-        self.evict();
+        self.make_room();
         let written = self.write_index();
         freed?;
         self.slots.reclaim(self.journal.durable_lsn())?;
@@ -710,10 +763,8 @@ impl BlockStore {
     pub fn make_space(&self, bytes: u64) -> bool {
         let mut given = 0;
         while given < bytes {
-            let mut clean = self.clean.lock();
-            let Some((hash, c)) = clean.pop_lru() else { break };
-            self.left(&hash, &c);
-            given += u64::from(c.len.max(1));
+            let Some(len) = self.evict_one() else { break };
+            given += len.max(1);
         }
         // Slots wait until what they held before is durably named elsewhere.
         if let Err(e) = self.journal.barrier(self.journal.last_lsn()) {

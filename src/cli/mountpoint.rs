@@ -47,12 +47,14 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
     };
     if let Some(mount) = mounts::at(mounts, &path) {
         return Err(if mount.is_mirrorfs() {
-            let message =
-                format!("a mirrorfs volume is already mounted on {shown}; see: mirrorfs status {shown}");
+            let message = format!(
+                "the mountpoint {shown} is busy: a mirrorfs volume is already mounted there; unmount it with: mirrorfs umount \
+                     {shown}, or choose another directory"
+            );
             CommandError::new(Exit::InUse, message)
         } else {
             usage(format!(
-                "{} is already mounted on {shown}; unmount it or choose another directory",
+                "the mountpoint {shown} is busy: {} is already mounted there; unmount it or choose another directory",
                 mount.fstype
             ))
         });
@@ -180,13 +182,13 @@ mod tests {
         };
         assert_eq!(
             refuse(&world, "m", &[mount("ext4")]),
-            (Exit::Usage, "ext4 is already mounted on ROOT/m; unmount it or choose another directory".into())
+            (Exit::Usage, "the mountpoint ROOT/m is busy: ext4 is already mounted there; unmount it or choose another directory".into())
         );
         assert_eq!(
             refuse(&world, "m", &[mount("fuse.mirrorfs")]),
             (
                 Exit::InUse,
-                "a mirrorfs volume is already mounted on ROOT/m; see: mirrorfs status ROOT/m".into()
+                "the mountpoint ROOT/m is busy: a mirrorfs volume is already mounted there; unmount it with: mirrorfs umount ROOT/m, or choose another directory".into()
             )
         );
     }

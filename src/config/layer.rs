@@ -250,7 +250,7 @@ mod tests {
     use super::*;
 
     fn list(text: &str) -> Result<MountList, String> {
-        mount_list(&[text.to_owned()], Path::new("/work")).map_err(|e| e.to_string())
+        mount_list(&[text.to_owned()], Path::new("/base")).map_err(|e| e.to_string())
     }
 
     fn values(list: &MountList) -> Vec<(&str, &str)> {
@@ -272,7 +272,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(values(&found), [("allow_other", "no"), ("cache_size", "2GiB"), ("state", "/s")]);
-        assert_eq!(found.config, Some("/work/m.toml".into()));
+        assert_eq!(found.config, Some("/base/m.toml".into()));
         assert_eq!(found.layer.replicas[0].name.as_deref(), Some("b"));
         assert_eq!(found.layer.replicas[0].url, "/mnt/b,c");
         assert_eq!(found.layer.values["cache_size"].source, "-o cache_size");
@@ -325,7 +325,7 @@ mod tests {
             ]
             .map(|(k, v)| (k.into(), v.into()))
             .into(),
-            cwd: "/work".into(),
+            cwd: "/base".into(),
         };
         let layer = env.layer().unwrap();
         assert_eq!(layer.values.len(), 1);

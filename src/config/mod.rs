@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::exit::Exit;
+use crate::format::volume::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::replica::{Place, ReplicaSpec, TargetError};
 
 pub mod file;
@@ -185,7 +186,7 @@ pub struct Raw {
     pub options: Vec<String>,
 }
 
-const BLOCK_SIZES: (u64, u64) = (4 << 10, 16 << 20);
+const BLOCK_SIZES: (u64, u64) = (MIN_BLOCK_SIZE as u64, MAX_BLOCK_SIZE as u64);
 const CACHE_SIZES: (u64, u64) = (16 << 20, 1 << 50);
 
 impl Config {

@@ -6,7 +6,7 @@ use super::*;
 pub(super) fn load(replicas: &[&str], settings: &[(&str, &str)]) -> Result<Config, ConfigError> {
     let mut flags = Layer::default();
     for replica in replicas {
-        flags.add_replica(replica, format!("--replica {replica}"), Path::new("/work"));
+        flags.add_replica(replica, format!("--replica {replica}"), Path::new("/base"));
     }
     for (key, value) in settings {
         flags.set(key, *value, keys::flag(key));
@@ -16,7 +16,7 @@ pub(super) fn load(replicas: &[&str], settings: &[(&str, &str)]) -> Result<Confi
 
 fn env(vars: &[(&str, &str)]) -> Env {
     let vars = vars.iter().chain(&[("HOME", "/home/nobody-here")]);
-    Env { vars: vars.map(|(k, v)| (k.into(), v.into())).collect(), cwd: "/work".into() }
+    Env { vars: vars.map(|(k, v)| (k.into(), v.into())).collect(), cwd: "/base".into() }
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn flags_beat_options_beat_environment_beat_file() {
     assert_eq!(config.replicas[0].name.as_str(), "f");
 
     // A list of replicas replaces the list of a weaker source as a whole.
-    raw.flags.add_replica("g=/r/flag", "--replica", Path::new("/work"));
+    raw.flags.add_replica("g=/r/flag", "--replica", Path::new("/base"));
     let config = Config::load(&raw, &environment).unwrap();
     assert_eq!(config.replicas.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["g"]);
 }
@@ -95,7 +95,7 @@ fn every_wrong_value_is_named_with_its_source() {
             "1MiB",
             "--cache-size: \"1MiB\" is out of range; it must lie between 16MiB and 1024TiB",
         ),
-        ("block_size", "1KiB", "--block-size: \"1KiB\" is out of range; it must lie between 4KiB and 16MiB"),
+        ("block_size", "1KiB", "--block-size: \"1KiB\" is out of range; it must lie between 64KiB and 16MiB"),
         (
             "block_size",
             "1000000",
@@ -175,7 +175,7 @@ fn options_reach_the_replicas_of_any_source() {
 #[test]
 fn an_unknown_option_of_a_replica_names_it_and_the_nearest() {
     let mut raw = Raw::default();
-    raw.flags.add_replica("a=s3://b/p", "--replica a", Path::new("/work"));
+    raw.flags.add_replica("a=s3://b/p", "--replica a", Path::new("/base"));
     raw.flags.add_replica_option("regoin=x", "--replica-option").unwrap();
     let error = Config::load(&raw, &env(&[])).unwrap_err().to_string();
     assert_eq!(error, "--replica a: replica a: unknown option \"regoin\" for s3, did you mean \"region\"?");
@@ -186,7 +186,7 @@ fn one_replica_is_found_by_name_or_place() {
     let environment = env(&[("MIRRORFS_REPLICA", "a=s3://b/p c=/r")]);
     let find = |from: &str| load_replica(from, &Raw::default(), &environment).unwrap();
     assert_eq!(find("a").url, "s3://b/p");
-    assert_eq!(find("x").url, "file:///work/x");
+    assert_eq!(find("x").url, "file:///base/x");
     assert_eq!((find("n=gs://g/h").name.as_str(), find("n=gs://g/h").url.as_str()), ("n", "gs://g/h"));
 }
 

@@ -7,6 +7,7 @@ mod checkpoints;
 mod fleet;
 mod open;
 mod parts;
+mod rebuild;
 mod restore;
 mod serve;
 mod state;
@@ -129,7 +130,7 @@ pub fn init(config: &Config) -> Result<VolumeInfo, Error> {
     runtime()?
         .block_on(async {
             let seen = open::look(&stores).await;
-            match open::decide(None, &seen)? {
+            match open::decide(None, &seen, false)? {
                 open::Decision::Create => create(config, &stores).await,
                 _ => {
                     let there = seen.iter().find(|s| matches!(s.found, Ok(volume::Found::Volume(_))));

@@ -7,7 +7,7 @@ use futures::future::join_all;
 use super::Error;
 use super::state::Local;
 use crate::exit::Exit;
-use crate::format::volume::Volume;
+use crate::format::volume::{Claim, Volume};
 use crate::ids::VolumeId;
 use crate::replica::volume::{self, Found, Tenure, VolumeError};
 use crate::replica::{ErrorKind, Store};
@@ -29,7 +29,10 @@ pub(super) enum Decision {
         warnings: Vec<String>,
     },
     /// Bring the volume back from those replicas that hold it.
-    Restore,
+    Restore {
+        /// What a person should know.
+        warnings: Vec<String>,
+    },
 }
 
 /// Looks what is at each replica's place.
@@ -47,7 +50,7 @@ pub(super) fn exit_of(error: &VolumeError) -> Exit {
     match error {
         VolumeError::Store(e) => match e.kind {
             ErrorKind::Corrupt => Exit::Damaged,
-            ErrorKind::Config | ErrorKind::Unsupported => Exit::Usage,
+            ErrorKind::Unsupported => Exit::Usage,
             _ => Exit::Unreachable,
         },
         VolumeError::WrongVolume { .. } | VolumeError::Foreign { .. } => Exit::WrongVolume,
@@ -103,22 +106,31 @@ fn one_volume(seen: &[Seen], expected: Option<VolumeId>) -> Result<Option<&Volum
 }
 
 /// Decides what to do. Anything wrong is an error that names the replica; nothing has been changed then.
-pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, Error> {
+///
+/// A replica that does not answer stops nobody who has a local state. Without one it does, unless the mount is
+/// `read_only`: it may hold the newest changes, and a new writer that goes on without them cuts them off for good.
+pub(super) fn decide(local: Option<&Local>, seen: &[Seen], read_only: bool) -> Result<Decision, Error> {
     let volume = one_volume(seen, local.map(|l| l.volume.volume))?;
     let mut warnings = Vec::new();
     for s in seen {
         let Err(e) = &s.found else { continue };
-        let unreachable = matches!(e, VolumeError::Store(e) if !matches!(e.kind, ErrorKind::Config | ErrorKind::Unsupported));
-        if local.is_some() && unreachable {
+        let unreachable = matches!(e, VolumeError::Store(_));
+        if (local.is_some() || read_only && volume.is_some()) && unreachable {
             warnings.push(format!("goes on without it for now: {e}"));
             continue;
         }
-        let hint = if unreachable { "; mend it, or mount without this replica" } else { "" };
+        let hint = match (unreachable, volume) {
+            (false, _) => "",
+            (true, None) => "; mend it, or leave this replica out",
+            (true, Some(_)) => {
+                "; mend it, or mount with --read-only, or mount without this replica (what only it holds is given up then)"
+            }
+        };
         return Err(Error::new(exit_of(e), format!("{e}{hint}")));
     }
     match (local, volume) {
         (Some(_), _) => Ok(Decision::GoOn { warnings }),
-        (None, Some(_)) => Ok(Decision::Restore),
+        (None, Some(_)) => Ok(Decision::Restore { warnings }),
         (None, None) => match seen.iter().find(|s| s.found == Ok(Found::Headless)) {
             Some(s) => Err(Error::new(
                 Exit::Damaged,
@@ -134,24 +146,29 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, E
     }
 }
 
+/// The claim among `there` that takes the volume from us: one of an epoch of ours with another id, or one that we do not
+/// know and that came after our first.
+fn rival<'a>(local: &Local, there: impl IntoIterator<Item = &'a Claim>) -> Option<&'a Claim> {
+    there.into_iter().find(|claim| match local.claims.iter().find(|c| c.epoch == claim.epoch) {
+        Some(known) => known.claim_id != claim.claim_id,
+        None => claim.epoch > local.own_since,
+    })
+}
+
 /// Refuses to go on with a local state when another writer came after it. `tenures` are those of one replica.
 pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &[Tenure]) -> Result<(), Error> {
-    let Some(claim) = local.claim() else { return Ok(()) };
-    let newer = tenures.iter().rev().find(|t| {
-        t.claim.epoch > claim.epoch || (t.claim.epoch == claim.epoch && t.claim.claim_id != claim.claim_id)
-    });
-    let Some(t) = newer else { return Ok(()) };
+    let Some(claim) = rival(local, tenures.iter().rev().map(|t| &t.claim)) else { return Ok(()) };
     Err(Error::new(
         Exit::InUse,
         format!(
             "the volume was taken over: replica {} shows epoch {} of {} (process {}), this state has epoch {}. What was \
-             written here and not sent is still in the state folder; to follow the other writer mount with an empty --state \
-             folder",
+             written here and not sent is still in the state folder; to follow the other writer mount with an empty \
+             --state folder",
             replica.name(),
-            t.claim.epoch,
-            t.claim.host,
-            t.claim.pid,
-            claim.epoch
+            claim.epoch,
+            claim.host,
+            claim.pid,
+            local.epoch()
         ),
     ))
 }
@@ -198,21 +215,69 @@ mod tests {
         let v = || Ok(Found::Volume(volume(1)));
         let empty = || Ok(Found::Empty);
         let local = Local::new(volume(1), Vec::new(), true);
-        assert_eq!(decide(None, &seen(vec![empty(), empty()])).unwrap(), Decision::Create);
-        assert_eq!(decide(None, &seen(vec![empty(), v()])).unwrap(), Decision::Restore);
-        assert_eq!(decide(Some(&local), &seen(vec![v()])).unwrap(), Decision::GoOn { warnings: vec![] });
-        let refused = |local: Option<&Local>, found| decide(local, &seen(found)).unwrap_err().exit_code();
+        assert_eq!(decide(None, &seen(vec![empty(), empty()]), false).unwrap(), Decision::Create);
+        assert_eq!(
+            decide(None, &seen(vec![empty(), v()]), false).unwrap(),
+            Decision::Restore { warnings: vec![] }
+        );
+        assert_eq!(
+            decide(Some(&local), &seen(vec![v()]), false).unwrap(),
+            Decision::GoOn { warnings: vec![] }
+        );
+        let refused =
+            |local: Option<&Local>, found| decide(local, &seen(found), false).unwrap_err().exit_code();
         assert_eq!(refused(None, vec![v(), Ok(Found::Volume(volume(2)))]), Exit::WrongVolume);
         assert_eq!(refused(Some(&local), vec![Ok(Found::Volume(volume(2)))]), Exit::WrongVolume);
         assert_eq!(refused(None, vec![empty(), Err(ErrorKind::Timeout)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![v(), Err(ErrorKind::Denied)]), Exit::Unreachable);
         assert_eq!(refused(None, vec![Ok(Found::Headless), empty()]), Exit::Damaged);
         let Decision::GoOn { warnings } =
-            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)])).unwrap()
+            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)]), false).unwrap()
         else {
             panic!("an unreachable replica must not stop a mount with local state")
         };
         assert_eq!(warnings.len(), 1);
         assert!(warnings[0].contains("r1"), "{warnings:?}");
+        let found = || seen(vec![v(), Err(ErrorKind::Config)]);
+        assert!(
+            matches!(decide(Some(&local), &found(), false), Ok(Decision::GoOn { .. })),
+            "its bucket is gone"
+        );
+        assert!(
+            matches!(decide(None, &found(), true), Ok(Decision::Restore { warnings }) if warnings.len() == 1)
+        );
+        assert_eq!(refused(None, vec![v(), Err(ErrorKind::Config)]), Exit::Unreachable);
+        let nothing = decide(None, &seen(vec![empty(), Err(ErrorKind::Timeout)]), true).unwrap_err();
+        assert_eq!(nothing.exit_code(), Exit::Unreachable);
+    }
+
+    #[test]
+    fn a_rival_is_told_from_our_own_claims() {
+        let claim = |epoch, id| Claim {
+            volume: volume(1).volume,
+            epoch: crate::ids::Epoch(epoch),
+            claim_id: [id; 16],
+            host: "h".into(),
+            pid: 1,
+            claimed_at: 1,
+            first_segment: crate::ids::SegmentNo(1),
+            mirrorfs: "test".into(),
+        };
+        // We restored behind epoch 2 (which we saw), and claimed 3 and, without a replica, 4.
+        let mut local = Local::new(volume(1), vec![claim(2, 9), claim(3, 1), claim(4, 1)], false);
+        local.own_since = crate::ids::Epoch(3);
+        let found = |there: &[Claim]| rival(&local, there).map(|c| c.epoch.0);
+        assert_eq!(
+            found(&[claim(1, 7), claim(2, 9), claim(3, 1)]),
+            None,
+            "an old one that was never seen is harmless"
+        );
+        assert_eq!(
+            found(&[claim(2, 9), claim(3, 1), claim(4, 5)]),
+            Some(4),
+            "taken over while we were offline"
+        );
+        assert_eq!(found(&[claim(3, 5)]), Some(3));
+        assert_eq!(found(&[claim(3, 1), claim(4, 1), claim(6, 1)]), Some(6));
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::fleet::cursor_of;
 use super::open::{self, Decision};
+use super::rebuild::rebuild;
 use super::restore::{self, Restored};
 use super::state::{Local, StateDir};
 use super::{Error, random, unix_now};
@@ -18,11 +19,11 @@ use crate::exit::Exit;
 use crate::format::local::{SEALED_MARK, SealedMark};
 use crate::format::names::ObjectName;
 use crate::format::tables::local_key;
-use crate::format::volume::{Claim, Volume};
+use crate::format::volume::Claim;
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 use crate::journal::{self, Journal, JournalError, Opened};
+use crate::replica::Store;
 use crate::replica::volume::{self, Found};
-use crate::replica::{ReplicaSpec, Store};
 
 /// The open local state.
 pub(super) struct Parts {
@@ -37,7 +38,7 @@ pub(super) struct Parts {
 const BALLAST: u64 = 8 << 20;
 
 /// Where the journal's data hook finds the slot file, which is opened after it.
-type SlotCell = Arc<OnceLock<Arc<SlotFile>>>;
+pub(super) type SlotCell = Arc<OnceLock<Arc<SlotFile>>>;
 
 fn open_journal(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Opened), JournalError> {
     let slots = Arc::clone(slots);
@@ -46,7 +47,10 @@ fn open_journal(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Ope
 }
 
 /// Opens the journal; when the disk is full, gives up the ballast first.
-fn open_with_ballast(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Opened), JournalError> {
+pub(super) fn open_with_ballast(
+    state: &StateDir,
+    slots: &SlotCell,
+) -> Result<(Arc<Journal>, Opened), JournalError> {
     let ballast = state.path().join("ballast");
     let opened = match open_journal(state, slots) {
         Err(JournalError::Full { .. }) if ballast.exists() => {
@@ -76,7 +80,7 @@ fn open_with_ballast(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>
     opened
 }
 
-/// Opens, builds or rebuilds the local state as `decision` says.
+/// Opens, builds or rebuilds the local state as `decision` says, and claims the epoch of this mount.
 pub(super) async fn open(
     config: &Config,
     state: &StateDir,
@@ -90,75 +94,38 @@ pub(super) async fn open(
     let (local, journal) = match (decision, local) {
         (Decision::GoOn { warnings }, Some(local)) => {
             notes.extend(warnings);
-            for store in stores {
-                let reachable = seen.iter().any(|s| s.store.name() == store.name() && s.found.is_ok());
-                if reachable {
-                    match volume::tenures(store, local.volume.volume).await {
-                        Ok(tenures) => open::check_tenures(&local, store, &tenures)?,
-                        Err(volume::VolumeError::Store(e)) => {
-                            notes.push(format!("its claims were not checked: {e}"))
-                        }
-                        Err(e) => return Err(e.into()),
-                    }
-                }
-            }
-            let journal = match open_with_ballast(state, &slots) {
-                Ok((journal, opened)) if !opened.fresh => {
-                    if !opened.clean {
-                        notes.push(format!(
-                            "recovered after an unclean stop: {} records replayed",
-                            opened.replayed
-                        ));
-                    }
-                    journal
-                }
-                Ok((journal, _)) => {
-                    journal.close()?;
-                    rebuild(state, &slots, seen, &local, "the local journal is gone", &mut notes).await?
-                }
-                Err(e @ (JournalError::Damaged(_) | JournalError::Incomplete(_))) => {
-                    rebuild(state, &slots, seen, &local, &e.to_string(), &mut notes).await?
-                }
-                Err(e) => return Err(e.into()),
-            };
-            (local, journal)
+            go_on(config, state, &slots, seen, local, &mut notes).await?
         }
         (Decision::Create, _) => {
-            set_aside(state, &mut notes)?;
             if config.read_only {
                 return Err(Error::new(
                     Exit::NoVolume,
                     "there is no volume on these replicas, and a read-only mount creates none",
                 ));
             }
+            set_aside(state, &mut notes)?;
             let volume = super::create(config, stores).await?;
             notes.push(format!(
                 "created a new volume {} on {}",
                 volume.volume,
                 stores.iter().map(Store::url).collect::<Vec<_>>().join(", ")
             ));
+            let mut local = Local::new(volume, Vec::new(), false);
+            let intended = intend(&mut local, Epoch(0), SegmentNo(1))?;
+            put_claim(&local, &intended, stores).await?;
             let (journal, _) = open_with_ballast(state, &slots)?;
-            let local = take_over(config, state, stores, volume, Vec::new(), Epoch(0), SegmentNo(1)).await?;
+            complete(state, &local)?;
             (local, journal)
         }
-        (Decision::Restore, _) | (Decision::GoOn { .. }, None) => {
+        (Decision::Restore { warnings }, _) | (Decision::GoOn { warnings }, None) => {
+            notes.extend(warnings);
             set_aside(state, &mut notes)?;
-            let restored = restore::fetch(&holders(seen)).await?;
+            let (local, restored) = take_over(config, seen).await?;
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &restored)?;
             save_cursors(&journal, &holders(seen), &restored.cursors)?;
-            let loaded = &restored.loaded;
-            let local = take_over(
-                config,
-                state,
-                stores,
-                loaded.volume.clone(),
-                restored.claims,
-                Epoch(loaded.next_epoch.0.saturating_sub(1)),
-                loaded.last_segment.next(),
-            )
-            .await?;
+            complete(state, &local)?;
             (local, journal)
         }
     };
@@ -166,13 +133,172 @@ pub(super) async fn open(
         BlockStore::open(&state.slots(), local.volume.block_size, config.cache_size, Arc::clone(&journal))
             .map_err(|e| Error::new(Exit::Failure, e.to_string()))?;
     let _ = slots.set(Arc::clone(blocks.slots()));
-    let mark = match journal.get(&local_key(SEALED_MARK))? {
-        Some(value) => SealedMark::decode(&value)
-            .map_err(|e| Error::new(Exit::Damaged, format!("local journal: {e}")))?,
-        None => SealedMark::default(),
-    };
+    let mark = sealed_mark(&journal)?;
     journal.release(mark.lsn);
     Ok(Parts { local, journal, blocks, mark, notes })
+}
+
+fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
+    match journal.get(&local_key(SEALED_MARK))? {
+        Some(value) => {
+            SealedMark::decode(&value).map_err(|e| Error::new(Exit::Damaged, format!("local journal: {e}")))
+        }
+        None => Ok(SealedMark::default()),
+    }
+}
+
+/// Goes on with the local state.
+async fn go_on(
+    config: &Config,
+    state: &StateDir,
+    slots: &SlotCell,
+    seen: &[open::Seen],
+    mut local: Local,
+    notes: &mut Vec<String>,
+) -> Result<(Local, Arc<Journal>), Error> {
+    let reachable: Vec<Store> = seen.iter().filter(|s| s.found.is_ok()).map(|s| s.store.clone()).collect();
+    for store in &reachable {
+        match volume::tenures(store, local.volume.volume).await {
+            Ok(tenures) => open::check_tenures(&local, store, &tenures)?,
+            Err(volume::VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let opened = match &local.rebuild {
+        Some(folder) => Err(format!("an earlier rebuild from {folder} was interrupted")),
+        None => match open_with_ballast(state, slots) {
+            Ok((journal, opened)) if opened.fresh => {
+                journal.close()?;
+                Err("the local journal is gone, and with it changes that no replica had".to_owned())
+            }
+            Ok((journal, opened)) => {
+                if !opened.clean {
+                    let n = opened.replayed;
+                    notes.push(format!("recovered after an unclean stop: {n} records replayed"));
+                }
+                Ok(journal)
+            }
+            Err(e @ (JournalError::Damaged(_) | JournalError::Incomplete(_))) => Err(e.to_string()),
+            Err(e) => return Err(e.into()),
+        },
+    };
+    let journal = match opened {
+        Ok(journal) => journal,
+        Err(why) => rebuild(state, slots, holders(seen), &mut local, &why, notes).await?,
+    };
+    if !config.read_only {
+        let mark = sealed_mark(&journal)?;
+        refuse_older_state(state, &reachable, local.epoch(), mark.segment).await?;
+        let highest = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+        let intended = intend(&mut local, highest, mark.segment.next())?;
+        // Written down first: after a crash in between, the next mount knows the claim as its own.
+        complete(state, &local)?;
+        // The shippers put it where it could not be put now, before anything else.
+        put_claim(&local, &intended, &holders(seen)).await?;
+    }
+    Ok((local, journal))
+}
+
+/// Segments looked for behind our newest one; those of a group in flight may arrive out of order.
+const LOOK_BEHIND: u64 = 4;
+
+/// Refuses a state folder that is older than what a replica holds of our own epoch: it was copied or rolled back, and
+/// what it would write now would take the place of what its twin has written.
+async fn refuse_older_state(
+    state: &StateDir,
+    stores: &[Store],
+    epoch: Epoch,
+    newest: SegmentNo,
+) -> Result<(), Error> {
+    for store in stores {
+        for number in newest.0 + 1..=newest.0 + LOOK_BEHIND {
+            let object = ObjectName::Segment(SegmentNo(number), epoch).path();
+            if store.head(&object).await.is_ok() {
+                return Err(Error::new(
+                    Exit::InUse,
+                    format!(
+                        "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy of \
+                         this folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
+                        state.path().display(),
+                        store.name(),
+                        store.url()
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The claim of this mount: the epoch after `highest`. It is entered into `local`, and counts once it is on a replica.
+fn intend(local: &mut Local, highest: Epoch, first_segment: SegmentNo) -> Result<Claim, Error> {
+    let claim = Claim {
+        volume: local.volume.volume,
+        epoch: highest.next(),
+        claim_id: random()?,
+        host: host_name(),
+        pid: std::process::id(),
+        claimed_at: unix_now() as u64,
+        first_segment,
+        mirrorfs: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    if local.own_since == Epoch(0) {
+        local.own_since = claim.epoch;
+    }
+    local.claims.push(claim.clone());
+    Ok(claim)
+}
+
+/// Puts the claim on all of `stores` that can be reached. With a state that claimed before it is no error when none can:
+/// the shippers put it there before anything else.
+async fn put_claim(local: &Local, claim: &Claim, stores: &[Store]) -> Result<(), Error> {
+    if stores.is_empty() && local.claims.len() > 1 {
+        return Ok(());
+    }
+    match volume::claim(stores, claim).await {
+        Ok(claimed) => {
+            claimed.failed.iter().for_each(|e| log::warn!("the epoch is not claimed there yet: {e}"));
+            Ok(())
+        }
+        Err(volume::VolumeError::Store(e)) if local.own_since != claim.epoch => {
+            log::warn!("the epoch is not claimed on any replica yet: {e}");
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// How often a restore begins anew because the former writer was still writing.
+const TAKE_OVER_TRIES: usize = 5;
+
+/// Reads the volume back and claims the next epoch. What the former writer stored between the reading and the claim
+/// would be lost, so then it begins anew: behind the claim he writes nothing more that he acknowledges.
+async fn take_over(config: &Config, seen: &[open::Seen]) -> Result<(Local, Restored), Error> {
+    let holders = holders(seen);
+    for _ in 0..TAKE_OVER_TRIES {
+        let restored = restore::fetch(&holders).await?;
+        let loaded = &restored.loaded;
+        let mut local = Local::new(loaded.volume.clone(), restored.claims.clone(), config.read_only);
+        if config.read_only {
+            return Ok((local, restored));
+        }
+        let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
+        let intended = intend(&mut local, highest, loaded.last_segment.next())?;
+        put_claim(&local, &intended, &holders).await?;
+        let newer = restore::listed(&holders).await;
+        let overtaken = newer.difference(&restored.listed).any(|(n, _)| *n > loaded.last_segment);
+        if !overtaken {
+            return Ok((local, restored));
+        }
+        log::info!("the former writer stored more meanwhile; reading again");
+    }
+    Err(Error::new(Exit::InUse, "another machine keeps writing to this volume: unmount it there first"))
+}
+
+/// Completes the state folder: from now on it counts.
+fn complete(state: &StateDir, local: &Local) -> Result<(), Error> {
+    identity_into(state, local)?;
+    state.write(local)
 }
 
 /// The replicas that hold the volume.
@@ -188,7 +314,7 @@ fn set_aside(state: &StateDir, notes: &mut Vec<String>) -> Result<(), Error> {
     Ok(())
 }
 
-fn describe(restored: &Restored, notes: &mut Vec<String>) {
+pub(super) fn describe(restored: &Restored, notes: &mut Vec<String>) {
     let loaded = &restored.loaded;
     notes.push(format!(
         "brought volume {} back from its replicas, as of change {} (segment {})",
@@ -219,41 +345,8 @@ fn save_cursors(
     Ok(())
 }
 
-/// Claims the next epoch on all replicas (unless read-only) and completes the state folder.
-async fn take_over(
-    config: &Config,
-    state: &StateDir,
-    stores: &[Store],
-    volume: Volume,
-    mut claims: Vec<Claim>,
-    highest: Epoch,
-    first_segment: SegmentNo,
-) -> Result<Local, Error> {
-    if !config.read_only {
-        let claim = Claim {
-            volume: volume.volume,
-            epoch: highest.next(),
-            claim_id: random()?,
-            host: host_name(),
-            pid: std::process::id(),
-            claimed_at: unix_now() as u64,
-            first_segment,
-            mirrorfs: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let claimed = volume::claim(stores, &claim).await?;
-        if let Some(e) = claimed.failed.first() {
-            log::warn!("the epoch is not claimed there yet: {e}");
-        }
-        claims.push(claim);
-    }
-    let local = Local::new(volume, claims, config.read_only);
-    mirror_identity(state, &local)?;
-    state.write(&local)?;
-    Ok(local)
-}
-
 /// Lays the volume's small objects into the staging area, so that a rebuild can read it like a replica.
-fn mirror_identity(state: &StateDir, local: &Local) -> Result<(), Error> {
+pub(super) fn identity_into(state: &StateDir, local: &Local) -> Result<(), Error> {
     let staging = state.staging();
     let failed = |e: &dyn std::fmt::Display| {
         Error::new(Exit::Failure, format!("cannot write to {}: {e}", staging.display()))
@@ -271,53 +364,4 @@ fn mirror_identity(state: &StateDir, local: &Local) -> Result<(), Error> {
 
 fn host_name() -> String {
     fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |s| s.trim().to_owned())
-}
-
-/// Builds the tables anew from replicas, staged segments and what the old tail still has.
-async fn rebuild(
-    state: &StateDir,
-    slots: &SlotCell,
-    seen: &[open::Seen],
-    local: &Local,
-    why: &str,
-    notes: &mut Vec<String>,
-) -> Result<Arc<Journal>, Error> {
-    log::warn!("rebuilding the local tables: {why}");
-    let aside = journal::quarantine(state.path(), &format!("{:.0}", unix_now()))
-        .map_err(|e| Error::new(Exit::Failure, format!("cannot move the damaged journal aside: {e}")))?;
-    mirror_identity(state, local)?;
-    let mut sources = holders(seen);
-    let name: ReplicaName = "staging".parse().map_err(|e: String| Error::new(Exit::Failure, e))?;
-    let path = state.staging().display().to_string();
-    match ReplicaSpec::parse(name, &path, BTreeMap::new(), state.path()).and_then(|spec| spec.store()) {
-        Ok(store) => sources.push(store),
-        Err(e) => log::warn!("staged segments cannot be used for the rebuild: {e}"),
-    }
-    let restored = restore::fetch(&sources).await?;
-    describe(&restored, notes);
-    let (journal, _) = open_with_ballast(state, slots)?;
-    restore::import(&journal, &restored)?;
-    save_cursors(&journal, &holders(seen), &restored.cursors)?;
-    let after = restored.loaded.commit_lsn;
-    let records = match journal::salvage(&aside, after) {
-        Ok(records) => records,
-        Err(JournalError::Gone { .. }) => {
-            return Err(Error::new(
-                Exit::Damaged,
-                format!(
-                    "the local tables are damaged ({why}), and what lies between the replicas' last commit ({after}) and \
-                     the local tail is on no reachable replica: attach the replica that has it; the damaged journal is in {}",
-                    aside.display()
-                ),
-            ));
-        }
-        Err(e) => return Err(e.into()),
-    };
-    let applied = restore::reapply(&journal, records, after)?;
-    notes.push(format!(
-        "the local tables were damaged ({why}) and have been rebuilt from replicas, with {applied} newer records from the local \
-         tail; the damaged ones are in {}",
-        aside.display()
-    ));
-    Ok(journal)
 }

@@ -3,7 +3,7 @@
 //! Owns the local tables that go with a restored state: segments, frames, the sealed mark. The restore proper is
 //! `crate::restore`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use crate::format::volume::Claim;
 use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
-use crate::restore::{self, LoadError, Loaded, Plan, PlanError, Tables};
+use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, Tables};
 
 /// A volume's tables as replicas hold them.
 pub(super) struct Restored {
@@ -27,6 +27,8 @@ pub(super) struct Restored {
     pub cursors: BTreeMap<ReplicaName, SegmentNo>,
     /// All claims found, by ascending epoch.
     pub claims: Vec<Claim>,
+    /// All segments that the replicas listed.
+    pub listed: BTreeSet<(SegmentNo, Epoch)>,
 }
 
 impl From<LoadError> for Error {
@@ -67,7 +69,21 @@ pub(super) async fn fetch(stores: &[Store]) -> Result<Restored, Error> {
     for found in inventories.iter().filter_map(|i| i.found.as_ref().ok()) {
         claims.extend(found.claims.iter().map(|(e, c)| (*e, c.clone())));
     }
-    Ok(Restored { loaded, tables, cursors, claims: claims.into_values().collect() })
+    let listed = listed_in(&inventories);
+    Ok(Restored { loaded, tables, cursors, claims: claims.into_values().collect(), listed })
+}
+
+fn listed_in(inventories: &[Inventory]) -> BTreeSet<(SegmentNo, Epoch)> {
+    inventories
+        .iter()
+        .filter_map(|i| i.found.as_ref().ok())
+        .flat_map(|f| f.segments.keys().copied())
+        .collect()
+}
+
+/// All segments that `stores` list now.
+pub(super) async fn listed(stores: &[Store]) -> BTreeSet<(SegmentNo, Epoch)> {
+    listed_in(&restore::survey(stores).await)
 }
 
 /// The segment up to which replica `index` holds everything in its right size.

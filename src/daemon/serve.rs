@@ -4,7 +4,7 @@
 //! journal closed → lock released. Whatever is not shipped then waits in the state folder for the next mount.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Handle, Runtime};
@@ -65,8 +65,16 @@ impl Running {
         let Some(engine) = self.engine.clone() else { return Ok(self.fleet.staging.newest()) };
         let running = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            running.vfs.commit().map_err(|e| e.to_string())?;
-            engine.sync(deadline)
+            loop {
+                match running.vfs.commit() {
+                    Ok(_) => return engine.sync(deadline),
+                    // There is space again when replicas have taken what is staged.
+                    Err(VfsError::NoSpace) if Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                    Err(e) => return Err(e.to_string()),
+                }
+            }
         })
         .await
         .map_err(|e| e.to_string())?
@@ -99,6 +107,7 @@ impl Running {
 
 /// fsync's way to the replicas.
 struct RemoteFsync {
+    vfs: Weak<Vfs>,
     engine: Arc<Engine>,
     fleet: Arc<Fleet>,
     needed: usize,
@@ -108,6 +117,7 @@ struct RemoteFsync {
 
 impl Durability for RemoteFsync {
     fn replicate(&self) -> Result<(), VfsError> {
+        self.refuse_fenced()?;
         let deadline = Instant::now() + self.timeout;
         let segment = self.engine.sync(deadline).map_err(VfsError::TimedOut)?;
         let wait = self.fleet.wait_for(segment, self.needed);
@@ -116,7 +126,18 @@ impl Durability for RemoteFsync {
             let why = self.fleet.lacking(segment);
             log::warn!("an fsync gave up after {:?}: {why}", self.timeout);
             VfsError::TimedOut(why)
-        })
+        })?;
+        self.refuse_fenced()
+    }
+}
+
+impl RemoteFsync {
+    /// A fenced mount may have nothing acknowledged: what it stores no longer counts.
+    fn refuse_fenced(&self) -> Result<(), VfsError> {
+        match self.vfs.upgrade().and_then(|vfs| vfs.read_only()) {
+            Some(why) => Err(VfsError::ReadOnly(why)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -161,7 +182,7 @@ fn start(config: &Config, mount: &MountArgs, runtime: &Arc<Runtime>) -> Result<S
     }
     let parts = runtime.block_on(async {
         let seen = open::look(&stores).await;
-        let decision = open::decide(local.as_ref(), &seen)?;
+        let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
         parts::open(config, &state, &stores, &seen, local, decision).await
     })?;
     if let Err(e) = crate::config::state::remember(&config.state, &config.replicas) {
@@ -262,6 +283,7 @@ fn assemble(
         )
         .map_err(|e| failure(&e))?;
         vfs.set_durability(Arc::new(RemoteFsync {
+            vfs: Arc::downgrade(&vfs),
             engine: Arc::clone(&engine),
             fleet: Arc::clone(&fleet),
             needed: config.fsync.needed(replicas.len()),
@@ -398,6 +420,9 @@ fn start_commits(vfs: &Arc<Vfs>, journal: &Arc<Journal>, stop: mpsc::Receiver<()
                     log::error!("changes cannot be committed: {e}");
                 }
                 Err(_) => {}
+            }
+            if failed && let Err(e) = vfs.blocks().housekeep() {
+                log::debug!("making room: {e}");
             }
         }
     })?;

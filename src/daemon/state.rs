@@ -24,13 +24,20 @@ pub(super) struct Local {
     pub volume: Volume,
     /// All known claims by ascending epoch; the last one is ours.
     pub claims: Vec<Claim>,
+    /// The first epoch that this folder claimed: what others claimed before is in `claims` as far as it was seen, what
+    /// others claim after it takes the volume from us.
+    #[serde(default)]
+    pub own_since: Epoch,
     /// Built by a read-only mount, which claims nothing: thrown away by the next mount.
     pub borrowed: bool,
+    /// A rebuild of the tables is under way; its name is that of the folder with the damaged ones.
+    #[serde(default)]
+    pub rebuild: Option<String>,
 }
 
 impl Local {
     pub fn new(volume: Volume, claims: Vec<Claim>, borrowed: bool) -> Self {
-        Self { version: VERSION, volume, claims, borrowed }
+        Self { version: VERSION, volume, claims, own_since: Epoch(0), borrowed, rebuild: None }
     }
 
     /// Our claim.
@@ -153,7 +160,11 @@ impl StateDir {
     /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
     pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
         const KEEP: [&str; 4] = ["LOCK", "replicas", "daemon.log", crate::control::SOCKET];
-        let target = self.dir.join(format!("quarantine-{label}"));
+        let free = |n: u32| {
+            let suffix = if n == 0 { String::new() } else { format!("-{n}") };
+            self.dir.join(format!("quarantine-{label}{suffix}"))
+        };
+        let target = (0..).map(free).find(|path| !path.exists()).unwrap_or_else(|| free(0));
         let mut moved = false;
         let entries = fs::read_dir(&self.dir).map_err(|e| failed("read", &self.dir, &e))?;
         for entry in entries {

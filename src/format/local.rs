@@ -43,7 +43,7 @@ pub struct SegmentValue {
     pub epoch: Epoch,
     /// Bytes of the object.
     pub len: u64,
-    /// BLAKE3 of the object.
+    /// Hash of the segment (see `SegmentHash`); zeros when a restore did not read it.
     pub blake3: [u8; 32],
     /// The state that this segment completes; 0 when it is not the last of its txg.
     pub commit: Lsn,
@@ -118,7 +118,7 @@ pub struct SealedMark {
     pub lsn: Lsn,
     /// The newest segment.
     pub segment: SegmentNo,
-    /// Its BLAKE3, for the next one's header.
+    /// Its hash, for the next one's header.
     pub blake3: [u8; 32],
     /// The newest checkpoint's segment number.
     pub checkpoint: SegmentNo,

@@ -24,7 +24,7 @@ pub mod table {
     pub const EXTENT: u8 = 0x05;
     /// BlockId -> [`super::BlockEntry`]. Not shipped as a record's put: the segment's index carries it.
     pub const BLOCK: u8 = 0x06;
-    /// BlockId -> references beyond the first (u32), present only when there are any.
+    /// BlockId -> references beyond the first (u64), present only when there are any.
     pub const BLOCK_REFS: u8 = 0x07;
     /// ino -> nothing: unlinked while open, or being deleted in steps.
     pub const ORPHAN: u8 = 0x08;
@@ -38,11 +38,11 @@ pub mod table {
     pub const FRAME: u8 = 0x82;
     /// Local: segment number -> what is known of a sealed segment.
     pub const SEGMENT: u8 = 0x83;
-    /// Local: replica name -> cursor.
+    /// Local: replica name and URL -> cursor.
     pub const CURSOR: u8 = 0x84;
     /// Local: hash -> slot of a clean cached block.
     pub const CACHED: u8 = 0x85;
-    /// Local: name -> bytes, the daemon's own settings (epoch, sealed LSN ...).
+    /// Local: name -> bytes, the daemon's own settings (the sealed mark).
     pub const LOCAL: u8 = 0x86;
 }
 

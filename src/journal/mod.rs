@@ -459,8 +459,23 @@ pub fn quarantine(dir: &Path, now_label: &str) -> io::Result<PathBuf> {
     Ok(to)
 }
 
+/// What [`salvage`] found.
+#[derive(Clone, Debug)]
+pub struct Salvaged {
+    /// The records in order, without a gap, up to the first that cannot be read.
+    pub records: Vec<Record>,
+    /// The newest record that is known to have been durable. When `records` end before it, acknowledged changes are
+    /// missing.
+    pub proved: Lsn,
+}
+
 /// The records after `after` in the tail of a quarantined journal, in order, up to the first that cannot be read.
 /// [`JournalError::Gone`] when the tail begins later. Changes nothing.
-pub fn salvage(quarantined: &Path, after: Lsn) -> Result<Vec<Record>, JournalError> {
-    tail_set::salvage(&quarantined.join("tail"), after)
+pub fn salvage(quarantined: &Path, after: Lsn) -> Result<Salvaged, JournalError> {
+    let (records, mut proved) = tail_set::salvage(&quarantined.join("tail"), after)?;
+    // The witness may know of more than the tail still shows; a damaged one says nothing.
+    if let Ok(Some(witness)) = witness::Witness::open(&Disk::default(), quarantined) {
+        proved = proved.max(witness.now.last).max(witness.now.after.applied);
+    }
+    Ok(Salvaged { records, proved })
 }

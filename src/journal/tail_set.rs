@@ -342,28 +342,41 @@ impl Iterator for RecordIter {
 }
 
 /// The records after `after` that can still be read from the tail in `dir` (a quarantined journal's `tail/`), up to
-/// the first that cannot. For rebuilding: changes nothing.
-pub(super) fn salvage(dir: &Path, after: Lsn) -> Result<Vec<Record>, JournalError> {
+/// the first that cannot, and the newest record that is proved to have been synced. For rebuilding: changes nothing.
+pub(super) fn salvage(dir: &Path, after: Lsn) -> Result<(Vec<Record>, Lsn), JournalError> {
     let mut out: Vec<Record> = Vec::new();
     let mut next = after.next();
+    let mut proved = after;
+    let mut broken = false;
     for file in list(dir, |_| Ok(()))? {
+        let failed = |e| JournalError::io("read", &file.path, e);
         let mut reader = file.reader()?;
-        while let Found::Group { first, last, payload } =
-            reader.next().map_err(|e| JournalError::io("read", &file.path, e))?
-        {
-            if first > next {
-                return if out.is_empty() && next == after.next() {
-                    Err(JournalError::Gone { after, oldest: first })
-                } else {
-                    Ok(out)
-                };
-            }
-            if last >= next {
-                let records = tail::records_of(&file.path, first, last, &payload)?;
-                out.extend(records.into_iter().filter(|r| r.lsn >= next));
-                next = last.next();
+        loop {
+            match reader.next().map_err(failed)? {
+                Found::Group { first, last, payload } => {
+                    proved = proved.max(last);
+                    if first > next && !broken {
+                        if out.is_empty() && next == after.next() {
+                            return Err(JournalError::Gone { after, oldest: first });
+                        }
+                        broken = true;
+                    }
+                    if last >= next && !broken {
+                        let records = tail::records_of(&file.path, first, last, &payload)?;
+                        out.extend(records.into_iter().filter(|r| r.lsn >= next));
+                        next = last.next();
+                    }
+                }
+                Found::Confirmed(lsn) => {
+                    proved = proved.max(lsn);
+                    break;
+                }
+                Found::End => break,
             }
         }
+        if let Some(lsn) = reader.proof_of_more(next).map_err(failed)? {
+            proved = proved.max(lsn);
+        }
     }
-    Ok(out)
+    Ok((out, proved))
 }

@@ -10,6 +10,9 @@
 //! commit") is weaker, by content that no replica had any more. On this machine the block stays dirty, pinned and as readable
 //! as before, and later txgs try it again. A replica that does not answer at all is waited for, as ever.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -175,7 +178,7 @@ impl Sealer {
     /// find; writing one each time would never come to rest, so it is written once in many records.
     fn pass(&mut self, lsn: Lsn) -> Result<(), SealError> {
         self.mark.lsn = lsn;
-        if lsn.0 - self.remembered.0 >= REMEMBER_STEP {
+        if lsn.0.saturating_sub(self.remembered.0) >= REMEMBER_STEP {
             let written = self.remember(self.mark)?;
             self.journal.barrier(written)?;
             self.journal.release(lsn);

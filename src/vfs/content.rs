@@ -219,8 +219,7 @@ impl Vfs {
 
     /// Waits until the allowance of disk lets a writer go on. Never while holding a lock.
     fn admit(&self, wait: Wait) -> Result<()> {
-        let space = &self.blocks.space;
-        let mut pause = match space.admit() {
+        let mut pause = match self.blocks.admit() {
             Admission::Now => return Ok(()),
             _ if wait == Wait::No => return Err(VfsError::WouldBlock),
             Admission::After(pause) => {
@@ -229,15 +228,22 @@ impl Vfs {
             }
             Admission::Full => Duration::from_millis(5),
         };
-        let deadline = Instant::now() + self.options.space_wait;
+        // From when it became full, not from this write: else a hundred writers, one behind the other, would wait a
+        // hundred times as long.
+        let deadline = self.blocks.space.full_since() + self.options.space_wait;
         while Instant::now() < deadline {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(200));
-            if space.admit() != Admission::Full {
+            if self.blocks.admit() != Admission::Full {
                 return Ok(());
             }
         }
         Err(VfsError::NoSpace)
+    }
+
+    /// Whether names and attributes may be added.
+    pub(super) fn admit_name(&self) -> Result<()> {
+        if self.blocks.has_room_for_names() { Ok(()) } else { Err(VfsError::NoSpace) }
     }
 
     pub(super) fn do_write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> Result<u32> {

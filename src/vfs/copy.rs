@@ -100,7 +100,14 @@ impl Vfs {
 
     /// Lets the target name the source's blocks from `first` on, up to `bytes` bytes. Answers the bytes covered, or
     /// `None` when it cannot be done by sharing (the files have changed since it was planned).
-    fn share_blocks(&self, source: Ino, first: u64, target: Ino, at: u64, bytes: u64) -> Result<Option<u64>> {
+    pub(super) fn share_blocks(
+        &self,
+        source: Ino,
+        first: u64,
+        target: Ino,
+        at: u64,
+        bytes: u64,
+    ) -> Result<Option<u64>> {
         let _gate = self.enter()?;
         self.with_cell(source, |from_cell| {
             self.with_cell(target, |to_cell| {
@@ -142,7 +149,7 @@ impl Vfs {
         let bs = u64::from(self.blocks.block_size());
         let bytes = bytes.min(source.inode.size.saturating_sub(first * bs));
         let ends_both = first * bs + bytes >= source.inode.size && at * bs + bytes >= target.inode.size;
-        (bytes % bs == 0 || ends_both).then_some(bytes)
+        (bytes.is_multiple_of(bs) || ends_both).then_some(bytes)
     }
 
     /// The source's blocks, all of them in the journal and none of them inline; by index.

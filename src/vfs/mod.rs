@@ -55,6 +55,8 @@ type Result<T, E = VfsError> = std::result::Result<T, E>;
 const SHARDS: usize = 32;
 const NEXT_INO: &str = "next_ino";
 const INO_STEP: u64 = 4096;
+/// How often an operation looks again when what it found by name has changed before it was locked.
+const LOOKS: u32 = 1000;
 
 /// How the filesystem is run.
 pub struct Options {
@@ -505,6 +507,13 @@ fn tx_entry(tx: &Tx<'_>, parent: Ino, name: &[u8]) -> Result<Option<Dirent>> {
 fn tx_is_empty(tx: &Tx<'_>, dir: Ino) -> Result<bool> {
     let (start, end) = crate::format::tables::dirent_range(dir, 0);
     Ok(tx.scan(&start, &end, 1)?.is_empty())
+}
+
+/// The answer when looking again has no end: a name leads to an inode that is not there.
+fn leads_nowhere(parent: Ino, name: &[u8]) -> VfsError {
+    let text = format!("{:?} in directory {parent} leads to no inode", name.escape_ascii().to_string());
+    log::error!("local tables: {text}");
+    VfsError::Io(text)
 }
 
 fn check_name(name: &[u8]) -> Result<()> {

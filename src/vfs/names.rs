@@ -8,7 +8,8 @@ use bytes::Bytes;
 use super::cell::Cell;
 use super::types::{Attr, Caller, DirItem, FileKind, VfsError};
 use super::{
-    LINK_MAX, Result, TARGET_MAX, TxError, Vfs, check_name, tx_dir, tx_entry, tx_inode, tx_is_empty, usage,
+    LINK_MAX, LOOKS, Result, TARGET_MAX, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode,
+    tx_is_empty, usage,
 };
 use crate::format::tables::{
     Body, Dirent, Inode, dirent_key, dirent_range, inode_key, orphan_key, split_dirent_key,
@@ -64,6 +65,7 @@ impl Vfs {
         open: bool,
     ) -> Result<Attr> {
         check_name(name)?;
+        self.admit_name()?;
         let _gate = self.enter()?;
         let ino = self.new_ino()?;
         let now = self.now();
@@ -150,6 +152,7 @@ impl Vfs {
 
     pub(super) fn do_link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr> {
         check_name(name)?;
+        self.admit_name()?;
         let now = self.now();
         let (_, inode) = match self.existing_kind(ino)? {
             FileKind::Directory => return Err(VfsError::NotPermitted),
@@ -183,7 +186,7 @@ impl Vfs {
 
     pub(super) fn do_unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
         let _gate = self.enter()?;
-        loop {
+        for _ in 0..LOOKS {
             let entry = self.find(parent, name)?.ok_or(VfsError::NotFound)?;
             if entry.kind == FileKind::Directory {
                 return Err(VfsError::IsDirectory);
@@ -202,6 +205,7 @@ impl Vfs {
                 },
             }
         }
+        Err(leads_nowhere(parent, name))
     }
 
     fn unlink_cell(&self, parent: Ino, name: &[u8], cell: &Arc<Cell>) -> Result<(), TxError> {

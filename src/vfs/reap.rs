@@ -198,7 +198,7 @@ impl Vfs {
     }
 
     /// Deletes one orphan, in steps.
-    fn reap(&self, ino: Ino) -> Result<()> {
+    pub(super) fn reap(&self, ino: Ino) -> Result<()> {
         // Somebody may use it again: then this is asked for once more when they end.
         if self.is_referenced(ino) || self.existing_cell(ino).is_some_and(|c| c.is_open()) {
             return Ok(());

@@ -6,7 +6,9 @@ use bytes::Bytes;
 
 use super::cell::{Cell, CellState};
 use super::types::{FileKind, RenameMode, VfsError};
-use super::{Result, TxError, Vfs, check_name, tx_dir, tx_entry, tx_inode, tx_is_empty};
+use super::{
+    LOOKS, Result, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode, tx_is_empty,
+};
 use crate::format::tables::{Dirent, Inode, dirent_key, inode_key, orphan_key};
 use crate::ids::{BlockId, Ino};
 use crate::journal::Tx;
@@ -30,7 +32,7 @@ impl Vfs {
         check_name(name)?;
         check_name(new_name)?;
         let _gate = self.enter()?;
-        loop {
+        for _ in 0..LOOKS {
             let from = Side { parent, name, entry: self.find(parent, name)? };
             let to = Side { parent: new_parent, name: new_name, entry: self.find(new_parent, new_name)? };
             let source = from.entry.ok_or(VfsError::NotFound)?;
@@ -66,6 +68,7 @@ impl Vfs {
                 },
             }
         }
+        Err(leads_nowhere(parent, name))
     }
 
     fn rename_cells(

@@ -24,6 +24,7 @@ impl Vfs {
         if value.len() > XATTR_VALUE_MAX {
             return Err(VfsError::TooBig);
         }
+        self.admit_name()?;
         let now = self.now();
         let key = xattr_key(ino, name);
         self.modify(ino, |tx, inode| {

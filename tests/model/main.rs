@@ -8,6 +8,7 @@
 mod check;
 mod ops;
 mod reference;
+mod threads;
 mod world;
 
 use std::time::Duration;
@@ -17,6 +18,13 @@ use world::Setup;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+}
+
+#[test]
+fn threads_leave_consistent_tables() {
+    let seed = number("MIRRORFS_SEED").unwrap_or_else(rand::random);
+    println!("threads: MIRRORFS_SEED={seed}");
+    threads::run(seed, number("MIRRORFS_ROUNDS").unwrap_or(6) as u32);
 }
 
 fn play(what: &str, plan: Plan) {

@@ -79,6 +79,8 @@ struct Window {
     /// From which of them on: the namespace, and single files, because they were synced since.
     floor: usize,
     floors: HashMap<Ino, usize>,
+    /// Files that a copy went into: it is done in steps, and a crash may show the end of one.
+    copied: BTreeSet<Ino>,
 }
 
 fn meta(a: &Attr) -> Meta {
@@ -203,7 +205,8 @@ impl Run {
             self.say("commit", format!("a crash will follow after {left} operations"));
             self.world.vfs().commit().unwrap();
             let past = vec![self.model.clone()];
-            self.window = Some(Window { left, past, floor: 0, floors: HashMap::new() });
+            self.window =
+                Some(Window { left, past, floor: 0, floors: HashMap::new(), copied: BTreeSet::new() });
         }
         if let Some(window) = &mut self.window {
             if window.left == 0 {
@@ -220,6 +223,7 @@ impl Run {
             window.past = vec![self.model.clone()];
             window.floor = 0;
             window.floors.clear();
+            window.copied.clear();
         }
     }
 
@@ -538,9 +542,11 @@ impl Run {
         for (ino, node) in &found.nodes {
             let Some(content) = node.content() else { continue };
             let from = window.floors.get(ino).copied().unwrap_or(0);
+            let in_steps = window.copied.contains(ino);
+            let fits = |n: &Node| n.size() == node.size() || in_steps && n.size() > node.size();
             let pasts: Vec<&Node> = window.past[from..].iter().filter_map(|m| m.nodes.get(ino)).collect();
             assert!(
-                pasts.iter().any(|n| n.meta == node.meta && n.size() == node.size()),
+                pasts.iter().any(|n| n.meta == node.meta && fits(n)),
                 "attributes of {ino} after the crash: {:?}, size {}; were: {:#?}",
                 node.meta,
                 node.size(),
@@ -951,6 +957,9 @@ impl Run {
             (Ok(n), Ok(most)) => {
                 assert!(n <= most && (*n > 0 || *most == 0), "{n} of {most} bytes copied");
                 self.model.copy((source, from), (target, to), *n);
+                if let Some(window) = &mut self.window {
+                    window.copied.insert(target);
+                }
                 self.compare_bytes(target, to.saturating_sub(100), n + 200);
             }
             _ => assert_eq!(got, possible),

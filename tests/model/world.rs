@@ -322,13 +322,16 @@ impl World {
 
     /// Kills and opens again. With `litter` the kill left an unregistered segment's file.
     pub fn crash(&mut self, litter: bool) {
-        let next = self.stack().sealer.mark().segment.next();
-        let file = segment_file(&self.state().join("staging/segments"), next, self.epoch);
+        let stack = self.stack();
+        let next = stack.sealer.mark().segment.next();
+        let file = stack.staging.segment_path(next, self.epoch);
         self.end(false);
         if litter && !file.exists() {
-            fs::write(file, b"half a segment").unwrap();
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(&file, b"half a segment").unwrap();
         }
         self.open(&[]);
+        assert!(!file.exists(), "what was not registered is removed");
     }
 
     /// Loses the whole local state; comes back from the replica alone, as a new writer.

@@ -195,8 +195,14 @@ impl Volume {
     #[track_caller]
     pub fn restore(&self, replica: &str, to: &str) -> PathBuf {
         let to = self.path(to);
-        self.run(&[], &["restore", "--from", replica, "--to", to.to_str().unwrap()]).ok();
+        self.restore_to(replica, &to);
         to
+    }
+
+    /// Restores everything out of one replica into the folder `to`.
+    #[track_caller]
+    pub fn restore_to(&self, replica: &str, to: &Path) {
+        self.run(&[], &["restore", "--from", replica, "--to", to.to_str().unwrap()]).ok();
     }
 }
 

@@ -200,7 +200,9 @@ fn missing_parts_are_damage_and_quarantine_starts_anew() {
         let ops = [Op::put("0", "x"), Op::put("1", "x")];
         j.import(Lsn(2), &mut ops.into_iter().map(Ok)).unwrap();
         if part != "tail" {
-            for record in salvage(&aside, Lsn(2)).unwrap() {
+            let salvaged = salvage(&aside, Lsn(2)).unwrap();
+            assert_eq!(Some(salvaged.proved), salvaged.records.last().map(|r| r.lsn));
+            for record in salvaged.records {
                 let lsn = j.transact::<_, JournalError>(|tx| {
                     for op in &record.ops {
                         match op {

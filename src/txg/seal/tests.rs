@@ -1,0 +1,367 @@
+//! Tests of sealing: what goes into segments, dedup, failures, what a crash leaves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use super::*;
+use crate::format::local::FrameValue;
+use crate::format::segment::{SegmentMeta, verify_whole};
+use crate::format::tables::{
+    block_key, cached_key, dirty_key, extent_key, frame_key, inode_key, orphan_key, volume_key,
+};
+use crate::ids::{BlockId, Ino};
+use crate::journal::Options;
+use crate::replica::{FetchError, FrameSource, Outbox};
+
+const BS: u32 = 1 << 20;
+
+/// A source that holds whole blocks, or none while it is "down".
+#[derive(Default)]
+struct Source {
+    blocks: Mutex<HashMap<BlockHash, Bytes>>,
+    down: Mutex<bool>,
+}
+
+impl FrameSource for Source {
+    fn fetch(
+        &self,
+        wanted: &BlockEntry,
+        _ahead: &[BlockEntry],
+        _deliver: &dyn Fn(&BlockEntry, Bytes),
+    ) -> Result<Bytes, FetchError> {
+        let what = wanted.hash.to_string();
+        if *self.down.lock() {
+            return Err(FetchError::Unavailable { what, detail: "down".into() });
+        }
+        let found = self.blocks.lock().get(&wanted.hash).cloned();
+        found.ok_or(FetchError::Lost { what, detail: "never had it".into() })
+    }
+}
+
+struct Fixture {
+    dir: Arc<tempfile::TempDir>,
+    journal: Arc<Journal>,
+    blocks: Arc<BlockStore>,
+    staging: Arc<Staging>,
+    sealer: Sealer,
+    source: Arc<Source>,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Self::open(Arc::new(tempfile::tempdir().unwrap()))
+    }
+
+    fn open(dir: Arc<tempfile::TempDir>) -> Self {
+        let path = dir.path();
+        let options = Options { tail_file_size: 256 << 10, ..Options::new(path, Arc::new(|| Ok(()))) };
+        let (journal, _) = Journal::open(options).unwrap();
+        let blocks = BlockStore::open(&path.join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
+        let source = Arc::new(Source::default());
+        blocks.set_source(Arc::clone(&source) as _);
+        let staging = Staging::open(&path.join("staging"), &journal, Arc::clone(&blocks)).unwrap();
+        let mark = journal.get(&local_key(SEALED_MARK)).unwrap();
+        let mark = mark.map_or(SealedMark::default(), |v| SealedMark::decode(&v).unwrap());
+        let volume = VolumeId::from_random([1; 16]);
+        let (j, b, s) = (Arc::clone(&journal), Arc::clone(&blocks), Arc::clone(&staging));
+        let sealer = Sealer::new(j, b, s, volume, Epoch(1), 1, mark).unwrap();
+        Self { dir, journal, blocks, staging, sealer, source }
+    }
+
+    /// Everything durable, then closed and opened again.
+    fn reopen(self) -> Self {
+        let Self { dir, journal, blocks, staging, sealer, .. } = self;
+        drop((sealer, staging, blocks));
+        journal.close().unwrap();
+        drop(journal);
+        Self::open(dir)
+    }
+
+    fn put(&self, key: Bytes, value: &[u8]) -> Lsn {
+        self.change(|tx| tx.put(key, value.to_vec()))
+    }
+
+    fn change(&self, f: impl FnOnce(&mut crate::journal::Tx<'_>)) -> Lsn {
+        let done = self.journal.transact::<_, JournalError>(|tx| {
+            f(tx);
+            Ok(())
+        });
+        done.unwrap().1
+    }
+
+    fn dirty(&self, raw: &[u8]) -> BlockId {
+        let block = self.blocks.create(None, 0).unwrap();
+        self.blocks.write(&block, 0, raw).unwrap();
+        self.put(dirty_key(block.id), &block.encode());
+        block.id
+    }
+
+    fn release(&self, id: BlockId) {
+        let mut gone = Vec::new();
+        let (_, lsn) =
+            self.journal.transact::<_, StoreError>(|tx| self.blocks.release(tx, id, &mut gone)).unwrap();
+        self.blocks.after_commit(lsn, &gone);
+    }
+
+    fn cut(&self) -> Cut {
+        Cut { lsn: self.journal.last_lsn(), frozen: self.blocks.freeze() }
+    }
+
+    fn seal(&mut self) -> Option<SegmentNo> {
+        let cut = self.cut();
+        self.sealer.seal(&cut, Time { secs: 100, nanos: 0 }).unwrap()
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        fn walk(dir: &Path, out: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { walk(&path, out) } else { out.push(path) }
+            }
+        }
+        let mut out = Vec::new();
+        walk(&self.dir.path().join("staging/segments"), &mut out);
+        out.sort();
+        out
+    }
+
+    fn segment(&self, number: SegmentNo) -> SegmentMeta {
+        verify_whole(&fs::read(self.staging.segment_path(number, Epoch(1))).unwrap()).unwrap()
+    }
+}
+
+fn random(len: usize, seed: u8) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut out);
+    out
+}
+
+#[test]
+fn only_replicated_operations_are_shipped_and_block_entries_only_by_the_index() {
+    let mut f = Fixture::new();
+    let raw = random(5000, 1);
+    let id = f.dirty(&raw);
+    f.put(inode_key(Ino(7)), b"inode");
+    f.put(cached_key(&BlockHash([1; 32])), b"local");
+    f.change(|tx| {
+        tx.put(extent_key(Ino(7), 0), b"extent".to_vec());
+        tx.delete(frame_key(&BlockHash([2; 32])));
+        tx.delete(block_key(BlockId(999)));
+    });
+    assert_eq!(f.seal(), Some(SegmentNo(1)));
+    let meta = f.segment(SegmentNo(1));
+    assert_eq!(meta.index.iter().map(|(i, e)| (*i, e.hash)).collect::<Vec<_>>(), [(id, BlockHash::of(&raw))]);
+    let shipped: Vec<&Op> = meta.records.iter().flat_map(|r| &r.ops).collect();
+    assert!(shipped.iter().all(|op| is_shipped(op)));
+    for op in [
+        Op::put(inode_key(Ino(7)), &b"inode"[..]),
+        Op::put(extent_key(Ino(7), 0), &b"extent"[..]),
+        Op::delete(block_key(BlockId(999))),
+    ] {
+        assert!(shipped.contains(&&op), "{op:?} is missing in {shipped:?}");
+    }
+    // The registration itself put the block's entry: it must not appear in the next group.
+    f.put(inode_key(Ino(8)), b"next");
+    assert_eq!(f.seal(), Some(SegmentNo(2)));
+    let next = f.segment(SegmentNo(2));
+    assert_eq!(next.footer.header.previous, meta.footer.hash);
+    let ops: Vec<Op> = next.records.into_iter().flat_map(|r| r.ops).collect();
+    assert_eq!(ops, [Op::put(inode_key(Ino(8)), &b"next"[..])]);
+    assert!(f.journal.get(&block_key(id)).unwrap().is_some());
+    assert!(f.journal.get(&dirty_key(id)).unwrap().is_none());
+}
+
+#[test]
+fn equal_blocks_share_a_frame_within_and_across_groups() {
+    let mut f = Fixture::new();
+    let raw = random(9000, 1);
+    let (a, b) = (f.dirty(&raw), f.dirty(&raw));
+    f.seal();
+    let first = f.segment(SegmentNo(1));
+    assert_eq!(first.footer.frames, 1);
+    assert_eq!(first.index[0].1, first.index[1].1);
+    let c = f.dirty(&raw);
+    f.dirty(&random(9000, 2));
+    f.seal();
+    let second = f.segment(SegmentNo(2));
+    assert_eq!((second.footer.frames, second.index.len()), (1, 2));
+    let again = second.index.iter().find(|(id, _)| *id == c).unwrap().1;
+    assert_eq!(again, first.index[0].1, "it points into the older segment");
+    let frame = |f: &Fixture| f.journal.get(&frame_key(&BlockHash::of(&raw))).unwrap();
+    assert_eq!(FrameValue::decode(&frame(&f).unwrap()).unwrap().uses, 3);
+    [a, b, c].into_iter().for_each(|id| f.release(id));
+    assert!(frame(&f).is_none());
+    let value = f.journal.get(&segment_key(SegmentNo(1))).unwrap().unwrap();
+    assert_eq!(SegmentValue::decode(&value).unwrap().live, 0);
+    // Nobody uses the frame any more, so it is not relied on: the content is stored anew.
+    f.dirty(&raw);
+    f.seal();
+    assert_eq!(f.segment(SegmentNo(3)).footer.frames, 1);
+}
+
+#[test]
+fn a_block_that_dies_behind_its_cut_is_sealed_and_taken_away_by_the_log() {
+    let mut f = Fixture::new();
+    let raw = random(3000, 3);
+    let id = f.dirty(&raw);
+    let cut = f.cut();
+    f.release(id);
+    assert_eq!(f.sealer.seal(&cut, Time::default()).unwrap(), Some(SegmentNo(1)));
+    assert_eq!(f.segment(SegmentNo(1)).index.len(), 1, "the group's state needs it");
+    assert!(f.journal.get(&block_key(id)).unwrap().is_none());
+    assert!(f.journal.get(&frame_key(&BlockHash::of(&raw))).unwrap().is_none());
+    f.seal();
+    let ops: Vec<Op> = f.segment(SegmentNo(2)).records.into_iter().flat_map(|r| r.ops).collect();
+    assert!(ops.contains(&Op::delete(block_key(id))), "{ops:?}");
+    assert_eq!((f.blocks.space.dirty(), f.blocks.counts().1), (0, 0));
+}
+
+#[test]
+fn a_block_that_dies_before_its_cut_is_never_stored() {
+    let mut f = Fixture::new();
+    let id = f.dirty(&random(3000, 3));
+    f.release(id);
+    f.put(inode_key(Ino(9)), b"x");
+    f.seal();
+    let meta = f.segment(SegmentNo(1));
+    assert_eq!((meta.index.len(), meta.footer.frames), (0, 0));
+}
+
+#[test]
+fn a_large_group_is_several_segments_with_one_commit() {
+    let mut f = Fixture::new();
+    let raws: Vec<Vec<u8>> = (0..20).map(|i| random(BS as usize, i)).collect();
+    let ids: Vec<BlockId> = raws.iter().map(|raw| f.dirty(raw)).collect();
+    let cut = f.cut();
+    let watch = f.staging.watch();
+    assert_eq!(f.sealer.seal(&cut, Time::default()).unwrap(), Some(SegmentNo(2)));
+    assert_eq!(*watch.borrow(), SegmentNo(2));
+    let (first, second) = (f.segment(SegmentNo(1)), f.segment(SegmentNo(2)));
+    assert_eq!((first.footer.commit, second.footer.commit), (None, Some(cut.lsn)));
+    assert_eq!(second.footer.header.txg_first, SegmentNo(1));
+    assert_eq!(second.footer.header.previous, first.footer.hash);
+    let mut named: Vec<BlockId> = first.index.iter().chain(&second.index).map(|(id, _)| *id).collect();
+    named.sort_unstable();
+    assert_eq!(named, ids);
+    assert_eq!(f.staging.segments_after(SegmentNo(0), 10).len(), 2);
+    f.staging.trim(SegmentNo(1));
+    assert_eq!(f.files().len(), 1);
+    assert_eq!(f.staging.oldest().0, Some(SegmentNo(2)));
+}
+
+#[test]
+fn what_a_crash_staged_and_did_not_register_is_removed_and_sealed_again() {
+    let mut f = Fixture::new();
+    f.put(inode_key(Ino(3)), b"x");
+    f.seal();
+    let raw = random(4000, 4);
+    let id = f.dirty(&raw);
+    // Staged, not registered: two files of one group, and one cut short.
+    f.staging.write(SegmentNo(2), Epoch(1), b"staged").unwrap();
+    f.staging.write(SegmentNo(3), Epoch(1), b"sta").unwrap();
+    let mut f = f.reopen();
+    assert_eq!(f.files().len(), 1);
+    assert_eq!((f.staging.newest(), f.sealer.mark().segment), (SegmentNo(1), SegmentNo(1)));
+    assert_eq!(f.seal(), Some(SegmentNo(2)));
+    assert_eq!(f.segment(SegmentNo(2)).index[0].0, id);
+    assert_eq!(f.staging.backlog(SegmentNo(0)).segments, 2);
+}
+
+#[test]
+fn a_crash_between_segments_and_blocks_seals_the_blocks_once_more() {
+    let mut f = Fixture::new();
+    let raw = random(4000, 5);
+    let (id, dead) = (f.dirty(&raw), f.dirty(&random(4000, 6)));
+    let cut = f.cut();
+    // As in `seal`, up to the registration of the segments.
+    let staging = Arc::clone(&f.staging);
+    let first = SegmentNo(1);
+    let header = SegmentHeader {
+        volume: f.sealer.volume,
+        number: first,
+        epoch: Epoch(1),
+        cut_at: Time::default(),
+        txg_first: first,
+        previous: SegmentHash::default(),
+    };
+    let mut draft = Draft {
+        sealer_staging: &staging,
+        volume: f.sealer.volume,
+        epoch: Epoch(1),
+        cut_at: Time::default(),
+        first,
+        current: SegmentBuilder::new(header),
+        done: Vec::new(),
+    };
+    assert!(f.sealer.fill(&mut draft, &cut).unwrap().is_some());
+    f.sealer.register_segments(&draft.done, &cut, Time::default()).unwrap();
+    drop(draft);
+    drop((staging, cut));
+
+    let mut f = f.reopen();
+    assert_eq!((f.sealer.mark().segment, f.files().len()), (SegmentNo(1), 1));
+    assert_eq!(f.staging.segments_after(SegmentNo(0), 9).len(), 1, "it is registered, so it is shipped");
+    assert_eq!(f.blocks.counts().1, 2, "both blocks are still dirty");
+    f.release(dead);
+    f.seal();
+    let meta = f.segment(SegmentNo(2));
+    assert_eq!(meta.index.iter().map(|(i, _)| *i).collect::<Vec<_>>(), [id]);
+    let ops: Vec<Op> = meta.records.into_iter().flat_map(|r| r.ops).collect();
+    assert!(ops.contains(&Op::delete(block_key(dead))), "segment 1 names it: {ops:?}");
+    let frame = f.journal.get(&frame_key(&BlockHash::of(&raw))).unwrap().unwrap();
+    assert_eq!(FrameValue::decode(&frame).unwrap().uses, 1);
+}
+
+#[test]
+fn a_seal_that_fails_leaves_nothing_and_is_tried_again() {
+    let mut f = Fixture::new();
+    let base = random(4000, 7);
+    let id = f.dirty(&base);
+    f.seal();
+    f.source.blocks.lock().insert(BlockHash::of(&base), base.clone().into());
+    // The block below is needed and not cached.
+    let block = f.blocks.create(Some(id), u32::MAX).unwrap();
+    f.blocks.write(&block, 100, &[1; 50]).unwrap();
+    f.put(dirty_key(block.id), &block.encode());
+    f.dirty(&random(100, 8));
+    f.blocks.drop_all_clean();
+    *f.source.down.lock() = true;
+    let cut = f.cut();
+    let failed = f.sealer.seal(&cut, Time::default());
+    assert!(matches!(failed, Err(SealError::Store(StoreError::Fetch(_)))), "{failed:?}");
+    assert_eq!((f.files().len(), f.staging.newest()), (1, SegmentNo(1)));
+    // What is written meanwhile belongs to the next group.
+    f.put(orphan_key(Ino(5)), b"");
+    *f.source.down.lock() = false;
+    assert_eq!(f.sealer.seal(&cut, Time::default()).unwrap(), Some(SegmentNo(2)));
+    let mut expected = base;
+    expected[100..150].fill(1);
+    let meta = f.segment(SegmentNo(2));
+    assert!(meta.index.iter().any(|(i, e)| *i == block.id && e.hash == BlockHash::of(&expected)));
+    assert!(meta.records.iter().all(|r| r.lsn <= cut.lsn));
+    f.seal();
+    assert_eq!(f.segment(SegmentNo(3)).records[0].ops, [Op::put(orphan_key(Ino(5)), Bytes::new())]);
+}
+
+#[test]
+fn local_changes_alone_make_no_segment_and_never_outrun_the_remembered_mark() {
+    let mut f = Fixture::new();
+    f.put(volume_key("x"), b"1");
+    assert_eq!(f.seal(), Some(SegmentNo(1)));
+    // Far more of them than a tail file holds.
+    for round in 0..12u64 {
+        for n in 0..500u64 {
+            f.put(local_key(&format!("t{n}")), &[round as u8; 400]);
+        }
+        assert_eq!(f.seal(), None);
+        assert_eq!(f.sealer.mark().segment, SegmentNo(1));
+    }
+    let mut f = f.reopen();
+    f.put(volume_key("x"), b"2");
+    assert_eq!(f.seal(), Some(SegmentNo(2)), "the records behind the mark are still there");
+    let ops: Vec<Op> = f.segment(SegmentNo(2)).records.into_iter().flat_map(|r| r.ops).collect();
+    assert_eq!(ops, [Op::put(volume_key("x"), &b"2"[..])]);
+}
