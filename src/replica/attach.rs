@@ -3,7 +3,7 @@
 //! Owns the checks at the beginning and after every failure: the volume's identity, claims (ours and higher ones), and the cursor against
 //! what lies there. Sends no segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::contract::{CursorStore, Outbox};
@@ -11,7 +11,7 @@ use super::error::{ErrorKind, StoreError};
 use super::fence::{FenceReason, Fenced, taken_over};
 use super::shared::Replica;
 use super::ship_plan::true_cursor;
-use super::store::Store;
+use super::store::{ObjectInfo, Store};
 use super::volume::{self, Found, VolumeError};
 use crate::format::names::{CHECKPOINTS, EPOCHS, ObjectName, SEGMENTS};
 use crate::format::volume::{Claim, Volume};
@@ -63,12 +63,16 @@ impl From<StoreError> for AttachError {
 }
 
 /// What is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Attached {
     /// Everything up to this segment.
     pub cursor: SegmentNo,
     /// The newest checkpoint; 0 when there is none.
     pub checkpoint: SegmentNo,
+    /// Segments that lie behind the cursor already.
+    pub beyond: BTreeSet<(SegmentNo, Epoch)>,
+    /// What a person should know of a branch that is not part of the volume.
+    pub lost: Option<String>,
 }
 
 /// Checks a replica and finds its cursor.
@@ -91,13 +95,53 @@ pub(super) async fn attach(
         volume::write_volume(store, &identity.volume).await?;
     }
     put_claims(replica, identity).await?;
-    let cursor = find_cursor(replica, identity, outbox, saved, found != Found::Empty).await?;
+    let (cursor, mut beyond) = match found {
+        Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
+        _ => find_cursor(replica, identity, outbox, saved).await?,
+    };
+    check_ahead(replica, identity, outbox, &beyond)?;
+    beyond.retain(|(number, _)| *number > cursor);
     let manifests = store.list(CHECKPOINTS).await?;
     let checkpoint = manifests.iter().filter_map(|o| match ObjectName::parse(&o.path) {
         Some(ObjectName::CheckpointManifest(number, _)) if number <= cursor => Some(number),
         _ => None,
     });
-    Ok(Attached { cursor, checkpoint: checkpoint.max().unwrap_or_default() })
+    let checkpoint = checkpoint.max().unwrap_or_default();
+    Ok(Attached { cursor, checkpoint, lost: lost_branch(replica, identity, &beyond), beyond })
+}
+
+/// Fails when the replica holds a segment of our epoch that we have not sealed: then somebody wrote with a newer copy of our state.
+fn check_ahead(
+    replica: &Replica,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    beyond: &BTreeSet<(SegmentNo, Epoch)>,
+) -> Result<(), AttachError> {
+    // Asked for after the listing: what our own shippers sent meanwhile is sealed by now.
+    let newest = *outbox.watch().borrow();
+    let ahead = beyond.iter().find(|(number, epoch)| *epoch >= identity.epoch() && *number > newest);
+    let Some((segment, epoch)) = ahead.copied() else { return Ok(()) };
+    let reason = FenceReason::Ahead { segment, epoch, newest };
+    Err(AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason })))
+}
+
+/// What to say of segments that later claims made invalid.
+fn lost_branch(
+    replica: &Replica,
+    identity: &Identity,
+    beyond: &BTreeSet<(SegmentNo, Epoch)>,
+) -> Option<String> {
+    let lost = |n: SegmentNo, e: Epoch| volume::valid_epoch(&identity.claims, n).is_some_and(|v| v > e);
+    let lost: Vec<_> = beyond.iter().filter(|(n, e)| lost(*n, *e)).collect();
+    let (first, epoch) = lost.first()?;
+    let by = identity.claims.iter().find(|c| c.epoch == *epoch);
+    let by = by.map_or_else(String::new, |c| format!(" by {} (process {})", c.host, c.pid));
+    Some(format!(
+        "replica {} holds {} segment(s) from {first} on, written{by} in epoch {epoch}, that are not part of the volume: it was \
+         brought back from another replica that did not have them, or they belong to a group that was never completed",
+        replica.name(),
+        lost.len()
+    ))
 }
 
 /// Sees that all known claims stand on the replica, and that none is above ours.
@@ -131,31 +175,51 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
     Ok(())
 }
 
-/// Compares the saved cursor with the replica, by one request when they agree and by a listing when they do not.
+/// Compares the saved cursor with the replica, by two requests when they agree and by a whole listing when they do not. Gives the
+/// cursor and what is listed: all that lies beyond the saved one, at least.
 async fn find_cursor(
     replica: &Replica,
     identity: &Identity,
     outbox: &Arc<dyn Outbox>,
     saved: SegmentNo,
-    has_objects: bool,
-) -> Result<SegmentNo, AttachError> {
+) -> Result<(SegmentNo, BTreeSet<(SegmentNo, Epoch)>), AttachError> {
     let store = replica.store();
-    if saved.0 > 0 {
-        let staged = segments_after(outbox, SegmentNo(saved.0 - 1), 1).await?;
-        let known = staged.first().filter(|s| s.number == saved);
-        let epoch = known.map(|s| s.epoch).or_else(|| volume::valid_epoch(&identity.claims, saved));
-        if let Some(epoch) = epoch {
-            match store.head(&ObjectName::Segment(saved, epoch).path()).await {
-                Ok(info) if known.is_none_or(|s| s.len == info.size) => return Ok(saved),
-                Ok(_) => {}
-                Err(e) if e.kind == ErrorKind::Absent => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-    } else if !has_objects {
-        return Ok(saved);
+    if saved.0 > 0 && holds(store, identity, outbox, saved).await? {
+        let before = SegmentNo(saved.0 - 1);
+        let listed = store.list_after(SEGMENTS, &ObjectName::Segment(before, Epoch(u32::MAX)).path()).await?;
+        return Ok((saved, segments_of(&listed).into_keys().collect()));
     }
     let listed = list_segments(store).await?;
+    let all = listed.keys().copied().collect();
+    Ok((find_end(replica, identity, outbox, saved, listed).await?, all))
+}
+
+/// Whether the segment of the saved cursor is there.
+async fn holds(
+    store: &Store,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    saved: SegmentNo,
+) -> Result<bool, AttachError> {
+    let staged = segments_after(outbox, SegmentNo(saved.0.saturating_sub(1)), 1).await?;
+    let known = staged.first().filter(|s| s.number == saved);
+    let epoch = known.map(|s| s.epoch).or_else(|| volume::valid_epoch(&identity.claims, saved));
+    let Some(epoch) = epoch else { return Ok(false) };
+    match store.head(&ObjectName::Segment(saved, epoch).path()).await {
+        Ok(info) => Ok(known.is_none_or(|s| s.len == info.size)),
+        Err(e) if e.kind == ErrorKind::Absent => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The cursor by what is listed, and a word when that is less than it was.
+async fn find_end(
+    replica: &Replica,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    saved: SegmentNo,
+    listed: BTreeMap<(SegmentNo, Epoch), u64>,
+) -> Result<SegmentNo, AttachError> {
     let sizes = segments_after(outbox, SegmentNo(0), usize::MAX).await?;
     let sizes: BTreeMap<_, _> = sizes.into_iter().map(|s| (s.number, s.len)).collect();
     let found = true_cursor(&listed, &identity.claims, &sizes);
@@ -172,12 +236,15 @@ async fn find_cursor(
 
 /// All segments on a replica with their sizes.
 pub(super) async fn list_segments(store: &Store) -> Result<BTreeMap<(SegmentNo, Epoch), u64>, StoreError> {
-    let listed = store.list(SEGMENTS).await?;
+    Ok(segments_of(&store.list(SEGMENTS).await?))
+}
+
+fn segments_of(listed: &[ObjectInfo]) -> BTreeMap<(SegmentNo, Epoch), u64> {
     let segment = |path: &str| match ObjectName::parse(path) {
         Some(ObjectName::Segment(number, epoch)) => Some((number, epoch)),
         _ => None,
     };
-    Ok(listed.iter().filter_map(|o| Some((segment(&o.path)?, o.size))).collect())
+    listed.iter().filter_map(|o| Some((segment(&o.path)?, o.size))).collect()
 }
 
 /// [`Outbox::segments_after`] off the async threads: it may read from disk.

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 
 use super::attach::{self, AttachError, Attached, Identity};
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
-use super::fence::{self, Fence, Fenced};
+use super::fence::{self, Fence, FenceReason, Fenced};
 use super::health::{Event, backoff};
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
@@ -113,13 +113,14 @@ impl Shipper {
     pub async fn run(mut self) {
         // Counted here and not in the replica's health: reads that succeed say nothing about writes.
         let mut failures = 0;
+        let mut told_lost = false;
         loop {
             let fence = Arc::clone(&self.fence);
             let end = tokio::select! {
                 biased;
                 // What is in flight is dropped.
                 fenced = fence.raised() => End::Fenced(Box::new(fenced)),
-                end = self.attach_and_ship(&mut failures) => end,
+                end = self.attach_and_ship(&mut failures, &mut told_lost) => end,
             };
             self.replica.set_attached(false);
             match end {
@@ -146,7 +147,7 @@ impl Shipper {
         }
     }
 
-    async fn attach_and_ship(&mut self, failures: &mut u32) -> End {
+    async fn attach_and_ship(&mut self, failures: &mut u32, told_lost: &mut bool) -> End {
         let (mut paused, mut closing) = (self.replica.watch_paused(), self.closing.clone());
         tokio::select! {
             () = closed(&mut closing) => return End::Closing,
@@ -159,6 +160,10 @@ impl Shipper {
         match attached {
             Ok(attached) => {
                 self.replica.set_stopped(None);
+                if let Some(text) = attached.lost.as_ref().filter(|_| !std::mem::replace(told_lost, true)) {
+                    log::warn!("{text}");
+                    self.replica.tell(text.clone(), None);
+                }
                 self.move_cursor(attached.cursor).await;
                 self.replica.set_attached(true);
                 self.ship(attached, failures).await
@@ -220,7 +225,8 @@ impl Shipper {
                     Ok(work) => {
                         for staged in work {
                             checkpoint.in_flight |= staged.kind == StagedKind::Checkpoint;
-                            jobs.spawn(self.job(staged));
+                            let listed = attached.beyond.contains(&(staged.number, staged.epoch));
+                            jobs.spawn(self.job(staged, listed));
                         }
                     }
                     Err(end) => ending = Some(end),
@@ -268,7 +274,7 @@ impl Shipper {
                 if let Some(cursor) = plan.verified(staged.number) {
                     self.move_cursor(cursor).await;
                 }
-                (1, bytes)
+                (u64::from(bytes > 0), bytes)
             }
             Ok(Done::Segment(staged, Err(e))) => {
                 plan.failed(staged.number);
@@ -364,13 +370,13 @@ impl Shipper {
         Ok(found)
     }
 
-    fn job(&self, staged: Staged) -> impl Future<Output = Done> + Send + use<> {
+    fn job(&self, staged: Staged, listed: bool) -> impl Future<Output = Done> + Send + use<> {
         let (replica, peers) = (Arc::clone(&self.replica), self.peers.clone());
         let volume = self.identity.volume.volume;
         async move {
             match staged.kind {
                 StagedKind::Segment => {
-                    let result = transfer::send_segment(&replica, &peers, volume, &staged).await;
+                    let result = transfer::send_segment(&replica, &peers, volume, &staged, listed).await;
                     Done::Segment(staged, result)
                 }
                 StagedKind::Checkpoint => {
@@ -389,6 +395,10 @@ impl Shipper {
                 log::error!("{text}");
                 self.replica.tell(text, None);
                 End::Again(self.tuning.source_every)
+            }
+            SendError::Contradicts(segment, epoch) => {
+                let reason = FenceReason::Contradicts { segment, epoch };
+                End::Fenced(Box::new(Fenced { replica: self.replica.name().clone(), reason }))
             }
         }
     }

@@ -330,6 +330,15 @@ impl Store {
         self.verify_size(path, len).await
     }
 
+    /// Writes an object that should not be there yet, and checks it as [`Store::put`] does. [`ErrorKind::Exists`] says that there is
+    /// one: another's, or ours if an answer was lost. A backend without conditions overwrites: look first.
+    pub async fn put_new(&self, path: &str, body: Bytes) -> Result<(), StoreError> {
+        let len = body.len() as u64;
+        let mode = if self.conditional { PutMode::Create } else { PutMode::Overwrite };
+        self.put_payload(path, body, mode).await?;
+        self.verify_size(path, len).await
+    }
+
     /// Writes the content of a local file of `len` bytes as [`Store::put`] does, in parts when it is large.
     /// [`ErrorKind::Absent`] says that the local file is gone.
     pub async fn put_file(&self, path: &str, file: &FsPath, len: u64) -> Result<(), StoreError> {

@@ -8,7 +8,7 @@ use crate::format::names::ObjectName;
 use crate::format::volume::Claim;
 use crate::ids::Epoch;
 use crate::replica::fault::{Fault, Faults, Op, Rule};
-use crate::replica::fence::{FenceReason, confirm};
+use crate::replica::fence::confirm;
 use crate::replica::testing::{FakeCursors, FakeOutbox, claim, faulty, identity};
 use crate::replica::{ErrorKind, ReplicaState, Store};
 
@@ -332,7 +332,7 @@ async fn a_replica_that_was_away_learns_all_claims_first() {
 async fn refused_and_full_replicas_are_named_and_reads_do_not_suffer() {
     let bench = Bench::new(&["a", "b"]);
     for (i, kind) in [(0, ErrorKind::Denied), (1, ErrorKind::Full)] {
-        bench.faults[i].add(Rule::always(Fault::Before(kind), &[Op::Put]).on("segments/"));
+        bench.faults[i].add(Rule::always(Fault::Before(kind), &[Op::Create]).on("segments/"));
     }
     bench.outbox.seal(1, 10);
     let _tasks = [bench.start(0), bench.start(1)];
@@ -412,4 +412,135 @@ async fn a_store_counts_when_a_later_look_shows_no_other_writer() {
     let fenced = tokio::time::timeout(SOON, confirmed(2)).await.unwrap().unwrap_err();
     assert_eq!(fenced.replica.as_str(), "b");
     assert_eq!(*bench.fenced.lock(), [fenced]);
+}
+
+/// Runs the shipper of replica 0 to its end by a fence, and gives what raised it.
+async fn ends_fenced(bench: &Bench) -> FenceReason {
+    tokio::time::timeout(SOON, bench.start(0)).await.unwrap().unwrap();
+    assert_eq!(bench.status(0).state, ReplicaState::Fenced);
+    let fenced = bench.fenced.lock().clone();
+    assert_eq!(fenced.len(), 1);
+    fenced[0].reason.clone()
+}
+
+#[tokio::test]
+async fn a_state_that_is_older_than_the_replica_writes_nothing() {
+    // Segments of our epoch that we never sealed, one beyond a gap; with and without a saved cursor, and on a folder of more.
+    for (saved, there) in [(2, vec![3]), (0, vec![3, 4]), (2, vec![4]), (2, vec![5000])] {
+        let bench = Bench::new(&["a"]);
+        let task = bench.start(0);
+        bench.outbox.seal(1, 10);
+        bench.outbox.seal(1, 10);
+        bench.reaches(0, 2).await;
+        task.abort();
+        bench.cursors.0.lock().insert("a".parse().unwrap(), SegmentNo(saved));
+        for n in &there {
+            bench.stores[0].put(&segment_path(*n, 1), Bytes::from_static(b"theirs")).await.unwrap();
+        }
+        let before = bench.stores[0].list("").await.unwrap();
+        let (segment, newest) = (SegmentNo(there[0]), SegmentNo(2));
+        assert_eq!(ends_fenced(&bench).await, FenceReason::Ahead { segment, epoch: Epoch(1), newest });
+        let text = bench.status(0).last_error.unwrap().text;
+        assert!(text.contains("set back to an older state") && text.contains("replica a"), "{text}");
+        assert_eq!(bench.stores[0].list("").await.unwrap(), before);
+    }
+}
+
+#[tokio::test]
+async fn an_intact_segment_is_never_replaced_by_another() {
+    // Seen at attach, and not seen (it comes while we send); with conditions and without.
+    let (theirs, _) = crate::replica::testing::segment(2, 1, &[crate::replica::testing::content(77, 900)]);
+    for late in [false, true] {
+        let bench = Bench::new(&["a"]);
+        bench.outbox.seal(1, 10);
+        if !late {
+            bench.outbox.seal(1, 10);
+            bench.stores[0].put(&segment_path(2, 1), theirs.clone().into()).await.unwrap();
+            let reason = FenceReason::Contradicts { segment: SegmentNo(2), epoch: Epoch(1) };
+            assert_eq!(ends_fenced(&bench).await, reason);
+        } else {
+            let task = bench.start(0);
+            bench.reaches(0, 1).await;
+            bench.stores[0].put(&segment_path(2, 1), theirs.clone().into()).await.unwrap();
+            bench.outbox.seal(1, 10);
+            tokio::time::timeout(SOON, task).await.unwrap().unwrap();
+            assert_eq!(bench.fenced.lock().len(), 1);
+        }
+        assert_eq!(bench.stored(0, 2, 1).await, theirs);
+        assert_eq!(bench.replicas[0].cursor(), SegmentNo(1));
+    }
+}
+
+#[tokio::test]
+async fn what_is_there_is_not_sent_again_and_damage_is_written_over() {
+    for conditional in [true, false] {
+        let mut bench = Bench::new(&["a"]);
+        if !conditional {
+            let store = bench.replicas[0].store().clone().without_conditions();
+            bench.replicas[0] = Arc::new(Replica::new(store));
+        }
+        let sealed: Vec<_> = (0..4).map(|_| bench.outbox.seal(1, 5000).0).collect();
+        crate::replica::volume::create(&bench.stores[0], &bench.identity.volume).await.unwrap();
+        // 1 is missing; 2 is there; 3 is damaged in its middle and 4 is cut off.
+        let mut bad = sealed[2].clone();
+        bad[300] ^= 1;
+        let footer = bad.len() - 20;
+        bad[footer] ^= 1;
+        for (n, bytes) in [(2, sealed[1].clone()), (3, bad), (4, sealed[3][..900].to_vec())] {
+            bench.stores[0].put(&segment_path(n, 1), bytes.into()).await.unwrap();
+        }
+        let _task = bench.start(0);
+        bench.reaches(0, 4).await;
+        for (i, bytes) in sealed.iter().enumerate() {
+            assert_eq!(bench.stored(0, i as u64 + 1, 1).await, bytes);
+        }
+        assert_eq!(bench.status(0).uploaded_objects, 3, "{conditional}");
+        assert!(bench.fenced.lock().is_empty());
+        // In the normal case a segment costs a put and the look that verifies it, no more.
+        let asked = |r: crate::replica::Requests| (r.put, r.head, r.get);
+        let before = asked(bench.status(0).requests);
+        bench.outbox.seal(1, 10);
+        bench.reaches(0, 5).await;
+        let after = asked(bench.status(0).requests);
+        assert_eq!((after.0 - before.0, after.1 - before.1, after.2 - before.2), (1, 1, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_lost_answer_of_our_own_is_no_contradiction() {
+    let bench = Bench::new(&["a"]);
+    bench.faults[0]
+        .add(Rule::always(Fault::After(ErrorKind::Exists), &[Op::Create]).on("segments/").times(1));
+    let (bytes, _) = bench.outbox.seal(1, 5000);
+    let _task = bench.start(0);
+    bench.reaches(0, 1).await;
+    assert_eq!(bench.stored(0, 1, 1).await, bytes);
+    assert!(bench.fenced.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_lost_branch_on_a_replica_is_told() {
+    let mut bench = Bench::new(&["a"]);
+    let _first = bench.start(0);
+    for _ in 0..5 {
+        bench.outbox.seal(1, 10);
+    }
+    bench.reaches(0, 5).await;
+    bench.closing.send_replace(true);
+    // Brought back from a replica that had 1 to 3 only; this one is attached again.
+    bench.closing = watch::channel(false).0;
+    bench.identity = identity(&[claim(1, 1, 1), claim(2, 2, 4)]);
+    bench.cursors.0.lock().clear();
+    let old = std::mem::replace(&mut bench.outbox, FakeOutbox::new());
+    for n in 1..=3 {
+        bench.outbox.stage(n, 1, &std::fs::read(old.path(n)).unwrap());
+    }
+    let _task = bench.start(0);
+    bench.reaches(0, 3).await;
+    bench.eventually("the word", || bench.status(0).last_error.is_some()).await;
+    let text = bench.status(0).last_error.unwrap().text;
+    assert!(text.contains("2 segment(s) from 4 on") && text.contains("host1"), "{text}");
+    bench.outbox.seal(2, 10);
+    bench.reaches(0, 4).await;
+    assert!(bench.stores[0].head(&segment_path(5, 1)).await.is_ok(), "nothing is deleted");
 }
