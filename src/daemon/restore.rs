@@ -14,7 +14,7 @@ use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
 use crate::format::tables::{BlockEntry, frame_key, local_key, prefix_range, segment_key, table};
 use crate::format::volume::Claim;
-use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
+use crate::ids::{BlockHash, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
 use crate::restore::{self, LoadError, Loaded, Plan, PlanError, Tables};
@@ -25,7 +25,7 @@ pub(super) struct Restored {
     pub tables: Tables,
     /// Per replica the segment up to which it holds everything, by its listing.
     pub cursors: BTreeMap<ReplicaName, SegmentNo>,
-    /// All claims found, by ascending epoch.
+    /// The claims that count, by ascending epoch.
     pub claims: Vec<Claim>,
 }
 
@@ -63,11 +63,8 @@ pub(super) async fn fetch(stores: &[Store]) -> Result<Restored, Error> {
         .enumerate()
         .map(|(i, store)| (store.name().clone(), contiguous(&plan, &loaded, i)))
         .collect();
-    let mut claims: BTreeMap<Epoch, Claim> = BTreeMap::new();
-    for found in inventories.iter().filter_map(|i| i.found.as_ref().ok()) {
-        claims.extend(found.claims.iter().map(|(e, c)| (*e, c.clone())));
-    }
-    Ok(Restored { loaded, tables, cursors, claims: claims.into_values().collect() })
+    let claims = plan.claims.values().cloned().collect();
+    Ok(Restored { loaded, tables, cursors, claims })
 }
 
 /// The segment up to which replica `index` holds everything in its right size.
