@@ -9,7 +9,7 @@ use super::state::Local;
 use crate::exit::Exit;
 use crate::format::volume::Volume;
 use crate::ids::VolumeId;
-use crate::replica::volume::{self, Found, Tenure, VolumeError};
+use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{ErrorKind, Store};
 
 /// One replica as it was found.
@@ -29,7 +29,10 @@ pub(super) enum Decision {
         warnings: Vec<String>,
     },
     /// Bring the volume back from those replicas that hold it.
-    Restore,
+    Restore {
+        /// What a person should know.
+        warnings: Vec<String>,
+    },
 }
 
 /// Looks what is at each replica's place.
@@ -108,6 +111,11 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, E
     let mut warnings = Vec::new();
     for s in seen {
         let Err(e) = &s.found else { continue };
+        // What others hold is as good as before; its shipper writes nothing there until it is repaired.
+        if e.is_damage() && (local.is_some() || volume.is_some()) {
+            warnings.push(format!("goes on without it until it is repaired: {e}"));
+            continue;
+        }
         let unreachable = matches!(e, VolumeError::Store(e) if !matches!(e.kind, ErrorKind::Config | ErrorKind::Unsupported));
         if local.is_some() && unreachable {
             warnings.push(format!("goes on without it for now: {e}"));
@@ -118,7 +126,7 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, E
     }
     match (local, volume) {
         (Some(_), _) => Ok(Decision::GoOn { warnings }),
-        (None, Some(_)) => Ok(Decision::Restore),
+        (None, Some(_)) => Ok(Decision::Restore { warnings }),
         (None, None) => match seen.iter().find(|s| s.found == Ok(Found::Headless)) {
             Some(s) => Err(Error::new(
                 Exit::Damaged,
@@ -135,22 +143,24 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen]) -> Result<Decision, E
 }
 
 /// Refuses to go on with a local state when another writer came after it. `tenures` are those of one replica.
-pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &[Tenure]) -> Result<(), Error> {
+pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &Tenures) -> Result<(), Error> {
     let Some(claim) = local.claim() else { return Ok(()) };
-    let newer = tenures.iter().rev().find(|t| {
+    let newer = tenures.known.iter().rev().find(|t| {
         t.claim.epoch > claim.epoch || (t.claim.epoch == claim.epoch && t.claim.claim_id != claim.claim_id)
     });
-    let Some(t) = newer else { return Ok(()) };
+    let (epoch, by) = match newer {
+        Some(t) => (t.claim.epoch, format!("{} (process {})", t.claim.host, t.claim.pid)),
+        None if tenures.highest > claim.epoch => {
+            (tenures.highest, "somebody (the claim cannot be read)".to_owned())
+        }
+        None => return Ok(()),
+    };
     Err(Error::new(
         Exit::InUse,
         format!(
-            "the volume was taken over: replica {} shows epoch {} of {} (process {}), this state has epoch {}. What was \
-             written here and not sent is still in the state folder; to follow the other writer mount with an empty --state \
-             folder",
+            "the volume was taken over: replica {} shows epoch {epoch} of {by}, this state has epoch {}. What was written here \
+             and not sent is still in the state folder; to follow the other writer mount with an empty --state folder",
             replica.name(),
-            t.claim.epoch,
-            t.claim.host,
-            t.claim.pid,
             claim.epoch
         ),
     ))
@@ -199,7 +209,7 @@ mod tests {
         let empty = || Ok(Found::Empty);
         let local = Local::new(volume(1), Vec::new(), true);
         assert_eq!(decide(None, &seen(vec![empty(), empty()])).unwrap(), Decision::Create);
-        assert_eq!(decide(None, &seen(vec![empty(), v()])).unwrap(), Decision::Restore);
+        assert_eq!(decide(None, &seen(vec![empty(), v()])).unwrap(), Decision::Restore { warnings: vec![] });
         assert_eq!(decide(Some(&local), &seen(vec![v()])).unwrap(), Decision::GoOn { warnings: vec![] });
         let refused = |local: Option<&Local>, found| decide(local, &seen(found)).unwrap_err().exit_code();
         assert_eq!(refused(None, vec![v(), Ok(Found::Volume(volume(2)))]), Exit::WrongVolume);
@@ -213,6 +223,19 @@ mod tests {
             panic!("an unreachable replica must not stop a mount with local state")
         };
         assert_eq!(warnings.len(), 1);
+        // One that is damaged neither stops a mount with local state nor a restore from others; alone it does.
+        let damaged = || Err(ErrorKind::Corrupt);
+        let (all, any) =
+            (decide(Some(&local), &seen(vec![v(), damaged()])), decide(None, &seen(vec![damaged(), v()])));
+        assert!(matches!(all.unwrap(), Decision::GoOn { warnings } if warnings.len() == 1));
+        assert!(matches!(any.unwrap(), Decision::Restore { warnings } if warnings[0].contains("r0")));
+        assert_eq!(refused(None, vec![damaged(), damaged()]), Exit::Damaged);
+        assert_eq!(refused(None, vec![damaged(), empty()]), Exit::Damaged);
+        let Decision::GoOn { warnings } =
+            decide(Some(&local), &seen(vec![v(), Err(ErrorKind::Timeout)])).unwrap()
+        else {
+            panic!("an unreachable replica must not stop a mount with local state")
+        };
         assert!(warnings[0].contains("r1"), "{warnings:?}");
     }
 }

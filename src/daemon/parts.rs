@@ -94,7 +94,10 @@ pub(super) async fn open(
                 let reachable = seen.iter().any(|s| s.store.name() == store.name() && s.found.is_ok());
                 if reachable {
                     match volume::tenures(store, local.volume.volume).await {
-                        Ok(tenures) => open::check_tenures(&local, store, &tenures)?,
+                        Ok(tenures) => {
+                            open::check_tenures(&local, store, &tenures)?;
+                            notes.extend(tenures.damaged.iter().map(|e| format!("needs repair: {e}")));
+                        }
                         Err(volume::VolumeError::Store(e)) => {
                             notes.push(format!("its claims were not checked: {e}"))
                         }
@@ -141,7 +144,8 @@ pub(super) async fn open(
             let local = take_over(config, state, stores, volume, Vec::new(), Epoch(0), SegmentNo(1)).await?;
             (local, journal)
         }
-        (Decision::Restore, _) | (Decision::GoOn { .. }, None) => {
+        (Decision::Restore { warnings } | Decision::GoOn { warnings }, _) => {
+            notes.extend(warnings);
             set_aside(state, &mut notes)?;
             let restored = restore::fetch(&holders(seen)).await?;
             describe(&restored, &mut notes);
@@ -152,7 +156,7 @@ pub(super) async fn open(
             let local = take_over(
                 config,
                 state,
-                stores,
+                &intact(seen),
                 loaded.volume.clone(),
                 restored.claims,
                 Epoch(loaded.next_epoch.0.saturating_sub(1)),
@@ -178,6 +182,11 @@ pub(super) async fn open(
 /// The replicas that hold the volume.
 fn holders(seen: &[open::Seen]) -> Vec<Store> {
     seen.iter().filter(|s| matches!(s.found, Ok(Found::Volume(_)))).map(|s| s.store.clone()).collect()
+}
+
+/// Where the epoch may be claimed: not on a replica of which it is not known whose it is.
+fn intact(seen: &[open::Seen]) -> Vec<Store> {
+    seen.iter().filter(|s| !matches!(&s.found, Err(e) if e.is_damage())).map(|s| s.store.clone()).collect()
 }
 
 /// Whatever lies in the state folder without having been completed is kept, but out of the way.
