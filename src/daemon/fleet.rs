@@ -27,9 +27,18 @@ pub(super) fn cursor_of(name: &ReplicaName, url: &str) -> Bytes {
     cursor_key(&format!("{name} {url}"))
 }
 
+/// Key of the filesystem that a folder replica lies on. It has the form of a cursor's key, with a name that no replica has.
+fn filesystem_of(name: &ReplicaName, url: &str) -> Bytes {
+    cursor_key(&format!("filesystem of {name} {url}"))
+}
+
 impl Cursors {
+    fn url(&self, replica: &ReplicaName) -> &str {
+        self.places.get(replica).map_or("", String::as_str)
+    }
+
     fn key(&self, replica: &ReplicaName) -> Bytes {
-        cursor_of(replica, self.places.get(replica).map_or("", String::as_str))
+        cursor_of(replica, self.url(replica))
     }
 }
 
@@ -49,6 +58,21 @@ impl CursorStore for Cursors {
             })
             .map(|_| ())
             .map_err(|e| e.to_string())
+    }
+
+    fn load_filesystem(&self, replica: &ReplicaName) -> Result<Option<String>, String> {
+        let value = self.journal.get(&filesystem_of(replica, self.url(replica)));
+        let value = value.map_err(|e| e.to_string())?;
+        Ok(value.map(|v| String::from_utf8_lossy(&v).into_owned()))
+    }
+
+    fn save_filesystem(&self, replica: &ReplicaName, filesystem: &str) -> Result<(), String> {
+        let key = filesystem_of(replica, self.url(replica));
+        let saved = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(key, filesystem.as_bytes().to_vec());
+            Ok(())
+        });
+        saved.map(|_| ()).map_err(|e| e.to_string())
     }
 }
 

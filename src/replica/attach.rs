@@ -9,13 +9,14 @@ use std::sync::Arc;
 use super::contract::{CursorStore, Outbox};
 use super::error::{ErrorKind, StoreError};
 use super::fence::{FenceReason, Fenced, taken_over};
+use super::folder::{Filesystem, Seat};
 use super::shared::Replica;
 use super::ship_plan::true_cursor;
 use super::store::{ObjectInfo, Store};
 use super::volume::{self, Found, VolumeError};
 use crate::format::names::{CHECKPOINTS, EPOCHS, ObjectName, SEGMENTS};
 use crate::format::volume::{Claim, Volume};
-use crate::ids::{Epoch, SegmentNo};
+use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Who we are: what must stand on every replica before we write segments there.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,8 +85,10 @@ pub(super) async fn attach(
 ) -> Result<Attached, AttachError> {
     let store = replica.store();
     let saved = load(cursors, replica).await?;
+    let ground = Ground::look(replica, cursors, saved).await?;
     let found = volume::expect(store, identity.volume.volume).await?;
     if !matches!(found, Found::Volume(_)) {
+        ground.check(store)?;
         if saved.0 > 0 {
             log::warn!(
                 "replica {} should hold everything up to segment {saved}, but its volume.json is gone: it was wiped, and is filled again",
@@ -94,12 +97,14 @@ pub(super) async fn attach(
         }
         volume::write_volume(store, &identity.volume).await?;
     }
+    ground.save(replica, cursors).await?;
     put_claims(replica, identity).await?;
-    let (cursor, beyond) = match found {
+    let (cursor, mut beyond) = match found {
         Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
         _ => find_cursor(replica, identity, outbox, saved).await?,
     };
     check_ahead(replica, identity, outbox, &beyond)?;
+    beyond.retain(|(number, _)| *number > cursor);
     let manifests = store.list(CHECKPOINTS).await?;
     let checkpoint = manifests.iter().filter_map(|o| match ObjectName::parse(&o.path) {
         Some(ObjectName::CheckpointManifest(number, _)) if number <= cursor => Some(number),
@@ -175,7 +180,7 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
 }
 
 /// Compares the saved cursor with the replica, by two requests when they agree and by a whole listing when they do not. Gives the
-/// cursor and what lies beyond it.
+/// cursor and what is listed: all that lies beyond the saved one, at least.
 async fn find_cursor(
     replica: &Replica,
     identity: &Identity,
@@ -183,20 +188,14 @@ async fn find_cursor(
     saved: SegmentNo,
 ) -> Result<(SegmentNo, BTreeSet<(SegmentNo, Epoch)>), AttachError> {
     let store = replica.store();
-    let (mut cursor, mut listed) = (saved, None);
-    if saved.0 == 0 || !holds(store, identity, outbox, saved).await? {
-        let all = list_segments(store).await?;
-        cursor = find_end(replica, identity, outbox, saved, all.clone()).await?;
-        listed = Some(all);
+    if saved.0 > 0 && holds(store, identity, outbox, saved).await? {
+        let before = SegmentNo(saved.0 - 1);
+        let listed = store.list_after(SEGMENTS, &ObjectName::Segment(before, Epoch(u32::MAX)).path()).await?;
+        return Ok((saved, segments_of(&listed).into_keys().collect()));
     }
-    let beyond = match listed {
-        Some(all) => all,
-        None => {
-            let last = ObjectName::Segment(saved, Epoch(u32::MAX)).path();
-            segments_of(&store.list_after(SEGMENTS, &last).await?)
-        }
-    };
-    Ok((cursor, beyond.into_keys().filter(|(number, _)| *number > cursor).collect()))
+    let listed = list_segments(store).await?;
+    let all = listed.keys().copied().collect();
+    Ok((find_end(replica, identity, outbox, saved, listed).await?, all))
 }
 
 /// Whether the segment of the saved cursor is there.
@@ -263,11 +262,73 @@ pub(super) async fn segments_after(
     listed.map_err(|e| AttachError::Local(e.to_string()))
 }
 
+/// A folder replica's filesystem, now and when it was last seen with something in it.
+///
+/// A folder that is empty though it held the volume was wiped, and is filled again, if it lies where it lay. If it lies on another
+/// filesystem, its disk is not mounted: what is written there would fill the wrong disk, and be hidden as soon as the right one is back.
+struct Ground {
+    seat: Option<Seat>,
+    before: Option<Filesystem>,
+}
+
+impl Ground {
+    async fn look(
+        replica: &Replica,
+        cursors: &Arc<dyn CursorStore>,
+        saved: SegmentNo,
+    ) -> Result<Self, AttachError> {
+        let store = replica.store();
+        let Some(mut seat) = store.seat().await? else { return Ok(Self { seat: None, before: None }) };
+        let before = ask(cursors, replica, |c, name| c.load_filesystem(name)).await?;
+        let before = before.and_then(|text| text.parse::<Filesystem>().ok()).filter(|_| saved.0 > 0);
+        if !seat.exists && before.is_some_and(|b| b.same(seat.filesystem)) {
+            log::warn!(
+                "replica {}: its folder {} was deleted; it is made again",
+                replica.name(),
+                seat.root.display()
+            );
+            store.prepare().await?;
+            seat.exists = true;
+        }
+        Ok(Self { seat: Some(seat), before })
+    }
+
+    /// Fails when the folder, in which there is no volume, is on another filesystem than before.
+    fn check(&self, store: &Store) -> Result<(), AttachError> {
+        let (Some(seat), Some(before)) = (&self.seat, self.before) else { return Ok(()) };
+        if before.same(seat.filesystem) {
+            return Ok(());
+        }
+        let text = format!(
+            "{} is {} and on another filesystem than before: is its disk mounted? Nothing is written there until it is (to \
+             fill a new place give the replica another name)",
+            seat.root.display(),
+            if seat.exists { "empty" } else { "missing" },
+        );
+        Err(store.error("look at folder", "", ErrorKind::Config, text).into())
+    }
+
+    async fn save(&self, replica: &Replica, cursors: &Arc<dyn CursorStore>) -> Result<(), AttachError> {
+        let Some(now) = self.seat.as_ref().map(|s| s.filesystem).filter(|f| self.before != Some(*f)) else {
+            return Ok(());
+        };
+        ask(cursors, replica, move |c, name| c.save_filesystem(name, &now.to_string())).await
+    }
+}
+
 async fn load(cursors: &Arc<dyn CursorStore>, replica: &Replica) -> Result<SegmentNo, AttachError> {
+    ask(cursors, replica, |c, name| c.load(name)).await
+}
+
+/// Asks the cursor store off the async threads.
+async fn ask<T: Send + 'static>(
+    cursors: &Arc<dyn CursorStore>,
+    replica: &Replica,
+    what: impl FnOnce(&dyn CursorStore, &ReplicaName) -> Result<T, String> + Send + 'static,
+) -> Result<T, AttachError> {
     let (cursors, name) = (Arc::clone(cursors), replica.name().clone());
-    match tokio::task::spawn_blocking(move || cursors.load(&name)).await {
-        Ok(Ok(cursor)) => Ok(cursor),
-        Ok(Err(e)) => Err(AttachError::Local(e)),
+    match tokio::task::spawn_blocking(move || what(&*cursors, &name)).await {
+        Ok(answer) => answer.map_err(AttachError::Local),
         Err(e) => Err(AttachError::Local(e.to_string())),
     }
 }

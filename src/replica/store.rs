@@ -20,6 +20,7 @@ use object_store::{
 use parking_lot::Mutex;
 
 use super::error::{ErrorKind, StoreError, classify, one_line};
+use super::folder::Seat;
 use super::pace::Pace;
 use crate::ids::ReplicaName;
 
@@ -259,6 +260,16 @@ impl Store {
             made.await?.map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })
         };
         self.call("make folder", "", self.limits.call, made).await
+    }
+
+    /// Where the replica's folder lies when it is one.
+    pub(super) async fn seat(&self) -> Result<Option<Seat>, StoreError> {
+        let Some(folder) = self.folder.clone() else { return Ok(None) };
+        let look = tokio::task::spawn_blocking(move || Seat::look(&folder));
+        let look = async {
+            look.await?.map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })
+        };
+        self.call("look at folder", "", self.limits.call, look).await.map(Some)
     }
 
     /// The whole object, whose size the caller knows to be reasonable.

@@ -544,3 +544,61 @@ async fn a_lost_branch_on_a_replica_is_told() {
     bench.reaches(0, 4).await;
     assert!(bench.stores[0].head(&segment_path(5, 1)).await.is_ok(), "nothing is deleted");
 }
+
+#[tokio::test]
+async fn a_wiped_folder_is_filled_again_but_not_the_mountpoint_of_a_missing_disk() {
+    let mut bench = Bench::new(&["a"]);
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("above/replica");
+    spec_of(&root, dir.path()).prepare().await.unwrap();
+    // Each turn is a daemon of its own: nothing is remembered but cursors.
+    let fresh = |bench: &mut Bench| {
+        bench.replicas[0] = Arc::new(Replica::new(spec_of(&root, dir.path())));
+        bench.closing = watch::channel(false).0;
+        bench.start(0)
+    };
+    let segment = |n| root.join(segment_path(n, 1));
+    bench.outbox.seal(1, 100);
+    let task = fresh(&mut bench);
+    bench.reaches(0, 1).await;
+    let filesystem = bench.cursors.1.lock().values().next().unwrap().clone();
+    task.abort();
+    // Wiped, and deleted with what is above it, on the same filesystem: it heals by itself.
+    for wiped in [&root, &dir.path().join("above")] {
+        std::fs::remove_dir_all(wiped).unwrap();
+        if *wiped == root {
+            std::fs::create_dir(&root).unwrap();
+        }
+        let task = fresh(&mut bench);
+        bench.reaches(0, 1).await;
+        assert!(segment(1).exists());
+        task.abort();
+    }
+    // Empty, or missing, on another filesystem than before: nothing is written.
+    for missing in [false, true] {
+        std::fs::remove_dir_all(&root).unwrap();
+        if !missing {
+            std::fs::create_dir(&root).unwrap();
+        }
+        bench.cursors.1.lock().insert("a".parse().unwrap(), "fff0:fff1".into());
+        let task = fresh(&mut bench);
+        bench.eventually("the complaint", || bench.status(0).last_error.is_some()).await;
+        let text = bench.status(0).last_error.unwrap().text;
+        assert!(text.contains("is its disk mounted"), "{text}");
+        bench.eventually("the state", || bench.status(0).state == ReplicaState::Offline).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!root.exists() || std::fs::read_dir(&root).unwrap().next().is_none());
+        assert_eq!(bench.cursors.0.lock().values().copied().collect::<Vec<_>>(), [SegmentNo(1)]);
+        // The disk is back.
+        bench.cursors.1.lock().insert("a".parse().unwrap(), filesystem.clone());
+        bench.reaches(0, 1).await;
+        bench.eventually("the segment", || segment(1).exists()).await;
+        task.abort();
+    }
+}
+
+fn spec_of(root: &std::path::Path, cwd: &std::path::Path) -> Store {
+    let none = std::collections::BTreeMap::new();
+    let spec = crate::replica::ReplicaSpec::parse("a".parse().unwrap(), root.to_str().unwrap(), none, cwd);
+    spec.unwrap().store().unwrap()
+}
