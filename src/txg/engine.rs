@@ -20,8 +20,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// First and longest pause after a failed seal.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
-/// What is done behind each sealed group.
-type AfterSeal = Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>;
+/// Called behind each sealed group.
+pub type AfterSeal = Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>;
 
 /// When a group ends, and the clock.
 #[derive(Clone)]
