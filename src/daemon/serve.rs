@@ -531,6 +531,8 @@ impl Started {
             let all = running.wait_for_all.load(Ordering::Relaxed);
             let until = Instant::now() + if all { LAST_SHIP_ALL } else { LAST_SHIP };
             let mut signals = self.signals.clone();
+            // The one that led here has been heeded.
+            signals.mark_unchanged();
             runtime.block_on(async {
                 tokio::select! {
                     () = running.fleet.last_call(until, all) => {}
