@@ -16,8 +16,8 @@ use mirrorfs::format::tables::{BlockEntry, Time};
 use mirrorfs::format::volume::{Claim, Compression, Volume};
 use mirrorfs::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo, VolumeId};
 use mirrorfs::replica::{
-    Backlog, CursorStore, FrameSource, Identity, Outbox, Reader, Replica, ReplicaState, Shipper, Staged,
-    StagedKind, Store, Tuning, status, volume,
+    Backlog, CursorStore, Fence, FrameSource, Identity, Outbox, Reader, Replica, ReplicaState, Shipper,
+    Staged, StagedKind, Store, Tuning, status, volume,
 };
 use support::azurite::Azurite;
 use support::gcs::GcsDouble;
@@ -128,7 +128,7 @@ impl World {
                 outbox: outbox.clone(),
                 cursors: cursors.clone(),
                 identity: Arc::clone(&identity),
-                on_fenced: Arc::new(|by| panic!("fenced by {by:?}")),
+                fence: Fence::new(|by| panic!("fenced by {by:?}")),
                 closing: closing.subscribe(),
                 tuning: Tuning::default(),
             };

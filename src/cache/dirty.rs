@@ -19,6 +19,10 @@ use crate::format::codec::{Decoder, FormatError, put_varint};
 use crate::format::tables::BlockEntry;
 use crate::ids::BlockId;
 
+/// A dirty block with as many valid ranges as this has them joined before it is written again: its value in the local
+/// table must stay far below the journal's longest, however small the writes are.
+pub const MAX_RANGES: usize = 512;
+
 /// The sealed block below a dirty one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Base {
@@ -203,14 +207,25 @@ impl DirtyBlock {
         self.dead.load(Ordering::Acquire)
     }
 
-    /// Logical length in bytes.
+    /// Logical length in bytes; never 0 once something was written.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u32 {
         self.content.read().len
+    }
+
+    /// Whether it has no bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Looks at the content.
     pub fn with<R>(&self, f: impl FnOnce(&Content) -> R) -> R {
         f(&self.content.read())
+    }
+
+    /// Whether its valid ranges are to be joined before the next write: see [`MAX_RANGES`].
+    pub fn is_crowded(&self) -> bool {
+        self.content.read().valid.count() >= MAX_RANGES
     }
 
     /// Bytes of the slot in use.

@@ -8,4 +8,10 @@ pub mod slots;
 pub mod space;
 pub mod store;
 
+/// Whether an error says that disk or quota is exhausted.
+pub fn is_full(e: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+}
+
 pub use store::{BlockStore, StoreError, Supply};

@@ -6,7 +6,6 @@
 //! reusing it earlier would let a crash show one file's bytes in another. So freed slots wait in limbo until
 //! [`SlotFile::reclaim`] is told that everything up to their LSN is durable.
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -30,6 +29,9 @@ pub struct SlotFile {
     syncing: Mutex<()>,
     /// LSN of the newest record, told by the owner; freed slots are tagged with it.
     lsn: AtomicU64,
+    /// In tests: with more slots than this in use the disk is full.
+    #[cfg(test)]
+    pub(crate) most: std::sync::atomic::AtomicUsize,
 }
 
 #[derive(Default)]
@@ -37,7 +39,7 @@ struct State {
     free: Vec<u32>,
     /// All slots from here on were never used.
     high: u32,
-    limbo: VecDeque<(u32, Lsn)>,
+    limbo: Vec<(u32, Lsn)>,
 }
 
 impl SlotFile {
@@ -55,14 +57,17 @@ impl SlotFile {
             file,
             path: path.to_owned(),
             block_size,
-            state: Mutex::new(State { free: free.clone(), high, limbo: VecDeque::new() }),
+            state: Mutex::new(State { free: free.clone(), high, limbo: Vec::new() }),
             unsynced: AtomicBool::new(false),
             syncing: Mutex::new(()),
             lsn: AtomicU64::new(0),
+            #[cfg(test)]
+            most: std::sync::atomic::AtomicUsize::new(usize::MAX),
         });
         // What a crash left in free slots must not be read as zeros-to-be.
-        for s in free {
-            slots.punch(s)?;
+        let size = u64::from(block_size);
+        for (first, n) in runs(&free) {
+            slots.punch_range(u64::from(first) * size, u64::from(n) * size)?;
         }
         slots.file.set_len(u64::from(high) * u64::from(block_size))?;
         Ok(slots)
@@ -86,12 +91,12 @@ impl SlotFile {
             state.high += 1;
             next
         });
-        Slot { file: Arc::clone(self), index }
+        self.claim(index)
     }
 
     /// A slot that the tables name. Each may be claimed once.
     pub fn claim(self: &Arc<Self>, index: u32) -> Slot {
-        Slot { file: Arc::clone(self), index }
+        Slot { file: Arc::clone(self), index, named: AtomicU64::new(u64::MAX) }
     }
 
     /// Tells the newest LSN; slots freed from now on wait for it.
@@ -100,19 +105,24 @@ impl SlotFile {
     }
 
     /// Empties and frees the slots whose freeing is durable.
-    pub fn reclaim(&self, durable: Lsn) -> io::Result<()> {
-        loop {
-            let next = {
-                let mut state = self.state.lock();
-                match state.limbo.front() {
-                    Some((_, lsn)) if *lsn <= durable => state.limbo.pop_front(),
-                    _ => None,
-                }
-            };
-            let Some((index, _)) = next else { return Ok(()) };
-            self.punch(index)?;
-            self.state.lock().free.push(index);
+    /// Answers how many.
+    pub fn reclaim(&self, durable: Lsn) -> io::Result<usize> {
+        let mut ready = Vec::new();
+        self.state.lock().limbo.retain(|slot| {
+            let waits = slot.1 > durable;
+            if !waits {
+                ready.push(*slot);
+            }
+            waits
+        });
+        for (n, (index, _)) in ready.iter().enumerate() {
+            if let Err(e) = self.punch(*index) {
+                self.state.lock().limbo.extend(&ready[n..]);
+                return Err(e);
+            }
+            self.state.lock().free.push(*index);
         }
+        Ok(ready.len())
     }
 
     /// Bytes that this process may still write on the file's disk.
@@ -136,6 +146,15 @@ impl SlotFile {
             return Err(e);
         }
         Ok(())
+    }
+
+    #[cfg(test)]
+    fn pretend(&self) -> io::Result<()> {
+        let state = self.state.lock();
+        match state.high as usize - state.free.len() > self.most.load(Ordering::SeqCst) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
     }
 
     fn offset(&self, index: u32) -> u64 {
@@ -170,16 +189,36 @@ impl SlotFile {
     }
 }
 
+/// Adjacent slots out of a descending list: the first of each run and how many there are.
+fn runs(descending: &[u32]) -> Vec<(u32, u32)> {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for s in descending {
+        match runs.last_mut() {
+            Some((first, n)) if *first == s + 1 => (*first, *n) = (*s, *n + 1),
+            _ => runs.push((*s, 1)),
+        }
+    }
+    runs
+}
+
 /// One slot, owned. Dropping it frees the slot, once what freed it is durable.
 pub struct Slot {
     file: Arc<SlotFile>,
     index: u32,
+    /// The last LSN whose record may name its content as that of a dirty block.
+    named: AtomicU64,
 }
 
 impl Slot {
     /// The slot's number in the file.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Tells that no dirty block is in it from the newest LSN on: it may be freed as soon as that is durable, however
+    /// long it is kept. (A record that names it as cached does no harm: such content is checked against its hash.)
+    pub fn only_cached(&self) {
+        self.named.store(self.file.lsn.load(Ordering::Acquire), Ordering::Release);
     }
 
     /// Fills `buf` from byte `at` of the slot; what was never written is zeros.
@@ -203,6 +242,8 @@ impl Slot {
     /// Writes `data` at byte `at` of the slot.
     pub fn write(&self, at: u32, data: &[u8]) -> io::Result<()> {
         debug_assert!(at as usize + data.len() <= self.file.block_size as usize);
+        #[cfg(test)]
+        self.file.pretend()?;
         let written = self.file.file.write_all_at(data, self.file.offset(self.index) + u64::from(at));
         // Behind the write: a sync that runs meanwhile must not take the mark away and leave the bytes unsynced.
         self.file.unsynced.store(true, Ordering::Release);
@@ -219,8 +260,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let lsn = Lsn(self.file.lsn.load(Ordering::Acquire));
-        self.file.state.lock().limbo.push_back((self.index, lsn));
+        let lsn = self.file.lsn.load(Ordering::Acquire).min(self.named.load(Ordering::Acquire));
+        self.file.state.lock().limbo.push((self.index, Lsn(lsn)));
     }
 }
 
@@ -245,6 +286,12 @@ mod tests {
         let mut buf = [1; 32];
         again.read(0, &mut buf).unwrap();
         assert_eq!(buf, [0; 32]);
+    }
+
+    #[test]
+    fn adjacent_free_slots_are_punched_together() {
+        assert_eq!(runs(&[9, 8, 7, 4, 2, 1]), [(7, 3), (4, 1), (1, 2)]);
+        assert_eq!(runs(&[]), []);
     }
 
     #[test]

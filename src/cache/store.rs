@@ -6,7 +6,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,10 +23,10 @@ use super::space::{Admission, Space};
 use crate::format::codec::FormatError;
 use crate::format::local::{CachedValue, FrameValue, SegmentValue};
 use crate::format::tables::{
-    BlockEntry, block_key, block_refs_key, cached_key, dirty_key, frame_key, number_of_key, prefix_range,
-    segment_key, table, volume_key,
+    BlockEntry, Extents, FrameLoc, block_key, block_refs_key, cached_key, dirty_key, frame_key,
+    number_of_key, prefix_range, segment_key, table, volume_key,
 };
-use crate::ids::{BlockHash, BlockId, Lsn};
+use crate::ids::{BlockHash, BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 use crate::replica::{FetchError, FrameSource};
 
@@ -74,6 +74,8 @@ pub struct Counters {
     pub misses: AtomicU64,
     /// Local clean blocks whose hash did not match (dropped, fetched again).
     pub corrupt: AtomicU64,
+    /// Dirty blocks whose rest is lost on all replicas, as of the last seal: replicas have them without content.
+    pub lost: AtomicU64,
 }
 
 /// All local block content.
@@ -91,6 +93,8 @@ pub struct BlockStore {
     next_id: AtomicU64,
     reserved_id: Mutex<u64>,
     source: OnceLock<Arc<dyn FrameSource>>,
+    /// Frames of which no replica had an intact copy when they were asked for: no new block may rest on them.
+    lost_frames: Mutex<HashSet<FrameLoc>>,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -153,6 +157,7 @@ impl BlockStore {
             next_id: AtomicU64::new(next),
             reserved_id: Mutex::new(next),
             source: OnceLock::new(),
+            lost_frames: Mutex::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -170,7 +175,9 @@ impl BlockStore {
             let mut clean = store.clean.lock();
             for (hash, v) in cached {
                 store.space.add_clean(u64::from(v.len));
-                clean.put(hash, Clean { slot: Arc::new(slots.claim(v.slot)), len: v.len, verified: false });
+                let slot = Arc::new(slots.claim(v.slot));
+                slot.only_cached();
+                clean.put(hash, Clean { slot, len: v.len, verified: false });
             }
         }
         store.evict();
@@ -310,6 +317,10 @@ impl BlockStore {
 
     /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
     pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
+        if entry.is_without_content() {
+            let detail = "the rest of it was lost when it was overwritten in part".into();
+            return Err(FetchError::Lost { what: "a block".into(), detail }.into());
+        }
         let source = self.source.get().ok_or_else(|| FetchError::Unavailable {
             what: format!("block {}", entry.hash),
             detail: "no replica is attached".into(),
@@ -320,7 +331,17 @@ impl BlockStore {
                 log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
             }
         };
-        let raw = source.fetch(entry, ahead, &deliver)?;
+        let raw = match source.fetch(entry, ahead, &deliver) {
+            Err(lost @ FetchError::Lost { .. }) => {
+                self.lost_frames.lock().insert(entry.loc);
+                // The same content may have been stored again, elsewhere.
+                let frame = self.journal.get(&frame_key(&entry.hash))?;
+                let frame = frame.map(|v| FrameValue::decode(&v)).transpose()?;
+                let other = frame.map(|f| f.entry).filter(|e| e.loc != entry.loc).ok_or(lost)?;
+                source.fetch(&other, &[], &deliver)?
+            }
+            other => other?,
+        };
         deliver(entry, raw.clone());
         Ok(raw)
     }
@@ -353,6 +374,7 @@ impl BlockStore {
             if clean.contains(&hash) {
                 return;
             }
+            slot.only_cached();
             clean.put(hash, Clean { slot, len, verified: true });
             self.space.add_clean(u64::from(len));
             self.index_changes.lock().insert(hash, Some(value));
@@ -515,6 +537,15 @@ impl BlockStore {
         self.space.sub_dirty(before.saturating_sub(block.bytes()));
     }
 
+    /// Joins the valid ranges of block `id` when it is a dirty one that has too many of them: what lies between is filled
+    /// in from the block below (a [`StoreError::Miss`] asks for that one) or with zeros. The caller holds off writers.
+    pub fn join_ranges(&self, id: BlockId, supply: &Supply) -> Result<(), StoreError> {
+        let Some(block) = self.dirty(id).filter(|b| b.is_crowded()) else { return Ok(()) };
+        let mut full = vec![0; block.len() as usize];
+        self.read_dirty(&block, 0, &mut full, supply)?;
+        self.fill(&block, &full)
+    }
+
     /// Makes the slot of a frozen block hold all of its content `full`, so that it can serve as a clean one.
     pub fn fill(&self, block: &DirtyBlock, full: &[u8]) -> Result<(), StoreError> {
         let grown = block.fill(full)?;
@@ -547,8 +578,11 @@ impl BlockStore {
         if let Some(value) = tx.get(&block_key(id))? {
             let entry = BlockEntry::decode(&value)?;
             tx.delete(block_key(id));
-            unuse_frame(tx, &entry)?;
-        } else if let Some(block) = self.dirty(id) {
+            if !entry.is_without_content() {
+                unuse_frame(tx, &entry)?;
+            }
+        }
+        if let Some(block) = self.dirty(id) {
             tx.delete(dirty_key(id));
             if block.txg < self.current_txg() {
                 // Its txg's index will name it; the log must take it away again.
@@ -617,12 +651,37 @@ impl BlockStore {
         }
     }
 
-    /// The frame that holds this content already, if any.
+    /// The frame that holds this content already, if any, and if it is not known to be lost.
     pub fn frame(&self, hash: &BlockHash) -> Result<Option<BlockEntry>, StoreError> {
         Ok(match self.journal.get(&frame_key(hash))? {
-            Some(value) => Some(FrameValue::decode(&value)?.entry),
+            Some(value) => {
+                Some(FrameValue::decode(&value)?.entry).filter(|e| !self.lost_frames.lock().contains(&e.loc))
+            }
             None => None,
         })
+    }
+
+    /// Enters blocks that were sealed without content into the tables within `tx`. They stay dirty: this machine has a part
+    /// of them, which is sealed as soon as the rest can be had.
+    pub fn register_lost(&self, tx: &mut Tx<'_>, lost: &[(BlockId, BlockEntry)]) -> Result<(), StoreError> {
+        for (id, entry) in lost {
+            if tx.get(&dirty_key(*id))?.is_some() {
+                tx.put(block_key(*id), entry.encode());
+            }
+        }
+        Ok(())
+    }
+
+    /// The inode that names a block. Reads the whole table of extents: for rare messages only.
+    pub fn owner(&self, id: BlockId) -> Result<Option<Ino>, StoreError> {
+        let mut owner = None;
+        scan_table::<StoreError>(&self.journal, table::EXTENT, |key, value| {
+            if Extents::decode(value)?.0.contains(&id) {
+                owner = number_of_key(key).map(Ino);
+            }
+            Ok(())
+        })?;
+        Ok(owner)
     }
 
     /// Enters sealed blocks into the tables within `tx`; those that died meanwhile (or are in already) are left out.
@@ -663,40 +722,61 @@ impl BlockStore {
         self.evict();
     }
 
-    /// Writes the changes of the cached-block table into the journal and frees slots whose freeing is durable. Called
-    /// every second or so.
+    /// Frees slots whose freeing is durable, gives up clean blocks when the disk gets full, and writes the changes of the
+    /// cached-block table into the journal. Called every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
+        // First what needs no space, so that a full disk cannot keep it from being done.
+        let freed = self.slots.reclaim(self.journal.durable_lsn());
         self.make_room();
         let written = self.write_index();
-        // Also when the journal takes nothing, for want of space perhaps: this is what makes some.
+        freed?;
         self.slots.reclaim(self.journal.durable_lsn())?;
         written
     }
 
     fn write_index(&self) -> Result<(), StoreError> {
-        {
-            let _turn = self.housekeeping.lock();
-            let changes: Vec<_> = self.index_changes.lock().drain().collect();
-            for (n, part) in changes.chunks(INDEX_STEP).enumerate() {
-                let written = self.journal.transact::<_, JournalError>(|tx| {
-                    for (hash, change) in part {
-                        match change {
-                            Some(value) => tx.put(cached_key(hash), value.encode()),
-                            None => tx.delete(cached_key(hash)),
-                        }
+        let _turn = self.housekeeping.lock();
+        let changes: Vec<_> = self.index_changes.lock().drain().collect();
+        for (n, part) in changes.chunks(INDEX_STEP).enumerate() {
+            let written = self.journal.transact::<_, JournalError>(|tx| {
+                for (hash, change) in part {
+                    match change {
+                        Some(value) => tx.put(cached_key(hash), value.encode()),
+                        None => tx.delete(cached_key(hash)),
                     }
-                    Ok(())
-                });
-                if let Err(e) = written {
-                    let mut waiting = self.index_changes.lock();
-                    for (hash, change) in &changes[n * INDEX_STEP..] {
-                        waiting.entry(*hash).or_insert(*change);
-                    }
-                    return Err(e.into());
                 }
+                Ok(())
+            });
+            if let Err(e) = written {
+                let mut waiting = self.index_changes.lock();
+                for (hash, change) in &changes[n * INDEX_STEP..] {
+                    waiting.entry(*hash).or_insert(*change);
+                }
+                return Err(e.into());
             }
         }
         Ok(())
+    }
+
+    /// The disk is full, whatever the allowance says: gives up clean blocks worth `bytes`, least recently used first, and
+    /// frees their slots. Answers whether that freed anything. Waits for the local disk.
+    pub fn make_space(&self, bytes: u64) -> bool {
+        let mut given = 0;
+        while given < bytes {
+            let Some(len) = self.evict_one() else { break };
+            given += len.max(1);
+        }
+        // Slots wait until what they held before is durably named elsewhere.
+        if let Err(e) = self.journal.barrier(self.journal.last_lsn()) {
+            log::debug!("making space: {e}");
+        }
+        match self.slots.reclaim(self.journal.durable_lsn()) {
+            Ok(n) => n > 0,
+            Err(e) => {
+                log::warn!("slots cannot be freed: {e}");
+                false
+            }
+        }
     }
 
     /// Number of clean blocks and of dirty blocks.
@@ -712,6 +792,12 @@ fn use_frame(tx: &mut Tx<'_>, entry: &BlockEntry) -> Result<(), StoreError> {
         Some(value) => {
             let mut frame = FrameValue::decode(&value)?;
             frame.uses += 1;
+            if frame.entry.loc != entry.loc {
+                // Stored once more, because the older copy is lost (or a crash hid it): the newer one counts.
+                add_live(tx, &frame.entry, -i64::from(frame.entry.loc.stored_len))?;
+                add_live(tx, entry, i64::from(entry.loc.stored_len))?;
+                frame.entry = *entry;
+            }
             frame
         }
         None => {

@@ -11,15 +11,17 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{CommandError, output};
+use crate::config::state;
 use crate::daemon::ReadyInfo;
 use crate::exit::Exit;
 
 /// Name of the log in the state folder.
-const LOG: &str = "daemon.log";
+pub(super) const LOG: &str = "daemon.log";
 /// A log larger than this is set aside when the daemon starts; one older one is kept.
 const LOG_LIMIT: u64 = 16 << 20;
 /// After this long the person is told that it takes time.
@@ -34,8 +36,13 @@ enum Line {
     Failed { exit: Exit, message: String },
 }
 
-/// Starts this program again with the same arguments, in the background, and waits for its report.
-pub(super) fn start(arguments: &[OsString], state: &Path) -> Result<ReadyInfo, CommandError> {
+/// Starts this program again with the same arguments, in the background, and waits for its report. When it fails and
+/// the state folder was `made` for it, that is taken away again with the log in it, which is shown instead.
+pub(super) fn start(
+    arguments: &[OsString],
+    state: &Path,
+    made: Option<&Path>,
+) -> Result<ReadyInfo, CommandError> {
     let failed =
         |what: &str, error: std::io::Error| CommandError::new(Exit::Failure, format!("{what}: {error}"));
     let path = state.join(LOG);
@@ -52,33 +59,69 @@ pub(super) fn start(arguments: &[OsString], state: &Path) -> Result<ReadyInfo, C
         .stderr(log)
         .spawn()
         .map_err(|error| failed("cannot start the daemon", error))?;
-    match wait_for_line(&mut child, &path) {
-        Some(Line::Ready(info)) => Ok(info),
-        Some(Line::Failed { exit, message }) => {
+    let (mut error, silent) = match super::runtime()?.block_on(wait_for_line(&mut child, &path)) {
+        Ok(Some(Line::Ready(info))) => return Ok(info),
+        Ok(Some(Line::Failed { exit, message })) => {
             // It is about to end; wait, so that its lock is free when this command returns.
             let _ = child.wait();
-            Err(CommandError::new(exit, message))
+            (CommandError::new(exit, message), false)
         }
-        None => Err(died(&mut child, &path, begin)),
+        Ok(None) => (died(&mut child), true),
+        Err(error) => (error, false),
+    };
+    let words = last_lines(&path, begin).unwrap_or_default();
+    let gone = made.is_some_and(|made| state::discard(state, made));
+    // The daemon's own last line is what is about to be said.
+    let words = words.strip_suffix(&format!("mirrorfs: {error}")).unwrap_or(&words).trim_end();
+    if !words.is_empty() && (gone || silent) {
+        output::note(words);
     }
+    if silent && !gone {
+        error.message += &format!("; see {}", path.display());
+    }
+    Err(error)
 }
 
-fn wait_for_line(child: &mut Child, log: &Path) -> Option<Line> {
-    let (sender, receiver) = mpsc::channel();
-    let pipe = child.stdout.take()?;
+async fn wait_for_line(child: &mut Child, log: &Path) -> Result<Option<Line>, CommandError> {
+    let failed = |error| CommandError::new(Exit::Failure, format!("cannot wait for the daemon: {error}"));
+    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
+    let (sender, mut receiver) = tokio::sync::oneshot::channel();
+    let Some(pipe) = child.stdout.take() else { return Ok(None) };
     std::thread::spawn(move || {
         let mut line = String::new();
         let read = BufReader::new(pipe).read_line(&mut line);
         let _ = sender.send(read.ok().and_then(|_| serde_json::from_str(&line).ok()));
     });
-    if let Ok(line) = receiver.recv_timeout(PATIENCE) {
-        return line;
+    let patience = tokio::time::sleep(PATIENCE);
+    tokio::pin!(patience);
+    let mut patient = true;
+    loop {
+        tokio::select! {
+            line = &mut receiver => return Ok(line.ok().flatten()),
+            () = &mut patience, if patient => {
+                patient = false;
+                output::note(&format!("still opening the volume; see {}", log.display()));
+            }
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+        }
     }
-    output::note(&format!("still opening the volume; see {}", log.display()));
-    receiver.recv().ok().flatten()
+    // The daemon must not appear later, when nobody expects it any more.
+    // SAFETY: our own child, which is not reaped yet.
+    unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) };
+    let until = Instant::now() + PATIENCE;
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let message = match child.try_wait() {
+        Ok(None) => format!("interrupted; the daemon (process {}) is ending", child.id()),
+        _ => "interrupted; nothing is mounted".to_owned(),
+    };
+    Err(CommandError::new(Exit::Failure, message))
 }
 
-fn died(child: &mut Child, log: &Path, begin: u64) -> CommandError {
+fn died(child: &mut Child) -> CommandError {
     let status = child.wait();
     let exit = match status.as_ref().ok().and_then(std::process::ExitStatus::code) {
         Some(code) => match u8::try_from(code).map(Exit::from_code) {
@@ -88,12 +131,7 @@ fn died(child: &mut Child, log: &Path, begin: u64) -> CommandError {
         None => Exit::Failure,
     };
     let how = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-    let words = last_lines(log, begin).unwrap_or_default();
-    let words = if words.is_empty() { String::new() } else { format!(":\n{words}") };
-    CommandError::new(
-        exit,
-        format!("the daemon ended before the mount was live ({how}); see {}{words}", log.display()),
-    )
+    CommandError::new(exit, format!("the daemon ended before the mount was live ({how})"))
 }
 
 fn open_log(path: &Path) -> std::io::Result<File> {
@@ -138,11 +176,13 @@ impl Report {
         if unsafe { libc::setsid() } < 0 {
             log::debug!("cannot leave the session: {}", std::io::Error::last_os_error());
         }
+        end_with_parent(true);
         Ok(Report { pipe: pipe.into() })
     }
 
     /// The mount is live.
     pub fn ready(self, info: &ReadyInfo) {
+        end_with_parent(false);
         self.send(&Line::Ready(info.clone()));
     }
 
@@ -157,6 +197,16 @@ impl Report {
         if let Err(error) = self.pipe.write_all(text.as_bytes()) {
             log::debug!("nobody waits for the report: {error}");
         }
+    }
+}
+
+/// Whether this process is asked to end when the one that started it does. It should be until the mount is live: one
+/// that appears after the command was killed would surprise.
+fn end_with_parent(on: bool) {
+    let signal = if on { libc::SIGTERM } else { 0 };
+    // SAFETY: this option takes a number and touches no memory.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) } != 0 {
+        log::debug!("cannot follow the parent's end: {}", std::io::Error::last_os_error());
     }
 }
 

@@ -42,6 +42,11 @@ pub(super) fn duration(time: Duration) -> String {
     }
 }
 
+/// `1 segment`, `2 segments`.
+pub(super) fn count(number: u64, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
+
 /// A number of seconds that may come from another process.
 pub(super) fn seconds(seconds: f64) -> String {
     Duration::try_from_secs_f64(seconds).map_or_else(|_| "?".to_owned(), duration)

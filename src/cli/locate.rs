@@ -31,6 +31,37 @@ impl Located {
         })?;
         Ok(Client::new(&entry.state))
     }
+
+    /// Whether its daemon's process runs; `None` when it is not known which one that is.
+    pub fn daemon_lives(&self) -> Option<bool> {
+        self.entry.as_ref().map(|entry| alive(entry.pid))
+    }
+
+    /// The same error, told better when the reason is that the daemon has died.
+    pub fn explain(&self, error: CommandError) -> CommandError {
+        let Some(entry) = self.entry.as_ref().filter(|e| error.exit == Exit::NotMounted && !alive(e.pid))
+        else {
+            return error;
+        };
+        let mountpoint = self.mountpoint.display();
+        CommandError::new(
+            Exit::NotMounted,
+            format!(
+                "the daemon of {mountpoint} (process {}) has died, see {}; mount again to go on, or remove the dead \
+                 mount with: mirrorfs umount {mountpoint}",
+                entry.pid,
+                entry.state.join(super::background::LOG).display()
+            ),
+        )
+    }
+}
+
+/// Whether a process runs. One that has ended but whose parent has not noticed has let go of everything.
+pub(super) fn alive(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read(format!("/proc/{pid}/stat")) else { return false };
+    // "77 (name) S …"; the name may hold anything, also parentheses.
+    let state = stat.iter().rposition(|b| *b == b')').and_then(|end| stat.get(end + 2));
+    !matches!(state, Some(b'Z' | b'X'))
 }
 
 /// Every mount of mirrorfs that the kernel has, in the order they were made.
@@ -88,6 +119,31 @@ mod tests {
         assert_eq!(found, [root.join("link"), root.join("m")]);
         let trailing = PathBuf::from(format!("{}/m/", root.display()));
         assert_eq!(candidates(&trailing).next(), Some(root.join("m")));
+    }
+
+    #[test]
+    fn a_process_is_seen_to_live_and_to_end() {
+        assert!(alive(std::process::id()));
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id();
+        let located = |pid| Located {
+            mountpoint: "/m".into(),
+            entry: Some(Entry { mountpoint: "/m".into(), state: "/s".into(), pid }),
+        };
+        assert_eq!(located(pid).daemon_lives(), Some(true));
+        child.kill().unwrap();
+        // Not yet waited for, it is a zombie, which counts as ended.
+        let begin = std::time::Instant::now();
+        while alive(pid) && begin.elapsed() < std::time::Duration::from_secs(10) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(!alive(pid));
+        let error = located(pid).explain(CommandError::new(Exit::NotMounted, "refused"));
+        assert!(error.message.contains("has died, see /s/daemon.log; mount again"), "{error}");
+        let error = located(pid).explain(CommandError::new(Exit::TimedOut, "late"));
+        assert_eq!(error.message, "late");
+        child.wait().unwrap();
+        assert!(!alive(pid));
     }
 
     #[test]

@@ -96,7 +96,7 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
     if args.ready_on_stdout {
         return run_in_background(&args);
     }
-    let (config, checked) = prepare(&args)?;
+    let Prepared { config, checked, made } = prepare(&args)?;
     if let Some(warning) = &checked.warning {
         output::note(&format!("mirrorfs: warning: {warning}"));
     }
@@ -107,28 +107,41 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
                 output::note(&announce(&info, &mountpoint));
             }
         });
-        return Ok(daemon::run(config, MountArgs { mountpoint: checked.path }, ready)?);
+        let state = config.state.clone();
+        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path }, ready);
+        if let (Err(_), Some(made)) = (&outcome, made) {
+            state::discard(&state, &made);
+        }
+        return Ok(outcome?);
     }
-    let info = background::start(arguments, &config.state)?;
+    let info = background::start(arguments, &config.state, made.as_deref())?;
     output::print(&announce(&info, &mountpoint))
 }
 
-fn prepare(args: &Args) -> Result<(Config, mountpoint::Checked), CommandError> {
+/// What can be checked is checked.
+struct Prepared {
+    config: Config,
+    checked: mountpoint::Checked,
+    /// What was made for the state folder: it goes away again when there will be no mount.
+    made: Option<PathBuf>,
+}
+
+fn prepare(args: &Args) -> Result<Prepared, CommandError> {
     let env = Env::current()?;
     let config = Config::load(&args.raw(&env)?, &env)?;
     let checked = mountpoint::check(&args.mountpoint, &env.cwd, &config)?;
     mountpoint::check_fuse()?;
-    state::create(&config.state).map_err(|error| {
+    let made = state::create(&config.state).map_err(|error| {
         let message = format!("cannot create the state folder {}: {error}", config.state.display());
         CommandError::new(Exit::Failure, message)
     })?;
-    Ok((config, checked))
+    Ok(Prepared { config, checked, made })
 }
 
 /// The process that [`background::start`] started: reports once on what was its standard output, then serves.
 fn run_in_background(args: &Args) -> Outcome {
     let report = Report::take()?;
-    let (config, checked) = match prepare(args) {
+    let Prepared { config, checked, .. } = match prepare(args) {
         Ok(prepared) => prepared,
         Err(error) => {
             report.failed(error.exit, &error.message);

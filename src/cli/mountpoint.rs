@@ -1,12 +1,18 @@
 //! Whether a directory can be mounted on.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use super::CommandError;
 use crate::config::{Config, real_path};
 use crate::control::mounts::{self, Mount};
 use crate::exit::Exit;
+use crate::fuse::is_gone;
 use crate::replica::Place;
+
+/// A mount that is dead says so at once.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A mountpoint that passed all checks.
 #[derive(Debug, PartialEq)]
@@ -35,29 +41,25 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
                 "the mountpoint {shown} does not exist; create it with: mkdir -p {shown}"
             )));
         }
-        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
-            return Err(CommandError::new(
-                Exit::InUse,
-                format!(
-                    "a daemon that has died is still mounted on {shown}; remove it with: mirrorfs umount {shown}"
-                ),
-            ));
-        }
         Err(error) => return Err(usage(format!("cannot use the mountpoint {shown}: {error}"))),
     };
     if let Some(mount) = mounts::at(mounts, &path) {
-        return Err(if mount.is_mirrorfs() {
+        return if mount.is_mirrorfs() {
+            if is_dead(&path) {
+                let warning = format!("takes away what a daemon that has died left mounted on {shown}");
+                return Ok(Checked { path, warning: Some(warning) });
+            }
             let message = format!(
-                "the mountpoint {shown} is busy: a mirrorfs volume is already mounted there; unmount it with: mirrorfs umount \
-                     {shown}, or choose another directory"
+                "the mountpoint {shown} is busy: a mirrorfs volume is already mounted there; unmount it with: \
+                 mirrorfs umount {shown}, or choose another directory"
             );
-            CommandError::new(Exit::InUse, message)
+            Err(CommandError::new(Exit::InUse, message))
         } else {
-            usage(format!(
+            Err(usage(format!(
                 "the mountpoint {shown} is busy: {} is already mounted there; unmount it or choose another directory",
                 mount.fstype
-            ))
-        });
+            )))
+        };
     }
     if !path.is_dir() {
         return Err(usage(format!("the mountpoint {shown} is not a directory")));
@@ -78,6 +80,16 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
         .next()
         .map(|_| format!("{shown} is not empty; what is in it is hidden while the volume is mounted"));
     Ok(Checked { path, warning })
+}
+
+/// Whether the mount there says that nobody serves it any more. One that does not answer at all is not dead.
+pub(super) fn is_dead(mountpoint: &Path) -> bool {
+    let path = mountpoint.to_owned();
+    let (sender, answer) = mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(is_gone(&path));
+    });
+    answer.recv_timeout(ANSWER).unwrap_or(false)
 }
 
 fn own_folders(config: &Config) -> Vec<(String, PathBuf)> {

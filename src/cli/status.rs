@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::locate::{self, Located};
 use super::{CommandError, Outcome, human, output, runtime};
-use crate::control::Status;
+use crate::control::{Status, reason};
+use crate::ids::Epoch;
 use crate::replica::{ReplicaState, ReplicaStatus};
 
 /// Show the state of one mount, or of all
@@ -28,19 +29,14 @@ pub(super) fn run(args: &Args) -> Outcome {
     if let Some(mountpoint) = &args.mountpoint {
         let located = locate::find(mountpoint, true)?;
         let client = located.client()?;
-        let status =
-            runtime()?.block_on(client.status()).map_err(CommandError::from).map_err(|mut error| {
-                error.message +=
-                    &format!(" (remove a dead mount with: mirrorfs umount {})", located.mountpoint.display());
-                error
-            })?;
+        let status = runtime()?.block_on(client.status()).map_err(|error| located.explain(error.into()))?;
         return if args.json { output::print_json(&status) } else { output::print(&show(&status, now)) };
     }
     let all = locate::all()?;
     let asked: Vec<(Located, Result<Status, CommandError>)> = runtime()?.block_on(async {
         let asks = all.into_iter().map(|located| async {
             let status = match located.client() {
-                Ok(client) => client.status().await.map_err(CommandError::from),
+                Ok(client) => client.status().await.map_err(|error| located.explain(error.into())),
                 Err(error) => Err(error),
             };
             (located, status)
@@ -56,9 +52,9 @@ pub(super) fn run(args: &Args) -> Outcome {
         let texts: Vec<String> = living.iter().map(|status| show(status, now)).collect();
         output::print(&texts.join("\n"))?;
     }
-    for (located, status) in &asked {
+    for (_, status) in &asked {
         if let Err(error) = status {
-            output::note(&format!("mirrorfs: {}: {error}", located.mountpoint.display()));
+            output::note(&format!("mirrorfs: {error}"));
         }
     }
     // One that does not answer is told of, but the question what is mounted has been answered.
@@ -73,27 +69,30 @@ fn show(status: &Status, now: f64) -> String {
     let cache = &status.cache;
     let ratio =
         cache.hit_ratio().map_or_else(|| "no reads yet".to_owned(), |r| format!("{:.1} % hits", r * 100.0));
-    let segments = if status.staged_segments == 1 { "segment" } else { "segments" };
+    let volume = match status.epoch {
+        Epoch(0) => status.volume.to_string(),
+        epoch => format!("{}, epoch {epoch}", status.volume),
+    };
     let head = [
         ("mountpoint", status.mountpoint.clone()),
-        ("volume", format!("{}, epoch {}", status.volume, status.epoch)),
+        ("volume", volume),
         ("state", format!("{} (daemon {}, version {})", status.state, status.pid, status.version)),
         ("up for", human::seconds(now - status.started_at)),
         (
             "writing",
             status.read_only.as_ref().map_or_else(
                 || format!("yes, fsync waits for {}", status.fsync),
-                |reason| format!("no, read-only: {reason}"),
+                |reason| format!("no: {reason}"),
             ),
         ),
         ("changes", format!("{} made, {} sealed", status.lsn, status.sealed_lsn)),
         (
-            "unsent",
+            "in hand",
             format!(
-                "{} not sealed, {} in {} {segments} staged",
+                "{} not yet sealed, {} in {} kept for replicas",
                 human::size(status.dirty_bytes),
                 human::size(status.staged_bytes),
-                status.staged_segments
+                human::count(status.staged_segments, "segment")
             ),
         ),
         (
@@ -105,7 +104,14 @@ fn show(status: &Status, now: f64) -> String {
     let titles = ["REPLICA", "STATE", "CURSOR", "BEHIND", "SENT", "RATE", "URL"];
     let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(status.replicas.iter().map(row));
-    let errors: String = status.replicas.iter().map(|r| trouble(r, now)).collect();
+    let mut errors = String::new();
+    if let Some(error) = &status.sealing_error {
+        errors += &format!("nothing more can be sealed for now: {error}\n");
+    }
+    if cache.corrupt > 0 {
+        errors += &format!("cached blocks that were damaged and fetched anew: {}\n", cache.corrupt);
+    }
+    errors.extend(status.replicas.iter().map(|r| trouble(r, now)));
     format!("{}\n{}{errors}", output::table(&head), output::table(&rows))
 }
 
@@ -114,8 +120,8 @@ fn row(replica: &ReplicaStatus) -> Vec<String> {
         "-".to_owned()
     } else {
         format!(
-            "{} segments, {}, {}",
-            replica.lag_segments,
+            "{}, {}, {}",
+            human::count(replica.lag_segments, "segment"),
             human::size(replica.lag_bytes),
             human::seconds(replica.lag_seconds)
         )
@@ -142,7 +148,8 @@ fn trouble(replica: &ReplicaStatus, now: f64) -> String {
     let mut lines = String::new();
     if let Some(error) = &replica.last_error {
         let age = human::seconds(now - error.at);
-        lines += &format!("last error of {}, {age} ago: {}\n", replica.name, error.text);
+        let reason = reason(&replica.name, &error.text);
+        lines += &format!("last error of {}, {age} ago: {reason}\n", replica.name);
     }
     if replica.damages > 0 {
         lines += &format!("damaged places found on {}: {}\n", replica.name, replica.damages);
@@ -171,7 +178,7 @@ mod tests {
                  up for      1 m 1 s\n\
                  writing     yes, fsync waits for local\n\
                  changes     99 made, 90 sealed\n\
-                 unsent      1 B not sealed, 2 B in 3 segments staged\n\
+                 in hand     1 B not yet sealed, 2 B in 3 segments kept for replicas\n\
                  cache       1 B of 2 B, 42.9 % hits\n\
                  \n\
                  REPLICA  STATE    CURSOR  BEHIND                         SENT  RATE  URL\n\
@@ -184,6 +191,17 @@ mod tests {
         status.replicas[0].damages = 3;
         assert!(show(&status, 0.0).ends_with("\ndamaged places found on a: 3\n"));
         status.read_only = Some("a newer writer took over".into());
-        assert!(show(&status, 0.0).contains("writing     no, read-only: a newer writer took over\n"));
+        status.epoch = Epoch(0);
+        status.cache.corrupt = 2;
+        status.sealing_error = Some("disk full".into());
+        let text = show(&status, 0.0);
+        for line in [
+            "writing     no: a newer writer took over\n",
+            "cached blocks that were damaged and fetched anew: 2\n",
+            "nothing more can be sealed for now: disk full\n",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        assert!(!text.contains("epoch"), "{text}");
     }
 }

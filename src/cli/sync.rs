@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, locate, output, runtime};
 use crate::config::units;
-use crate::control::{Client, Replicas, SyncProgress, SyncRequest};
+use crate::control::{Client, Replicas, SyncProgress, SyncRequest, reason};
 
 /// Wait until everything written so far is committed on the replicas
 #[derive(Debug, clap::Args)]
@@ -39,7 +39,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let client = located.client()?;
     let timeout_seconds = args.timeout.map(|t| t.as_secs_f64());
     let request = SyncRequest { replicas: args.replicas, timeout_seconds };
-    let done = runtime()?.block_on(wait(&client, request))?;
+    let done = runtime()?.block_on(wait(&client, request)).map_err(|error| located.explain(error))?;
     if args.json {
         return output::print_json(&done);
     }
@@ -62,14 +62,17 @@ pub(super) async fn wait(client: &Client, request: SyncRequest) -> Result<SyncPr
 /// The replicas that are waited for, the trouble of those that have any.
 fn detail(step: &SyncProgress) -> String {
     if !step.sealed {
-        return ", sealing".to_owned();
+        return match &step.error {
+            Some(error) => format!(", cannot be sealed yet: {error}"),
+            None => ", sealing".to_owned(),
+        };
     }
     let waiting: Vec<String> = step
         .replicas
         .iter()
         .filter(|r| !r.done)
         .map(|r| match &r.error {
-            Some(error) => format!("{}: {error}", r.name),
+            Some(error) => format!("{}: {}", r.name, reason(&r.name, error)),
             None => format!("{}: {}", r.name, human::size(r.bytes_left)),
         })
         .collect();
@@ -93,6 +96,8 @@ mod tests {
         };
         let mut step = SyncProgress { needed: 2, ..SyncProgress::default() };
         assert_eq!(detail(&step), ", sealing");
+        step.error = Some("disk full".into());
+        assert_eq!(detail(&step), ", cannot be sealed yet: disk full");
         step.sealed = true;
         step.done = 1;
         step.replicas =

@@ -6,13 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::locate::{self, Located};
+use super::locate::{self, Located, alive};
+use super::mountpoint::is_dead;
+use super::progress::Progress;
 use super::{CommandError, Outcome, human, output, runtime, sync};
-use crate::control::{Replicas, Status, SyncRequest};
+use crate::control::{Replicas, ShutdownRequest, Status, SyncRequest};
 use crate::exit::Exit;
+use crate::ids::Epoch;
 
 /// A daemon that has unmounted ends within this time.
 const ENDING: Duration = Duration::from_secs(60);
+/// How often to look how far an unmount is.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Unmount a volume; what is not yet on all replicas is kept locally and sent after the next mount
 #[derive(Debug, clap::Args)]
@@ -30,15 +35,29 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Outcome {
     let located = locate::find(&args.mountpoint, false)?;
-    match runtime()?.block_on(ask(&located, args.wait)) {
+    let error = match runtime()?.block_on(ask(&located, args.wait)) {
         Ok(status) => {
             wait_for_end(status.pid);
-            output::print(&report(&status))
+            output::print(&report(&status))?;
+            return if args.wait { require_all(&status) } else { Ok(()) };
         }
-        // The daemon lives but does not answer, or refuses: taking its mount away could lose what it has in memory.
-        Err(error) if error.exit != Exit::NotMounted || lives(&located) => Err(error),
-        Err(error) if locate::find(&located.mountpoint, false).is_err() => Err(error),
-        Err(_) => remove_dead(&located.mountpoint),
+        Err(error) => error,
+    };
+    let mounted = locate::find(&located.mountpoint, false).is_ok();
+    match located.daemon_lives() {
+        // Unmounted, but not all went well.
+        Some(true) if !mounted => {
+            located.entry.iter().for_each(|entry| wait_for_end(entry.pid));
+            Err(error)
+        }
+        // It refuses or does not answer: taking its mount away could lose what it has in memory.
+        Some(true) => Err(error),
+        _ if error.exit != Exit::NotMounted || !mounted => Err(error),
+        Some(false) => remove_dead(&located.mountpoint),
+        // Without an entry the mount itself must tell.
+        None if is_dead(&located.mountpoint) => remove_dead(&located.mountpoint),
+        None if args.wait => Err(error),
+        None => remove_of_others(&located.mountpoint),
     }
 }
 
@@ -48,11 +67,32 @@ async fn ask(located: &Located, wait: bool) -> Result<Status, CommandError> {
         let request = SyncRequest { replicas: Replicas::All, timeout_seconds: None };
         sync::wait(&client, request).await?;
     }
-    Ok(client.shutdown().await?)
+    let mut progress = Progress::new("unmounting");
+    let ended = client.shutdown(ShutdownRequest { wait });
+    let mut ended = std::pin::pin!(ended);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut ended => break outcome,
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        if let Ok(status) = client.status().await {
+            let left = status.dirty_bytes + status.replicas.iter().map(|r| r.lag_bytes).sum::<u64>();
+            let error =
+                status.sealing_error.map_or_else(String::new, |e| format!(", cannot be sealed yet: {e}"));
+            progress.update(left, &error);
+        }
+    };
+    progress.finish();
+    Ok(outcome?)
 }
 
-fn lives(located: &Located) -> bool {
-    located.entry.as_ref().is_some_and(|entry| alive(entry.pid))
+/// With `--wait` it is no success when a replica has given up meanwhile.
+fn require_all(status: &Status) -> Outcome {
+    if status.replicas.iter().all(|r| r.lag_segments == 0) {
+        return Ok(());
+    }
+    let message = "unmounted, but not every replica holds everything; mount again to go on";
+    Err(CommandError::new(Exit::TimedOut, message))
 }
 
 fn report(status: &Status) -> String {
@@ -63,7 +103,8 @@ fn report(status: &Status) -> String {
         .map(|r| format!("{} to {}", human::size(r.lag_bytes), r.name))
         .collect();
     if behind.is_empty() {
-        return format!("unmounted {}; all replicas hold everything", status.mountpoint);
+        let replicas = if status.epoch == Epoch(0) { "" } else { "; all replicas hold everything" };
+        return format!("unmounted {}{replicas}", status.mountpoint);
     }
     format!(
         "unmounted {}; still to be sent after the next mount: {} (kept in {})",
@@ -81,47 +122,53 @@ fn wait_for_end(pid: u32) {
     }
 }
 
-/// Whether a process runs. One that has ended but whose parent has not noticed has let go of everything.
-fn alive(pid: u32) -> bool {
-    let Ok(stat) = std::fs::read(format!("/proc/{pid}/stat")) else { return false };
-    // "77 (name) S …"; the name may hold anything, also parentheses.
-    let state = stat.iter().rposition(|b| *b == b')').and_then(|end| stat.get(end + 2));
-    !matches!(state, Some(b'Z' | b'X'))
-}
-
-/// Unmounts without a daemon.
+/// Takes away the mount of a daemon that has died. Lazily: what programs have open in it is lost anyway.
 fn remove_dead(mountpoint: &Path) -> Outcome {
-    // SAFETY: geteuid has no preconditions and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    let outcome = if root { unmount_as_root(mountpoint) } else { unmount_as_user(mountpoint) };
-    outcome.map_err(|detail| {
-        let message =
-            format!("no daemon answers, and {} cannot be unmounted: {detail}", mountpoint.display());
-        CommandError::new(Exit::Failure, message)
-    })?;
+    unmount(mountpoint, true)?;
     output::print(&format!(
         "unmounted {}, whose daemon was gone; what it had not sent is kept in its state folder for the next mount",
         mountpoint.display()
     ))
 }
 
-fn unmount_as_root(mountpoint: &Path) -> Result<(), String> {
+/// Unmounts as umount(8) does, when it is not known whom to ask; the daemon notices.
+fn remove_of_others(mountpoint: &Path) -> Outcome {
+    unmount(mountpoint, false)?;
+    output::print(&format!(
+        "unmounted {}; its daemon, which is not known here, ends when it has written out what is left",
+        mountpoint.display()
+    ))
+}
+
+fn unmount(mountpoint: &Path, lazy: bool) -> Outcome {
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    let outcome = if root { unmount_as_root(mountpoint, lazy) } else { unmount_as_user(mountpoint, lazy) };
+    outcome.map_err(|detail| {
+        let message =
+            format!("no daemon answers, and {} cannot be unmounted: {detail}", mountpoint.display());
+        CommandError::new(Exit::Failure, message)
+    })
+}
+
+fn unmount_as_root(mountpoint: &Path, lazy: bool) -> Result<(), String> {
     let path = CString::new(mountpoint.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+    let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
     // SAFETY: the path is a valid string that ends with a zero byte.
-    if unsafe { libc::umount2(path.as_ptr(), libc::UMOUNT_NOFOLLOW) } == 0 {
+    if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
         return Ok(());
     }
     let error = std::io::Error::last_os_error();
     Err(if error.raw_os_error() == Some(libc::EBUSY) {
-        "a program still uses it; find it with: fuser -vm MOUNTPOINT".to_owned()
+        format!("a program still uses it; find it with: fuser -vm {}", mountpoint.display())
     } else {
         error.to_string()
     })
 }
 
-fn unmount_as_user(mountpoint: &Path) -> Result<(), String> {
+fn unmount_as_user(mountpoint: &Path, lazy: bool) -> Result<(), String> {
     let output = Command::new("fusermount3")
-        .arg("-u")
+        .arg(if lazy { "-uz" } else { "-u" })
         .arg("--")
         .arg(mountpoint)
         .output()
@@ -147,19 +194,10 @@ mod tests {
             report(&status),
             "unmounted /mnt/x; still to be sent after the next mount: 3.0 MiB to a (kept in /state)"
         );
-    }
-
-    #[test]
-    fn a_process_is_seen_to_live_and_to_end() {
-        assert!(alive(std::process::id()));
-        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = child.id();
-        assert!(alive(pid));
-        child.kill().unwrap();
-        // Not yet waited for: a zombie, which counts as ended.
-        wait_for_end(pid);
-        assert!(!alive(pid));
-        child.wait().unwrap();
-        assert!(!alive(pid));
+        assert_eq!(require_all(&status).unwrap_err().exit, Exit::TimedOut);
+        status.replicas[0].lag_segments = 0;
+        require_all(&status).unwrap();
+        status.epoch = Epoch(0);
+        assert_eq!(report(&status), "unmounted /mnt/x");
     }
 }

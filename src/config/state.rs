@@ -5,6 +5,7 @@
 //! replicas' places. Knows nothing else of what the folder holds.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -55,9 +56,37 @@ pub fn remember(dir: &Path, replicas: &[ReplicaSpec]) -> std::io::Result<()> {
     std::fs::rename(&temporary, &path)
 }
 
-/// Creates the folder, for its owner only, with all folders above it.
-pub fn create(dir: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+/// Creates the folder, for its owner only, with all folders above it. Answers the topmost folder that was missing.
+pub fn create(dir: &Path) -> std::io::Result<Option<PathBuf>> {
+    let made = dir.ancestors().take_while(|folder| folder.symlink_metadata().is_err()).last();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    Ok(made.map(Path::to_owned))
+}
+
+/// Takes away a folder that was created for a mount which then failed, with those above it up to `made`, unless they
+/// hold something of value or somebody uses them. Answers whether the folder is gone.
+pub fn discard(dir: &Path, made: &Path) -> bool {
+    // Written last when a state is built: without it there is nothing that the replicas lack.
+    if dir.join("state.json").symlink_metadata().is_ok() {
+        return false;
+    }
+    if let Ok(lock) = std::fs::File::open(dir.join("LOCK")) {
+        // SAFETY: the descriptor is open; flock touches no memory.
+        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            return false;
+        }
+    }
+    if std::fs::remove_dir_all(dir).is_err() {
+        return false;
+    }
+    let above = dir.ancestors().skip(1).take_while(|folder| folder.starts_with(made));
+    for folder in above {
+        // Not when something else lies there by now.
+        if std::fs::remove_dir(folder).is_err() {
+            break;
+        }
+    }
+    true
 }
 
 /// What tells a replica from all others: its URL and, as buckets of two servers may have the same name, its server.
@@ -117,6 +146,30 @@ mod tests {
         let error = default_dir(&env, &specs(&["/r/a", "/r/d"])).unwrap_err().to_string();
         assert!(error.contains("two state folders"), "{error}");
         assert!(error.contains("--state"), "{error}");
+    }
+
+    #[test]
+    fn what_was_made_for_nothing_goes_away_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("a/b/c");
+        let made = create(&state).unwrap().unwrap();
+        assert_eq!(made, dir.path().join("a"));
+        assert_eq!(create(&state).unwrap(), None);
+        std::fs::write(state.join("daemon.log"), "x").unwrap();
+        std::fs::write(dir.path().join("a/other"), "x").unwrap();
+        assert!(discard(&state, &made));
+        assert!(dir.path().join("a/other").exists() && !dir.path().join("a/b").exists());
+
+        let made = create(&state).unwrap().unwrap();
+        std::fs::write(state.join("state.json"), "{}").unwrap();
+        assert!(!discard(&state, &made));
+        std::fs::remove_file(state.join("state.json")).unwrap();
+        let lock = std::fs::File::create(state.join("LOCK")).unwrap();
+        // SAFETY: the descriptor is open.
+        assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }, 0);
+        assert!(!discard(&state, &made), "somebody uses it");
+        drop(lock);
+        assert!(discard(&state, &made) && !dir.path().join("a/b").exists());
     }
 
     #[test]

@@ -14,12 +14,12 @@ use tokio::net::UnixStream;
 
 use super::server::SOCKET;
 use super::socket;
-use super::types::{Failure, Status, SyncEvent, SyncProgress, SyncRequest};
+use super::types::{Failure, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncRequest};
 use crate::exit::Exit;
 
 /// An answer that needs no network is expected within this time.
 const QUICK: Duration = Duration::from_secs(10);
-/// A shutdown flushes and seals, which may take its time on a slow disk.
+/// A shutdown flushes and seals, which may take its time on a slow disk, and may wait for replicas.
 const SHUTDOWN: Duration = Duration::from_secs(600);
 /// The longest silence within a sync; the server sends a sign of life every two seconds.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -72,18 +72,21 @@ impl Client {
 
     /// The state of things.
     pub async fn status(&self) -> Result<Status, ClientError> {
-        self.json(Method::GET, "/status", QUICK).await
+        let bytes = self.whole(Method::GET, "/status", Vec::new(), QUICK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
     }
 
     /// The numbers for Prometheus.
     pub async fn metrics(&self) -> Result<String, ClientError> {
-        let bytes = self.whole(Method::GET, "/metrics", QUICK).await?;
+        let bytes = self.whole(Method::GET, "/metrics", Vec::new(), QUICK).await?;
         String::from_utf8(bytes.to_vec()).map_err(broken)
     }
 
     /// Asks for a flush, seal and unmount; the last status when it is done.
-    pub async fn shutdown(&self) -> Result<Status, ClientError> {
-        self.json(Method::POST, "/shutdown", SHUTDOWN).await
+    pub async fn shutdown(&self, request: ShutdownRequest) -> Result<Status, ClientError> {
+        let body = serde_json::to_vec(&request).map_err(broken)?;
+        let bytes = self.whole(Method::POST, "/shutdown", body, SHUTDOWN).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
     }
 
     /// Syncs, and shows each step to `watch`. Dropping the future ends only the waiting.
@@ -116,19 +119,15 @@ impl Client {
         }
     }
 
-    async fn json<T: serde::de::DeserializeOwned>(
+    async fn whole(
         &self,
         method: Method,
         path: &str,
+        body: Vec<u8>,
         time: Duration,
-    ) -> Result<T, ClientError> {
-        let bytes = self.whole(method, path, time).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
-    }
-
-    async fn whole(&self, method: Method, path: &str, time: Duration) -> Result<Bytes, ClientError> {
+    ) -> Result<Bytes, ClientError> {
         let (status, bytes) = within(time, async {
-            let response = self.ask(method, path, Vec::new()).await?;
+            let response = self.ask(method, path, body).await?;
             let status = response.status();
             Ok((status, body_of(response).await?))
         })

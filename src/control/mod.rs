@@ -14,7 +14,8 @@ pub use client::{Client, ClientError};
 pub use registry::{Entry, Registration, Registry};
 pub use server::{SOCKET, Server};
 pub use types::{
-    Backend, CacheStatus, Failure, Replicas, Status, SyncEvent, SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,
+    SyncRequest, reason,
 };
 
 #[cfg(test)]

@@ -48,9 +48,13 @@ impl Registry {
         // SAFETY: geteuid has no preconditions and cannot fail.
         let uid = unsafe { libc::geteuid() };
         if uid == 0 {
-            let users = std::fs::read_dir("/run/user").into_iter().flatten();
-            let others = users.filter_map(|user| Some(user.ok()?.path().join("mirrorfs"))).collect();
-            return Registry { own: "/run/mirrorfs".into(), others };
+            let entries = |folder| std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+            let users = entries("/run/user").map(|user| user.path().join("mirrorfs"));
+            let without = entries("/tmp").filter_map(|entry| {
+                let uid = entry.file_name().to_str()?.strip_prefix("mirrorfs-")?.parse().ok()?;
+                belongs_to(&entry.path(), uid).then(|| entry.path())
+            });
+            return Registry { own: "/run/mirrorfs".into(), others: users.chain(without).collect() };
         }
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|p| p.is_absolute());
         let usual = PathBuf::from(format!("/run/user/{uid}"));
@@ -107,7 +111,10 @@ impl Registry {
 
 fn ours(folder: &Path) -> bool {
     // SAFETY: geteuid has no preconditions and cannot fail.
-    let uid = unsafe { libc::geteuid() };
+    belongs_to(folder, unsafe { libc::geteuid() })
+}
+
+fn belongs_to(folder: &Path, uid: u32) -> bool {
     std::fs::symlink_metadata(folder).is_ok_and(|m| m.is_dir() && m.uid() == uid)
 }
 

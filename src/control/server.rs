@@ -21,7 +21,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
 use super::socket;
-use super::types::{Backend, Failure, SyncEvent, SyncProgress, SyncRequest};
+use super::types::{Backend, Failure, ShutdownRequest, SyncEvent, SyncProgress, SyncRequest, reason};
 use crate::exit::Exit;
 
 /// Name of the socket in the state folder.
@@ -81,9 +81,9 @@ async fn status(State(backend): State<Arc<dyn Backend>>) -> Response {
     axum::Json(backend.status().await).into_response()
 }
 
-async fn shutdown(State(backend): State<Arc<dyn Backend>>) -> Response {
+async fn shutdown(State(backend): State<Arc<dyn Backend>>, request: axum::Json<ShutdownRequest>) -> Response {
     // In a task of its own: a shutdown once begun goes on when the command that asked for it is interrupted.
-    match tokio::spawn(async move { backend.shutdown().await }).await {
+    match tokio::spawn(async move { backend.shutdown(request.0).await }).await {
         Ok(Ok(status)) => axum::Json(status).into_response(),
         Ok(Err(failure)) => refuse(StatusCode::CONFLICT, &failure),
         Err(error) => {
@@ -167,12 +167,15 @@ fn gave_up(progress: &SyncProgress) -> Failure {
         .iter()
         .filter(|r| !r.done)
         .map(|r| match &r.error {
-            Some(error) => format!("{} ({error})", r.name),
+            Some(error) => format!("{} ({})", r.name, reason(&r.name, error)),
             None => r.name.to_string(),
         })
         .collect();
-    let missing =
-        if waiting.is_empty() { String::new() } else { format!("; waiting for {}", waiting.join(", ")) };
+    let missing = match &progress.error {
+        Some(error) => format!("; it cannot be sealed: {error}"),
+        None if waiting.is_empty() => String::new(),
+        None => format!("; waiting for {}", waiting.join(", ")),
+    };
     Failure::new(
         Exit::TimedOut,
         format!(

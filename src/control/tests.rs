@@ -31,6 +31,7 @@ pub(crate) fn sample_status() -> Status {
         cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
         read_only: None,
+        sealing_error: None,
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
             url: "file:///r/a".into(),
@@ -55,6 +56,7 @@ fn progress(left: u64, error: Option<&str>) -> SyncProgress {
     SyncProgress {
         lsn: Lsn(99),
         sealed: true,
+        error: None,
         needed: 1,
         done: usize::from(left == 0),
         bytes_left: left,
@@ -122,9 +124,15 @@ impl Backend for Fake {
         .boxed()
     }
 
-    fn shutdown(&self) -> BoxFuture<'_, Result<Status, Failure>> {
+    fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>> {
         let busy = self.mood == Mood::Fails;
-        async move { if busy { Err(Failure::new(Exit::InUse, "busy")) } else { Ok(sample_status()) } }.boxed()
+        async move {
+            match busy {
+                true => Err(Failure::new(Exit::InUse, "busy")),
+                false => Ok(Status { pid: if request.wait { 2 } else { 1 }, ..sample_status() }),
+            }
+        }
+        .boxed()
     }
 
     fn metrics(&self) -> BoxFuture<'_, String> {
@@ -151,7 +159,8 @@ async fn questions_are_answered_over_the_socket() {
     let (client, _) = serve(dir.path(), Mood::Steps);
     assert_eq!(client.status().await.unwrap(), sample_status());
     assert_eq!(client.metrics().await.unwrap(), "mirrorfs_lsn 99\n");
-    assert_eq!(client.shutdown().await.unwrap(), sample_status());
+    assert_eq!(client.shutdown(ShutdownRequest::default()).await.unwrap(), sample_status());
+    assert_eq!(client.shutdown(ShutdownRequest { wait: true }).await.unwrap().pid, 2);
 }
 
 #[tokio::test]
@@ -209,7 +218,7 @@ async fn failures_keep_their_code() {
     let (client, _) = serve(dir.path(), Mood::Fails);
     let error = client.sync(all(None), |_| {}).await.unwrap_err();
     assert_eq!((error.exit_code(), error.to_string().as_str()), (Exit::Unreachable, "a cannot be reached"));
-    let error = client.shutdown().await.unwrap_err();
+    let error = client.shutdown(ShutdownRequest::default()).await.unwrap_err();
     assert_eq!((error.exit_code(), error.to_string().as_str()), (Exit::InUse, "busy"));
     let request = SyncRequest { replicas: Replicas::Count(3), timeout_seconds: None };
     let error = client.sync(request, |_| {}).await.unwrap_err();

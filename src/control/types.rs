@@ -42,6 +42,9 @@ pub struct Status {
     pub fsync: String,
     /// Why nobody can write; absent when one can.
     pub read_only: Option<String>,
+    /// Why the last attempt to seal failed, when it did; it is tried again.
+    #[serde(default)]
+    pub sealing_error: Option<String>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
 }
@@ -129,6 +132,13 @@ pub struct SyncRequest {
     pub timeout_seconds: Option<f64>,
 }
 
+/// "Flush, seal, unmount."
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ShutdownRequest {
+    /// Whether to wait, for some minutes, until all replicas hold what was sealed at last.
+    pub wait: bool,
+}
+
 /// How far a sync is.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SyncProgress {
@@ -136,6 +146,9 @@ pub struct SyncProgress {
     pub lsn: Lsn,
     /// Whether all that is sealed; before that, what is left to send is an estimate.
     pub sealed: bool,
+    /// What keeps it from being sealed.
+    #[serde(default)]
+    pub error: Option<String>,
     /// Replicas that must hold it.
     pub needed: usize,
     /// Replicas that do.
@@ -161,6 +174,16 @@ pub struct SyncReplica {
     pub segments_left: u64,
     /// What keeps it, if it has trouble.
     pub error: Option<String>,
+}
+
+/// What is wrong with a replica, without its name in front of it: for where the name stands already.
+#[must_use]
+pub fn reason<'a>(replica: &ReplicaName, error: &'a str) -> &'a str {
+    error
+        .strip_prefix("replica ")
+        .and_then(|rest| rest.strip_prefix(replica.as_str()))
+        .and_then(|rest| rest.strip_prefix(": "))
+        .unwrap_or(error)
 }
 
 /// A refusal or failure, with the code a command ends with.
@@ -207,9 +230,9 @@ pub trait Backend: Send + Sync + 'static {
         progress: watch::Sender<SyncProgress>,
     ) -> BoxFuture<'_, Result<SyncProgress, Failure>>;
 
-    /// Flushes, seals, unmounts. Answers with the last status once the mount is gone and the process is about to end;
-    /// with a failure (and everything goes on as before) when the mount is busy or sealing failed.
-    fn shutdown(&self) -> BoxFuture<'_, Result<Status, Failure>>;
+    /// Flushes, unmounts, seals. Answers with the last status once everything is closed and the process is about to
+    /// end; with a failure when the mount is busy (then everything goes on as before) or when not all could be sealed.
+    fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>>;
 
     /// The numbers in the text form that Prometheus reads.
     fn metrics(&self) -> BoxFuture<'_, String>;
@@ -238,6 +261,15 @@ mod tests {
             (error.exit, error.message.as_str()),
             (Exit::Usage, "5 replicas are asked for, but the volume has 4")
         );
+    }
+
+    #[test]
+    fn a_name_is_not_said_twice() {
+        let a: ReplicaName = "a".parse().unwrap();
+        assert_eq!(reason(&a, "replica a: get x: no route"), "get x: no route");
+        for other in ["no route", "replica ab: no route", "replica a"] {
+            assert_eq!(reason(&a, other), other);
+        }
     }
 
     #[test]

@@ -10,13 +10,17 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::serve::Running;
-use crate::control::{Backend, CacheStatus, Failure, Status, SyncProgress, SyncReplica, SyncRequest};
+use crate::control::{
+    Backend, CacheStatus, Failure, ShutdownRequest, Status, SyncProgress, SyncReplica, SyncRequest,
+};
 use crate::exit::Exit;
-use crate::ids::SegmentNo;
-use crate::replica::{Outbox, ReplicaStatus};
+use crate::ids::{Epoch, SegmentNo};
+use crate::replica::{Outbox, ReplicaState, ReplicaStatus};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
+/// How often a sync looks how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The daemon behind the control socket.
 pub(super) struct Control(pub Arc<Running>);
@@ -40,7 +44,7 @@ impl Control {
             started_at: r.started_at,
             epoch: r.epoch,
             lsn: r.journal.last_lsn(),
-            sealed_lsn: progress.sealed,
+            sealed_lsn: if r.engine.is_some() { progress.sealed } else { r.opened_at },
             dirty_bytes: space.dirty(),
             staged_bytes,
             staged_segments,
@@ -53,7 +57,36 @@ impl Control {
             },
             fsync: r.fsync.to_owned(),
             read_only: r.vfs.read_only(),
+            sealing_error: progress.error,
             replicas: r.fleet.statuses(),
+        }
+    }
+
+    /// Refuses to sync what cannot become more: a mount that was made read-only, or has become it.
+    fn check_writable(&self) -> Result<(), Failure> {
+        let r = &self.0;
+        let Some(why) = r.vfs.read_only() else { return Ok(()) };
+        if r.engine.is_some() {
+            let fenced = r.fleet.statuses().iter().any(|s| s.state == ReplicaState::Fenced);
+            return Err(Failure::new(if fenced { Exit::InUse } else { Exit::Failure }, why));
+        }
+        // Without an epoch the local state was built from the replicas, and has nothing that they lack.
+        if r.epoch == Epoch(0) {
+            return Ok(());
+        }
+        let message =
+            "mounted read-only: what is not yet on the replicas is sent when it is mounted writable";
+        Err(Failure::new(Exit::Failure, message))
+    }
+
+    /// How far a sync is before there is a segment to wait for.
+    fn sealing(&self, needed: usize) -> SyncProgress {
+        let r = &self.0;
+        SyncProgress {
+            needed,
+            bytes_left: r.blocks.space.dirty() * needed as u64,
+            error: r.engine.as_ref().and_then(|e| e.progress().error),
+            ..SyncProgress::default()
         }
     }
 
@@ -83,8 +116,9 @@ impl Control {
         let mut nearest: Vec<(u64, u64)> = replicas.iter().map(|r| (r.bytes_left, r.segments_left)).collect();
         nearest.sort_unstable();
         SyncProgress {
-            lsn: self.0.engine.as_ref().map(|e| e.progress().sealed).unwrap_or_default(),
+            lsn: self.0.engine.as_ref().map_or(self.0.opened_at, |e| e.progress().sealed),
             sealed: true,
+            error: None,
             needed,
             done: replicas.iter().filter(|r| r.done).count(),
             bytes_left: nearest.iter().take(needed).map(|r| r.0).sum(),
@@ -106,38 +140,42 @@ impl Backend for Control {
     ) -> BoxFuture<'_, Result<SyncProgress, Failure>> {
         async move {
             let needed = request.replicas.needed(self.0.fleet.replicas.len())?;
-            let dirty = self.0.blocks.space.dirty();
-            progress.send_replace(SyncProgress {
-                needed,
-                bytes_left: dirty * needed as u64,
-                ..SyncProgress::default()
-            });
-            let segment = self.0.seal(Instant::now() + SEAL_DEADLINE).await.map_err(|e| {
-                Failure::new(Exit::Failure, format!("what was written could not be sealed: {e}"))
-            })?;
+            self.check_writable()?;
+            let sealing = self.0.seal(Instant::now() + SEAL_DEADLINE);
+            tokio::pin!(sealing);
+            let segment = loop {
+                progress.send_replace(self.sealing(needed));
+                tokio::select! {
+                    sealed = &mut sealing => break sealed.map_err(|e| {
+                        Failure::new(Exit::Failure, format!("what was written could not be sealed: {e}"))
+                    })?,
+                    () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
+                }
+            };
             let waiting = self.0.fleet.wait_for(segment, needed);
             tokio::pin!(waiting);
             loop {
                 progress.send_replace(self.progress(segment, needed));
                 tokio::select! {
                     () = &mut waiting => return Ok(self.progress(segment, needed)),
-                    () = tokio::time::sleep(Duration::from_millis(100)) => {}
-                }
-                if let Some(why) = self.0.vfs.read_only().filter(|_| self.0.engine.is_some()) {
-                    return Err(Failure::new(Exit::InUse, why));
+                    () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
                 }
             }
         }
         .boxed()
     }
 
-    fn shutdown(&self) -> BoxFuture<'_, Result<Status, Failure>> {
+    fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>> {
         async move {
             let running = Arc::clone(&self.0);
-            running.unmount().await.map_err(|e| Failure::new(Exit::InUse, e))?;
-            let status = self.status_now();
-            running.wait_closed().await;
-            Ok(status)
+            running.wait_for_all(request.wait);
+            running.unmount().await.map_err(|e| {
+                running.wait_for_all(false);
+                Failure::new(Exit::InUse, e)
+            })?;
+            let closed = running.wait_closed().await;
+            closed.map_err(|(exit, message)| Failure::new(exit, message))?;
+            Ok(self.status_now())
         }
         .boxed()
     }

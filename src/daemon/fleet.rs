@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -13,7 +13,7 @@ use futures::stream::FuturesUnordered;
 use crate::format::tables::cursor_key;
 use crate::ids::{ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{CursorStore, Outbox, Replica, ReplicaStatus};
+use crate::replica::{CursorStore, Outbox, Replica, ReplicaState, ReplicaStatus};
 use crate::txg::Staging;
 
 /// Cursors in the local tables, by name and place: a name given to another place begins anew.
@@ -27,9 +27,18 @@ pub(super) fn cursor_of(name: &ReplicaName, url: &str) -> Bytes {
     cursor_key(&format!("{name} {url}"))
 }
 
+/// Key of the filesystem that a folder replica lies on. It has the form of a cursor's key, with a name that no replica has.
+fn filesystem_of(name: &ReplicaName, url: &str) -> Bytes {
+    cursor_key(&format!("filesystem of {name} {url}"))
+}
+
 impl Cursors {
+    fn url(&self, replica: &ReplicaName) -> &str {
+        self.places.get(replica).map_or("", String::as_str)
+    }
+
     fn key(&self, replica: &ReplicaName) -> Bytes {
-        cursor_of(replica, self.places.get(replica).map_or("", String::as_str))
+        cursor_of(replica, self.url(replica))
     }
 }
 
@@ -49,6 +58,21 @@ impl CursorStore for Cursors {
             })
             .map(|_| ())
             .map_err(|e| e.to_string())
+    }
+
+    fn load_filesystem(&self, replica: &ReplicaName) -> Result<Option<String>, String> {
+        let value = self.journal.get(&filesystem_of(replica, self.url(replica)));
+        let value = value.map_err(|e| e.to_string())?;
+        Ok(value.map(|v| String::from_utf8_lossy(&v).into_owned()))
+    }
+
+    fn save_filesystem(&self, replica: &ReplicaName, filesystem: &str) -> Result<(), String> {
+        let key = filesystem_of(replica, self.url(replica));
+        let saved = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(key, filesystem.as_bytes().to_vec());
+            Ok(())
+        });
+        saved.map(|_| ()).map_err(|e| e.to_string())
     }
 }
 
@@ -73,6 +97,19 @@ impl Fleet {
             if waiting.next().await.is_none() {
                 return;
             }
+        }
+    }
+
+    /// Waits until every replica holds everything sealed, at most until `until`. For those in trouble it waits only
+    /// when `all` are wanted.
+    pub async fn last_call(&self, until: Instant, all: bool) {
+        let newest = self.staging.newest();
+        while Instant::now() < until {
+            let works = |s: &ReplicaStatus| matches!(s.state, ReplicaState::Healthy | ReplicaState::Degraded);
+            if !self.statuses().iter().any(|s| s.cursor < newest && (all || works(s))) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 

@@ -9,7 +9,7 @@ use super::state::Local;
 use crate::exit::Exit;
 use crate::format::volume::{Claim, Volume};
 use crate::ids::VolumeId;
-use crate::replica::volume::{self, Found, Tenure, VolumeError};
+use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{ErrorKind, Store};
 
 /// One replica as it was found.
@@ -114,6 +114,11 @@ pub(super) fn decide(local: Option<&Local>, seen: &[Seen], read_only: bool) -> R
     let mut warnings = Vec::new();
     for s in seen {
         let Err(e) = &s.found else { continue };
+        // What others hold is as good as before; its shipper writes nothing there until it is repaired.
+        if e.is_damage() && (local.is_some() || volume.is_some()) {
+            warnings.push(format!("goes on without it until it is repaired: {e}"));
+            continue;
+        }
         let unreachable = matches!(e, VolumeError::Store(_));
         if (local.is_some() || read_only && volume.is_some()) && unreachable {
             warnings.push(format!("goes on without it for now: {e}"));
@@ -156,18 +161,22 @@ fn rival<'a>(local: &Local, there: impl IntoIterator<Item = &'a Claim>) -> Optio
 }
 
 /// Refuses to go on with a local state when another writer came after it. `tenures` are those of one replica.
-pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &[Tenure]) -> Result<(), Error> {
-    let Some(claim) = rival(local, tenures.iter().rev().map(|t| &t.claim)) else { return Ok(()) };
+pub(super) fn check_tenures(local: &Local, replica: &Store, tenures: &Tenures) -> Result<(), Error> {
+    let known = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+    let (epoch, by) = match rival(local, tenures.known.iter().rev().map(|t| &t.claim)) {
+        Some(claim) => (claim.epoch, format!("{} (process {})", claim.host, claim.pid)),
+        None if !local.borrowed && tenures.highest > known => {
+            (tenures.highest, "somebody (the claim cannot be read)".to_owned())
+        }
+        None => return Ok(()),
+    };
     Err(Error::new(
         Exit::InUse,
         format!(
-            "the volume was taken over: replica {} shows epoch {} of {} (process {}), this state has epoch {}. What was \
+            "the volume was taken over: replica {} shows epoch {epoch} of {by}, this state has epoch {}. What was \
              written here and not sent is still in the state folder; to follow the other writer mount with an empty \
              --state folder",
             replica.name(),
-            claim.epoch,
-            claim.host,
-            claim.pid,
             local.epoch()
         ),
     ))
@@ -237,6 +246,16 @@ mod tests {
             panic!("an unreachable replica must not stop a mount with local state")
         };
         assert_eq!(warnings.len(), 1);
+        // One that is damaged neither stops a mount with local state nor a restore from others; alone it does.
+        let damaged = || Err(ErrorKind::Corrupt);
+        let (all, any) = (
+            decide(Some(&local), &seen(vec![v(), damaged()]), false),
+            decide(None, &seen(vec![damaged(), v()]), false),
+        );
+        assert!(matches!(all.unwrap(), Decision::GoOn { warnings } if warnings.len() == 1));
+        assert!(matches!(any.unwrap(), Decision::Restore { warnings } if warnings[0].contains("r0")));
+        assert_eq!(refused(None, vec![damaged(), damaged()]), Exit::Damaged);
+        assert_eq!(refused(None, vec![damaged(), empty()]), Exit::Damaged);
         assert!(warnings[0].contains("r1"), "{warnings:?}");
         let found = || seen(vec![v(), Err(ErrorKind::Config)]);
         assert!(

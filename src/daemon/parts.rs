@@ -159,7 +159,10 @@ async fn go_on(
     let reachable: Vec<Store> = seen.iter().filter(|s| s.found.is_ok()).map(|s| s.store.clone()).collect();
     for store in &reachable {
         match volume::tenures(store, local.volume.volume).await {
-            Ok(tenures) => open::check_tenures(&local, store, &tenures)?,
+            Ok(tenures) => {
+                open::check_tenures(&local, store, &tenures)?;
+                notes.extend(tenures.damaged.iter().map(|e| format!("needs repair: {e}")));
+            }
             Err(volume::VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
             Err(e) => return Err(e.into()),
         }

@@ -25,7 +25,7 @@ pub(super) struct Restored {
     pub tables: Tables,
     /// Per replica the segment up to which it holds everything, by its listing.
     pub cursors: BTreeMap<ReplicaName, SegmentNo>,
-    /// All claims found, by ascending epoch.
+    /// The claims that count, by ascending epoch.
     pub claims: Vec<Claim>,
     /// All segments that the replicas listed.
     pub listed: BTreeSet<(SegmentNo, Epoch)>,
@@ -65,12 +65,9 @@ pub(super) async fn fetch(stores: &[Store]) -> Result<Restored, Error> {
         .enumerate()
         .map(|(i, store)| (store.name().clone(), contiguous(&plan, &loaded, i)))
         .collect();
-    let mut claims: BTreeMap<Epoch, Claim> = BTreeMap::new();
-    for found in inventories.iter().filter_map(|i| i.found.as_ref().ok()) {
-        claims.extend(found.claims.iter().map(|(e, c)| (*e, c.clone())));
-    }
     let listed = listed_in(&inventories);
-    Ok(Restored { loaded, tables, cursors, claims: claims.into_values().collect(), listed })
+    let claims = plan.claims.values().cloned().collect();
+    Ok(Restored { loaded, tables, cursors, claims, listed })
 }
 
 fn listed_in(inventories: &[Inventory]) -> BTreeSet<(SegmentNo, Epoch)> {

@@ -3,7 +3,9 @@
 //! Order at the end: no more requests (unmount) → pending changes committed → last group sealed → shippers told to end →
 //! journal closed → lock released. Whatever is not shipped then waits in the state folder for the next mount.
 
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak, mpsc};
 use std::time::{Duration, Instant};
 
@@ -23,9 +25,9 @@ use crate::control::{Entry, Registry, Server};
 use crate::exit::Exit;
 use crate::format::volume::{Compression, Volume};
 use crate::fuse::{self, Session};
-use crate::ids::{Epoch, SegmentNo};
+use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
-use crate::replica::{FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
+use crate::replica::{Fence, FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
 use crate::txg::{Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
@@ -38,6 +40,10 @@ const GROUP_BYTES: u64 = 16 << 20;
 const SPACE_WAIT: Duration = Duration::from_secs(30);
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
+/// How long the end waits for replicas that answer, so that an unmount usually leaves them complete.
+const LAST_SHIP: Duration = Duration::from_secs(5);
+/// The same when whoever unmounts wants to wait for all of them. Commands wait longer than this for an answer.
+const LAST_SHIP_ALL: Duration = Duration::from_secs(420);
 /// zstd level of frames.
 const LEVEL: i32 = 1;
 
@@ -48,6 +54,8 @@ pub(super) struct Running {
     pub mountpoint: PathBuf,
     pub state: StateDir,
     pub started_at: f64,
+    /// The last sealed change when it was opened.
+    pub opened_at: Lsn,
     pub fsync: &'static str,
     pub journal: Arc<Journal>,
     pub blocks: Arc<BlockStore>,
@@ -56,15 +64,22 @@ pub(super) struct Running {
     pub engine: Option<Arc<Engine>>,
     pub fleet: Arc<Fleet>,
     session: OnceLock<Session>,
-    closed: watch::Sender<bool>,
+    /// Whether the end waits for all replicas.
+    wait_for_all: AtomicBool,
+    closed: watch::Sender<Option<Closed>>,
 }
 
+/// How closing ended: with what code and words when not well.
+type Closed = Result<(), (Exit, String)>;
+
 impl Running {
-    /// Ends the current group and waits until it is sealed.
+    /// Ends the current group and waits until it is sealed. What programs have written and the kernel still holds
+    /// belongs to it.
     pub async fn seal(self: &Arc<Self>, deadline: Instant) -> Result<SegmentNo, String> {
         let Some(engine) = self.engine.clone() else { return Ok(self.fleet.staging.newest()) };
         let running = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
+            running.flush_kernel()?;
             loop {
                 match running.vfs.commit() {
                     Ok(_) => return engine.sync(deadline),
@@ -78,6 +93,26 @@ impl Running {
         })
         .await
         .map_err(|e| e.to_string())?
+    }
+
+    /// Has the kernel hand over the pages that it has not written yet.
+    fn flush_kernel(&self) -> Result<(), String> {
+        if !self.session.get().is_some_and(Session::is_live) {
+            // Unmounting has handed them over.
+            return Ok(());
+        }
+        let failed = |e: std::io::Error| format!("what programs have written cannot be flushed: {e}");
+        let root = std::fs::File::open(&self.mountpoint).map_err(failed)?;
+        // SAFETY: the descriptor is open; syncfs touches no memory.
+        match unsafe { libc::syncfs(root.as_raw_fd()) } {
+            0 => Ok(()),
+            _ => Err(failed(std::io::Error::last_os_error())),
+        }
+    }
+
+    /// Whether the end is to wait for all replicas, as long as [`LAST_SHIP_ALL`].
+    pub fn wait_for_all(&self, wait: bool) {
+        self.wait_for_all.store(wait, Ordering::Relaxed);
     }
 
     /// Unmounts; the main thread then does the rest.
@@ -98,10 +133,11 @@ impl Running {
     }
 
     /// Returns when everything is closed and the process is about to end.
-    pub async fn wait_closed(&self) {
+    pub async fn wait_closed(&self) -> Closed {
         let mut closed = self.closed.subscribe();
-        // The sender lives in self.
-        let _ = closed.wait_for(|c| *c).await;
+        // The sender lives in self, so that there is always an answer.
+        let closed = closed.wait_for(Option::is_some).await;
+        closed.ok().and_then(|c| c.clone()).unwrap_or(Ok(()))
     }
 }
 
@@ -148,7 +184,8 @@ pub(super) fn run(
     runtime: &Arc<Runtime>,
     ready: Ready,
 ) -> Result<(), Error> {
-    let mut started = match start(config, mount, runtime) {
+    let started = watch_signals(runtime).and_then(|signals| start(config, mount, runtime, signals));
+    let mut started = match started {
         Ok(started) => started,
         Err(e) => {
             ready(Err(&e));
@@ -167,11 +204,17 @@ struct Started {
     closing: watch::Sender<bool>,
     tasks: JoinSet<()>,
     stop_commits: mpsc::Sender<()>,
+    signals: Signals,
     server: Option<Server>,
     _registration: Option<crate::control::Registration>,
 }
 
-fn start(config: &Config, mount: &MountArgs, runtime: &Arc<Runtime>) -> Result<Started, Error> {
+fn start(
+    config: &Config,
+    mount: &MountArgs,
+    runtime: &Arc<Runtime>,
+    mut signals: Signals,
+) -> Result<Started, Error> {
     let state = StateDir::lock(&config.state)?;
     let stores = super::stores(config)?;
     let mut local = state.read()?;
@@ -181,26 +224,36 @@ fn start(config: &Config, mount: &MountArgs, runtime: &Arc<Runtime>) -> Result<S
         local = None;
     }
     let parts = runtime.block_on(async {
-        let seen = open::look(&stores).await;
-        let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
-        parts::open(config, &state, &stores, &seen, local, decision).await
+        let open = async {
+            let seen = open::look(&stores).await;
+            let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
+            parts::open(config, &state, &stores, &seen, local, decision).await
+        };
+        tokio::select! {
+            parts = open => parts,
+            // To break off here is no worse than a crash, which does no harm; replicas may take long to answer.
+            () = asked_to_end(&mut signals) => {
+                Err(Error::new(Exit::Failure, "interrupted before the mount was live"))
+            }
+        }
     })?;
     if let Err(e) = crate::config::state::remember(&config.state, &config.replicas) {
         log::warn!("cannot note the replicas in {}: {e}", config.state.display());
     }
     let journal = Arc::clone(&parts.journal);
-    assemble(config, mount, runtime, state, &stores, parts).inspect_err(|_| {
+    assemble(config, mount, runtime, signals, state, &stores, parts).inspect_err(|_| {
         if let Err(e) = journal.close() {
             log::warn!("closing the journal: {e}");
         }
     })
 }
 
-#[allow(clippy::too_many_lines)]
+#[allow(clippy::too_many_lines, clippy::too_many_arguments)]
 fn assemble(
     config: &Config,
     mount: &MountArgs,
     runtime: &Arc<Runtime>,
+    signals: Signals,
     state: StateDir,
     stores: &[crate::replica::Store],
     parts: Parts,
@@ -291,16 +344,10 @@ fn assemble(
             handle: runtime.handle().clone(),
         }));
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
-        let on_fenced = {
+        let fence = {
             let vfs = Arc::clone(&vfs);
-            move |fenced: crate::replica::Fenced| {
-                vfs.set_read_only(&format!(
-                    "{} (process {}) took the volume over with epoch {}, seen on replica {}",
-                    fenced.by.host, fenced.by.pid, fenced.by.epoch, fenced.replica
-                ));
-            }
+            Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string()))
         };
-        let on_fenced: Arc<dyn Fn(crate::replica::Fenced) + Send + Sync> = Arc::new(on_fenced);
         for replica in &replicas {
             let shipper = Shipper {
                 replica: Arc::clone(replica),
@@ -308,7 +355,7 @@ fn assemble(
                 outbox: Arc::clone(&staging) as Arc<dyn Outbox>,
                 cursors: Arc::clone(&cursors),
                 identity: Arc::clone(&identity),
-                on_fenced: Arc::clone(&on_fenced),
+                fence: Arc::clone(&fence),
                 closing: closing_seen.clone(),
                 tuning: Tuning::default(),
             };
@@ -375,6 +422,7 @@ fn assemble(
         mountpoint: session.mountpoint().to_owned(),
         state,
         started_at: unix_now(),
+        opened_at: mark.lsn,
         fsync: fsync_name(config.fsync),
         journal,
         blocks,
@@ -382,7 +430,8 @@ fn assemble(
         engine,
         fleet,
         session: OnceLock::from(session),
-        closed: watch::channel(false).0,
+        wait_for_all: AtomicBool::new(false),
+        closed: watch::channel(None).0,
     };
     Ok(Started {
         running: Arc::new(running),
@@ -390,6 +439,7 @@ fn assemble(
         closing,
         tasks,
         stop_commits,
+        signals,
         server: Some(server),
         _registration: registration,
     })
@@ -441,14 +491,15 @@ impl Started {
             };
             runtime.spawn(server.serve(Arc::new(Control(Arc::clone(&running))), stop))
         });
-        let signals = runtime.spawn(unmount_on_signal(Arc::clone(&running)));
+        let signals = runtime.spawn(unmount_on_signal(Arc::clone(&running), self.signals.clone()));
         let ended = running.session.get().map_or(Ok(()), Session::wait);
         signals.abort();
         if let Err(e) = &ended {
             log::error!("serving the mount ended: {e}");
         }
         let closed = self.close(runtime);
-        running.closed.send_replace(true);
+        let told = closed.as_ref().copied().map_err(|e| (e.exit_code(), e.to_string()));
+        running.closed.send_replace(Some(told));
         stop_server.send_replace(true);
         if let Some(server) = server {
             // An answer under way is finished; a client that hangs is not waited for.
@@ -477,6 +528,15 @@ impl Started {
                 ));
             }
             engine.stop();
+            let all = running.wait_for_all.load(Ordering::Relaxed);
+            let until = Instant::now() + if all { LAST_SHIP_ALL } else { LAST_SHIP };
+            let mut signals = self.signals.clone();
+            runtime.block_on(async {
+                tokio::select! {
+                    () = running.fleet.last_call(until, all) => {}
+                    () = asked_to_end(&mut signals) => log::info!("asked to end by a signal"),
+                }
+            });
         }
         self.closing.send_replace(true);
         let tasks = std::mem::take(&mut self.tasks);
@@ -494,20 +554,42 @@ impl Started {
     }
 }
 
-/// SIGTERM and SIGINT unmount; a second one unmounts lazily.
-async fn unmount_on_signal(running: Arc<Running>) {
+/// How often this process was asked to end by a signal.
+type Signals = watch::Receiver<u32>;
+
+/// Counts SIGTERM and SIGINT from now on.
+fn watch_signals(runtime: &Arc<Runtime>) -> Result<Signals, Error> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        log::error!("signals cannot be caught; use `mirrorfs umount`");
-        return;
-    };
+    let failed = |e: std::io::Error| Error::new(Exit::Failure, format!("signals cannot be caught: {e}"));
+    let _guard = runtime.enter();
+    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
+    let (count, signals) = watch::channel(0);
+    runtime.spawn(async move {
+        loop {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            count.send_modify(|n| *n += 1);
+        }
+    });
+    Ok(signals)
+}
+
+/// Returns at the next signal that was not yet seen here.
+async fn asked_to_end(signals: &mut Signals) {
+    if signals.changed().await.is_err() {
+        // The task that counts has ended, with the runtime.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// SIGTERM and SIGINT unmount; a second one unmounts lazily.
+async fn unmount_on_signal(running: Arc<Running>, mut signals: Signals) {
     let mut lazy = false;
     loop {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        asked_to_end(&mut signals).await;
         log::info!("asked to end by a signal: unmounting");
         let busy = match running.unmount().await {
             Ok(()) => return,

@@ -83,7 +83,8 @@ impl StateDir {
             return Err(Error::new(
                 Exit::InUse,
                 format!(
-                    "the state folder {} is in use by another daemon{by}: unmount that one first",
+                    "the state folder {} is in use by another daemon{by}: unmount that one first (see: mirrorfs \
+                     status), or wait if it is just ending",
                     dir.display()
                 ),
             ));
@@ -159,7 +160,8 @@ impl StateDir {
 
     /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
     pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
-        const KEEP: [&str; 4] = ["LOCK", "replicas", "daemon.log", crate::control::SOCKET];
+        const KEEP: [&str; 6] =
+            ["LOCK", "replicas", "daemon.log", "daemon.log.old", "ballast", crate::control::SOCKET];
         let free = |n: u32| {
             let suffix = if n == 0 { String::new() } else { format!("-{n}") };
             self.dir.join(format!("quarantine-{label}{suffix}"))

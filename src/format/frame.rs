@@ -214,6 +214,9 @@ pub fn decode(stored: &[u8], expected: &BlockHash) -> Result<Bytes, FormatError>
 
 /// The content of the block that `entry` describes, out of the bytes that lie at its place.
 pub fn decode_entry(stored: &[u8], entry: &BlockEntry) -> Result<Bytes, FormatError> {
+    if entry.is_without_content() {
+        return Err(FormatError::new(WHAT, "a part of this block's content was lost before it was stored"));
+    }
     let header = FrameHeader::decode(stored)?;
     if header.raw_len != entry.loc.raw_len {
         return Err(FormatError::new(

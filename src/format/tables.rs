@@ -500,9 +500,13 @@ pub struct FrameLoc {
     pub stored_len: u32,
     /// Raw length in bytes.
     pub raw_len: u32,
-    /// How the bytes are stored; the numbers are those of `format::frame::Codec`.
+    /// How the bytes are stored; the numbers are those of `format::frame::Codec`, or [`NO_CONTENT`].
     pub codec: u8,
 }
+
+/// Codec of an entry that stands for lost content: of such a block only a part could be had when it was sealed, so no
+/// frame holds it. Its place is that of the damaged frame below; reading it is an error, whatever lies there.
+pub const NO_CONTENT: u8 = 255;
 
 /// Value of the block table: what a sealed block contains and where its frame lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -514,6 +518,23 @@ pub struct BlockEntry {
 }
 
 impl BlockEntry {
+    /// The entry of block `id`, `len` bytes long, whose content cannot be completed because `below` is lost. Its hash is
+    /// that of no content (it is made of the number), so that it never resolves to what the damaged frame once held, nor to
+    /// zeros behind that.
+    #[must_use]
+    pub fn without_content(id: BlockId, len: u32, below: &Self) -> Self {
+        let mut name = b"mirrorfs block without content".to_vec();
+        name.extend_from_slice(&id.0.to_le_bytes());
+        let loc = FrameLoc { raw_len: len, codec: NO_CONTENT, ..below.loc };
+        Self { hash: BlockHash(*blake3::hash(&name).as_bytes()), loc }
+    }
+
+    /// Whether it stands for lost content.
+    #[must_use]
+    pub fn is_without_content(&self) -> bool {
+        self.loc.codec == NO_CONTENT
+    }
+
     /// Length of the value's bytes.
     pub const LEN: usize = 32 + 8 + 4 + 8 + 4 + 4 + 1;
 

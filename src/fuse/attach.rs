@@ -34,11 +34,8 @@ pub(super) fn check(mountpoint: &Path) -> Result<PathBuf, MountError> {
         }
         Err(e) => return Err(bad(e.to_string())),
     };
-    let meta = match path.metadata() {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => detach_dead(&path)?.metadata(),
-        other => other,
-    };
-    if !meta.map_err(|e| bad(e.to_string()))?.is_dir() {
+    let path = if is_gone(&path) { detach_dead(&path)? } else { path };
+    if !path.metadata().map_err(|e| bad(e.to_string()))?.is_dir() {
         return Err(bad("is not a directory".into()));
     }
     match mount_at(&path) {
@@ -48,6 +45,15 @@ pub(super) fn check(mountpoint: &Path) -> Result<PathBuf, MountError> {
         ))),
         _ => Ok(path),
     }
+}
+
+/// Whether a FUSE filesystem is mounted there that nobody serves any more. Does not ask for attributes, which the
+/// kernel may still know. Waits for the answer of a server that lives.
+#[must_use]
+pub fn is_gone(path: &Path) -> bool {
+    use rustix::io::Errno;
+    // The second one is what a question under way gets when the server ends.
+    matches!(rustix::fs::statfs(path), Err(Errno::NOTCONN | Errno::CONNABORTED))
 }
 
 /// Detaches the mount of a daemon that is no more; answers the canonical path of what is below.

@@ -24,6 +24,8 @@ mod pool;
 mod reply;
 mod shared;
 
+pub use attach::is_gone;
+
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {

@@ -182,8 +182,22 @@ impl Journal {
         &self,
         f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
     ) -> Result<(R, Lsn), E> {
+        self.shared.make_room()?;
+        self.transact_at_once(f)
+    }
+
+    /// Waits as [`Journal::transact`] does until a transaction may run, and fails when there is no space for one.
+    pub fn make_room(&self) -> Result<(), JournalError> {
+        self.shared.make_room()
+    }
+
+    /// [`Journal::transact`] without its wait for memory and disk: for one who holds a lock that many wait for, and has
+    /// called [`Journal::make_room`] before. Memory grows beyond its limit by what is committed in this way.
+    pub fn transact_at_once<R, E: From<JournalError>>(
+        &self,
+        f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
+    ) -> Result<(R, Lsn), E> {
         let s = &*self.shared;
-        s.make_room()?;
         let _turn = s.commit.lock();
         s.usable()?;
         let last = Lsn(s.last.load(SeqCst));

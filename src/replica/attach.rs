@@ -3,18 +3,20 @@
 //! Owns the checks at the beginning and after every failure: the volume's identity, claims (ours and higher ones), and the cursor against
 //! what lies there. Sends no segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::contract::{CursorStore, Outbox};
 use super::error::{ErrorKind, StoreError};
+use super::fence::{FenceReason, Fenced, taken_over};
+use super::folder::{Filesystem, Seat};
 use super::shared::Replica;
 use super::ship_plan::true_cursor;
-use super::store::Store;
+use super::store::{ObjectInfo, Store};
 use super::volume::{self, Found, VolumeError};
 use crate::format::names::{CHECKPOINTS, EPOCHS, ObjectName, SEGMENTS};
 use crate::format::volume::{Claim, Volume};
-use crate::ids::{Epoch, SegmentNo};
+use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Who we are: what must stand on every replica before we write segments there.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,15 +33,6 @@ impl Identity {
     pub fn epoch(&self) -> Epoch {
         self.claims.last().map_or(Epoch(0), |c| c.epoch)
     }
-}
-
-/// A writer with a higher epoch, or another one with ours, was seen.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Fenced {
-    /// The replica on which it was seen.
-    pub replica: crate::ids::ReplicaName,
-    /// Its claim.
-    pub by: Claim,
 }
 
 /// Why a replica cannot be written to.
@@ -71,12 +64,16 @@ impl From<StoreError> for AttachError {
 }
 
 /// What is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Attached {
     /// Everything up to this segment.
     pub cursor: SegmentNo,
     /// The newest checkpoint; 0 when there is none.
     pub checkpoint: SegmentNo,
+    /// Segments that lie behind the cursor already.
+    pub beyond: BTreeSet<(SegmentNo, Epoch)>,
+    /// What a person should know of a branch that is not part of the volume.
+    pub lost: Option<String>,
 }
 
 /// Checks a replica and finds its cursor.
@@ -88,8 +85,10 @@ pub(super) async fn attach(
 ) -> Result<Attached, AttachError> {
     let store = replica.store();
     let saved = load(cursors, replica).await?;
+    let ground = Ground::look(replica, cursors, saved).await?;
     let found = volume::expect(store, identity.volume.volume).await?;
     if !matches!(found, Found::Volume(_)) {
+        ground.check(store)?;
         if saved.0 > 0 {
             log::warn!(
                 "replica {} should hold everything up to segment {saved}, but its volume.json is gone: it was wiped, and is filled again",
@@ -98,14 +97,55 @@ pub(super) async fn attach(
         }
         volume::write_volume(store, &identity.volume).await?;
     }
+    ground.save(replica, cursors).await?;
     put_claims(replica, identity).await?;
-    let cursor = find_cursor(replica, identity, outbox, saved, found != Found::Empty).await?;
+    let (cursor, mut beyond) = match found {
+        Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
+        _ => find_cursor(replica, identity, outbox, saved).await?,
+    };
+    check_ahead(replica, identity, outbox, &beyond)?;
+    beyond.retain(|(number, _)| *number > cursor);
     let manifests = store.list(CHECKPOINTS).await?;
     let checkpoint = manifests.iter().filter_map(|o| match ObjectName::parse(&o.path) {
         Some(ObjectName::CheckpointManifest(number, _)) if number <= cursor => Some(number),
         _ => None,
     });
-    Ok(Attached { cursor, checkpoint: checkpoint.max().unwrap_or_default() })
+    let checkpoint = checkpoint.max().unwrap_or_default();
+    Ok(Attached { cursor, checkpoint, lost: lost_branch(replica, identity, &beyond), beyond })
+}
+
+/// Fails when the replica holds a segment of our epoch that we have not sealed: then somebody wrote with a newer copy of our state.
+fn check_ahead(
+    replica: &Replica,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    beyond: &BTreeSet<(SegmentNo, Epoch)>,
+) -> Result<(), AttachError> {
+    // Asked for after the listing: what our own shippers sent meanwhile is sealed by now.
+    let newest = *outbox.watch().borrow();
+    let ahead = beyond.iter().find(|(number, epoch)| *epoch >= identity.epoch() && *number > newest);
+    let Some((segment, epoch)) = ahead.copied() else { return Ok(()) };
+    let reason = FenceReason::Ahead { segment, epoch, newest };
+    Err(AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason })))
+}
+
+/// What to say of segments that later claims made invalid.
+fn lost_branch(
+    replica: &Replica,
+    identity: &Identity,
+    beyond: &BTreeSet<(SegmentNo, Epoch)>,
+) -> Option<String> {
+    let lost = |n: SegmentNo, e: Epoch| volume::valid_epoch(&identity.claims, n).is_some_and(|v| v > e);
+    let lost: Vec<_> = beyond.iter().filter(|(n, e)| lost(*n, *e)).collect();
+    let (first, epoch) = lost.first()?;
+    let by = identity.claims.iter().find(|c| c.epoch == *epoch);
+    let by = by.map_or_else(String::new, |c| format!(" by {} (process {})", c.host, c.pid));
+    Some(format!(
+        "replica {} holds {} segment(s) from {first} on, written{by} in epoch {epoch}, that are not part of the volume: it was \
+         brought back from another replica that did not have them, or they belong to a group that was never completed",
+        replica.name(),
+        lost.len()
+    ))
 }
 
 /// Sees that all known claims stand on the replica, and that none is above ours.
@@ -120,7 +160,7 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
         })
         .collect();
     if let Some(higher) = there.iter().copied().filter(|e| *e > identity.epoch()).max() {
-        return Err(fenced(replica, identity, higher).await);
+        return Err(taken_over(replica, identity, higher).await);
     }
     for claim in &identity.claims {
         let ours = claim.epoch == identity.epoch();
@@ -130,7 +170,8 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
         match volume::put_claim(store, claim).await {
             Ok(()) => {}
             Err(VolumeError::Held { claim, replica }) if ours => {
-                return Err(AttachError::Fenced(Box::new(Fenced { replica, by: *claim })));
+                let reason = FenceReason::TakenOver { epoch: claim.epoch, claim: Some(claim) };
+                return Err(AttachError::Fenced(Box::new(Fenced { replica, reason })));
             }
             Err(e) => return Err(e.into()),
         }
@@ -138,48 +179,51 @@ async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), Attach
     Ok(())
 }
 
-async fn fenced(replica: &Replica, identity: &Identity, epoch: Epoch) -> AttachError {
-    match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
-        Ok(by) => AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), by })),
-        Err(e) => e.into(),
-    }
-}
-
-/// Looks whether the epoch after ours was claimed on the replica.
-pub(super) async fn check_fence(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
-    let next = identity.epoch().next();
-    match replica.store().head(&ObjectName::Claim(next).path()).await {
-        Ok(_) => Err(fenced(replica, identity, next).await),
-        Err(e) if e.kind == ErrorKind::Absent => Ok(()),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Compares the saved cursor with the replica, by one request when they agree and by a listing when they do not.
+/// Compares the saved cursor with the replica, by two requests when they agree and by a whole listing when they do not. Gives the
+/// cursor and what is listed: all that lies beyond the saved one, at least.
 async fn find_cursor(
     replica: &Replica,
     identity: &Identity,
     outbox: &Arc<dyn Outbox>,
     saved: SegmentNo,
-    has_objects: bool,
-) -> Result<SegmentNo, AttachError> {
+) -> Result<(SegmentNo, BTreeSet<(SegmentNo, Epoch)>), AttachError> {
     let store = replica.store();
-    if saved.0 > 0 {
-        let staged = segments_after(outbox, SegmentNo(saved.0 - 1), 1).await?;
-        let known = staged.first().filter(|s| s.number == saved);
-        let epoch = known.map(|s| s.epoch).or_else(|| volume::valid_epoch(&identity.claims, saved));
-        if let Some(epoch) = epoch {
-            match store.head(&ObjectName::Segment(saved, epoch).path()).await {
-                Ok(info) if known.is_none_or(|s| s.len == info.size) => return Ok(saved),
-                Ok(_) => {}
-                Err(e) if e.kind == ErrorKind::Absent => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-    } else if !has_objects {
-        return Ok(saved);
+    if saved.0 > 0 && holds(store, identity, outbox, saved).await? {
+        let before = SegmentNo(saved.0 - 1);
+        let listed = store.list_after(SEGMENTS, &ObjectName::Segment(before, Epoch(u32::MAX)).path()).await?;
+        return Ok((saved, segments_of(&listed).into_keys().collect()));
     }
     let listed = list_segments(store).await?;
+    let all = listed.keys().copied().collect();
+    Ok((find_end(replica, identity, outbox, saved, listed).await?, all))
+}
+
+/// Whether the segment of the saved cursor is there.
+async fn holds(
+    store: &Store,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    saved: SegmentNo,
+) -> Result<bool, AttachError> {
+    let staged = segments_after(outbox, SegmentNo(saved.0.saturating_sub(1)), 1).await?;
+    let known = staged.first().filter(|s| s.number == saved);
+    let epoch = known.map(|s| s.epoch).or_else(|| volume::valid_epoch(&identity.claims, saved));
+    let Some(epoch) = epoch else { return Ok(false) };
+    match store.head(&ObjectName::Segment(saved, epoch).path()).await {
+        Ok(info) => Ok(known.is_none_or(|s| s.len == info.size)),
+        Err(e) if e.kind == ErrorKind::Absent => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The cursor by what is listed, and a word when that is less than it was.
+async fn find_end(
+    replica: &Replica,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    saved: SegmentNo,
+    listed: BTreeMap<(SegmentNo, Epoch), u64>,
+) -> Result<SegmentNo, AttachError> {
     let sizes = segments_after(outbox, SegmentNo(0), usize::MAX).await?;
     let sizes: BTreeMap<_, _> = sizes.into_iter().map(|s| (s.number, s.len)).collect();
     let found = true_cursor(&listed, &identity.claims, &sizes);
@@ -196,12 +240,15 @@ async fn find_cursor(
 
 /// All segments on a replica with their sizes.
 pub(super) async fn list_segments(store: &Store) -> Result<BTreeMap<(SegmentNo, Epoch), u64>, StoreError> {
-    let listed = store.list(SEGMENTS).await?;
+    Ok(segments_of(&store.list(SEGMENTS).await?))
+}
+
+fn segments_of(listed: &[ObjectInfo]) -> BTreeMap<(SegmentNo, Epoch), u64> {
     let segment = |path: &str| match ObjectName::parse(path) {
         Some(ObjectName::Segment(number, epoch)) => Some((number, epoch)),
         _ => None,
     };
-    Ok(listed.iter().filter_map(|o| Some((segment(&o.path)?, o.size))).collect())
+    listed.iter().filter_map(|o| Some((segment(&o.path)?, o.size))).collect()
 }
 
 /// [`Outbox::segments_after`] off the async threads: it may read from disk.
@@ -215,11 +262,73 @@ pub(super) async fn segments_after(
     listed.map_err(|e| AttachError::Local(e.to_string()))
 }
 
+/// A folder replica's filesystem, now and when it was last seen with something in it.
+///
+/// A folder that is empty though it held the volume was wiped, and is filled again, if it lies where it lay. If it lies on another
+/// filesystem, its disk is not mounted: what is written there would fill the wrong disk, and be hidden as soon as the right one is back.
+struct Ground {
+    seat: Option<Seat>,
+    before: Option<Filesystem>,
+}
+
+impl Ground {
+    async fn look(
+        replica: &Replica,
+        cursors: &Arc<dyn CursorStore>,
+        saved: SegmentNo,
+    ) -> Result<Self, AttachError> {
+        let store = replica.store();
+        let Some(mut seat) = store.seat().await? else { return Ok(Self { seat: None, before: None }) };
+        let before = ask(cursors, replica, |c, name| c.load_filesystem(name)).await?;
+        let before = before.and_then(|text| text.parse::<Filesystem>().ok()).filter(|_| saved.0 > 0);
+        if !seat.exists && before.is_some_and(|b| b.same(seat.filesystem)) {
+            log::warn!(
+                "replica {}: its folder {} was deleted; it is made again",
+                replica.name(),
+                seat.root.display()
+            );
+            store.prepare().await?;
+            seat.exists = true;
+        }
+        Ok(Self { seat: Some(seat), before })
+    }
+
+    /// Fails when the folder, in which there is no volume, is on another filesystem than before.
+    fn check(&self, store: &Store) -> Result<(), AttachError> {
+        let (Some(seat), Some(before)) = (&self.seat, self.before) else { return Ok(()) };
+        if before.same(seat.filesystem) {
+            return Ok(());
+        }
+        let text = format!(
+            "{} is {} and on another filesystem than before: is its disk mounted? Nothing is written there until it is (to \
+             fill a new place give the replica another name)",
+            seat.root.display(),
+            if seat.exists { "empty" } else { "missing" },
+        );
+        Err(store.error("look at folder", "", ErrorKind::Config, text).into())
+    }
+
+    async fn save(&self, replica: &Replica, cursors: &Arc<dyn CursorStore>) -> Result<(), AttachError> {
+        let Some(now) = self.seat.as_ref().map(|s| s.filesystem).filter(|f| self.before != Some(*f)) else {
+            return Ok(());
+        };
+        ask(cursors, replica, move |c, name| c.save_filesystem(name, &now.to_string())).await
+    }
+}
+
 async fn load(cursors: &Arc<dyn CursorStore>, replica: &Replica) -> Result<SegmentNo, AttachError> {
+    ask(cursors, replica, |c, name| c.load(name)).await
+}
+
+/// Asks the cursor store off the async threads.
+async fn ask<T: Send + 'static>(
+    cursors: &Arc<dyn CursorStore>,
+    replica: &Replica,
+    what: impl FnOnce(&dyn CursorStore, &ReplicaName) -> Result<T, String> + Send + 'static,
+) -> Result<T, AttachError> {
     let (cursors, name) = (Arc::clone(cursors), replica.name().clone());
-    match tokio::task::spawn_blocking(move || cursors.load(&name)).await {
-        Ok(Ok(cursor)) => Ok(cursor),
-        Ok(Err(e)) => Err(AttachError::Local(e)),
+    match tokio::task::spawn_blocking(move || what(&*cursors, &name)).await {
+        Ok(answer) => answer.map_err(AttachError::Local),
         Err(e) => Err(AttachError::Local(e.to_string())),
     }
 }

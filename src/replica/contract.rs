@@ -101,4 +101,13 @@ pub trait CursorStore: Send + Sync {
     fn load(&self, replica: &ReplicaName) -> Result<SegmentNo, String>;
     /// Saves the cursor; it need not be durable at return, but never gets ahead of the truth.
     fn save(&self, replica: &ReplicaName, cursor: SegmentNo) -> Result<(), String>;
+    /// The filesystem on which a folder replica was last seen, as [`CursorStore::save_filesystem`] was given it. Without it a
+    /// folder whose disk is not mounted looks like one that was wiped.
+    fn load_filesystem(&self, _replica: &ReplicaName) -> Result<Option<String>, String> {
+        Ok(None)
+    }
+    /// Saves it; it need not be durable at return, but must not be lost where a later cursor is kept.
+    fn save_filesystem(&self, _replica: &ReplicaName, _filesystem: &str) -> Result<(), String> {
+        Ok(())
+    }
 }

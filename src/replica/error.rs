@@ -48,7 +48,7 @@ impl ErrorKind {
             ErrorKind::Full => "; free space there or move the replica",
             ErrorKind::Unsupported => "; see the documentation on backends",
             ErrorKind::Config => "; check the replica's URL and options",
-            ErrorKind::Transient | ErrorKind::Timeout => "; it will be tried again",
+            ErrorKind::Transient | ErrorKind::Timeout => "; this may pass by itself",
             ErrorKind::Absent | ErrorKind::Exists | ErrorKind::Corrupt => "",
         }
     }
@@ -270,16 +270,44 @@ pub(super) fn one_line(error: &dyn StdError) -> String {
         }
         next = e.source();
     }
-    let mut line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut line = without_retries(&text.split_whitespace().collect::<Vec<_>>().join(" "));
     if line.chars().count() > 400 {
         line = line.chars().take(400).collect::<String>() + "…";
     }
     line
 }
 
+/// The text without object_store's account of its retries, which would bury what went wrong.
+fn without_retries(text: &str) -> String {
+    const FROM: &str = ", after ";
+    const LIMIT: &str = "retry_timeout: ";
+    let cut = || {
+        let (before, rest) = text.split_once(FROM)?;
+        let (_, rest) = rest.split_once(LIMIT)?;
+        let (_, after) = rest.split_once(' ')?;
+        // The time it took stands before it: "... in 52.1ms, after 1 retries, max_retries: 1, retry_timeout: 15s - ...".
+        let before = before.rsplit_once(" in ").map_or(before, |(before, _)| before);
+        Some(format!("{before}: {}", after.trim_start_matches("- ")))
+    };
+    cut().unwrap_or_else(|| text.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retries_are_not_told() {
+        let text = "Generic S3 error: Error performing GET http://h/o in 52.1ms, after 1 retries, max_retries: 1, \
+                    retry_timeout: 15s - HTTP error: refused";
+        assert_eq!(
+            without_retries(text),
+            "Generic S3 error: Error performing GET http://h/o: HTTP error: refused"
+        );
+        for other in ["plain", "lost in space, after all"] {
+            assert_eq!(without_retries(other), other);
+        }
+    }
 
     fn generic(text: &str) -> object_store::Error {
         object_store::Error::Generic { store: "S3", source: text.to_owned().into() }

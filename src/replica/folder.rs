@@ -28,8 +28,72 @@ pub(super) struct Folder(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    /// The store and the filesystem (device number) that the folder was on when it was first used.
-    opened: OnceLock<(Arc<LocalFileSystem>, u64)>,
+    /// The store and the filesystem that the folder was on when it was first used.
+    opened: OnceLock<(Arc<LocalFileSystem>, Filesystem)>,
+}
+
+/// Which filesystem something lies on, told apart also after a restart. Displays as text that parses back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Filesystem {
+    /// Device number: may change when disks are found in another order.
+    dev: u64,
+    /// What the filesystem says of itself; 0 when it says nothing. ext4 and btrfs derive it from their UUID.
+    id: u64,
+}
+
+impl Filesystem {
+    fn of(path: &FsPath, meta: &std::fs::Metadata) -> std::io::Result<Self> {
+        Ok(Self { dev: meta.dev(), id: rustix::fs::statvfs(path)?.f_fsid })
+    }
+
+    /// Whether both are the same filesystem.
+    pub fn same(self, other: Self) -> bool {
+        if self.id != 0 && other.id != 0 { self.id == other.id } else { self.dev == other.dev }
+    }
+}
+
+impl fmt::Display for Filesystem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}:{:x}", self.dev, self.id)
+    }
+}
+
+impl std::str::FromStr for Filesystem {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let (dev, id) = text.split_once(':').ok_or(())?;
+        let hex = |text| u64::from_str_radix(text, 16).map_err(|_| ());
+        Ok(Self { dev: hex(dev)?, id: hex(id)? })
+    }
+}
+
+/// Where a replica's folder lies, or would lie.
+#[derive(Clone, Debug)]
+pub(super) struct Seat {
+    /// The folder.
+    pub root: PathBuf,
+    /// Whether it is there.
+    pub exists: bool,
+    /// The filesystem of the folder, or of the nearest one above it that is there.
+    pub filesystem: Filesystem,
+}
+
+impl Seat {
+    /// Looks. Blocking.
+    pub fn look(root: &FsPath) -> std::io::Result<Self> {
+        let mut at = root;
+        loop {
+            match (std::fs::metadata(at), at.parent()) {
+                (Ok(meta), _) => {
+                    let filesystem = Filesystem::of(at, &meta)?;
+                    return Ok(Self { root: root.to_owned(), exists: at == root, filesystem });
+                }
+                (Err(e), Some(parent)) if e.kind() == std::io::ErrorKind::NotFound => at = parent,
+                (Err(e), _) => return Err(e),
+            }
+        }
+    }
 }
 
 impl Folder {
@@ -98,8 +162,12 @@ impl Inner {
                 return Err(object_store::Error::Generic { store: "folder", source: Box::new(e) });
             }
         };
-        if let Some((store, dev)) = self.opened.get() {
-            if *dev != meta.dev() {
+        let filesystem = || {
+            let of = Filesystem::of(&self.root, &meta);
+            of.map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })
+        };
+        if let Some((store, before)) = self.opened.get() {
+            if before.dev != meta.dev() && !before.same(filesystem()?) {
                 let text = format!(
                     "{} is on another filesystem than before: is its disk mounted?",
                     self.root.display()
@@ -108,9 +176,10 @@ impl Inner {
             }
             return Ok(Arc::clone(store));
         }
+        let filesystem = filesystem()?;
         let store =
             LocalFileSystem::new_with_prefix(&self.root)?.with_fsync(true).with_automatic_cleanup(true);
-        Ok(Arc::clone(&self.opened.get_or_init(|| (Arc::new(store), meta.dev())).0))
+        Ok(Arc::clone(&self.opened.get_or_init(|| (Arc::new(store), filesystem)).0))
     }
 
     fn reading(&self, path: &Path) -> Result<Arc<LocalFileSystem>> {

@@ -149,6 +149,8 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// Everything up to here was there when, later, no other writer was to be seen.
+    confirmed: tokio::sync::Mutex<SegmentNo>,
 }
 
 impl Replica {
@@ -163,6 +165,7 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            confirmed: tokio::sync::Mutex::default(),
         }
     }
 
@@ -225,6 +228,11 @@ impl Replica {
 
     pub(super) fn set_attached(&self, attached: bool) {
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// The mark of `fence::confirm`; held while looking, so that who waits shares the look.
+    pub(super) async fn confirmed(&self) -> tokio::sync::MutexGuard<'_, SegmentNo> {
+        self.confirmed.lock().await
     }
 
     /// A copy of its health.

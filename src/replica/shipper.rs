@@ -8,7 +8,7 @@
 //!        ┌──────── failure: wait (health) ───────┐
 //!        ▼                                       │
 //!  ── attach ──▶ ship: outbox ─▶ window ─▶ send ─┴─▶ verified ─▶ cursor saved ─▶ …
-//!        │                └─ every 10 s: fence ──▶ fenced: stop for good
+//!        │                └─ every 10 s: fence ──▶ fenced: all shippers stop for good
 //!        └─ not our volume: nothing is written; looked at again every minute
 //! ```
 
@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::attach::{self, AttachError, Attached, Fenced, Identity};
+use super::attach::{self, AttachError, Attached, Identity};
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
+use super::fence::{self, Fence, FenceReason, Fenced};
 use super::health::{Event, backoff};
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
@@ -69,8 +70,8 @@ pub struct Shipper {
     pub cursors: Arc<dyn CursorStore>,
     /// What must stand on the replica.
     pub identity: Arc<Identity>,
-    /// Called once when another writer is seen. The shipper writes nothing more.
-    pub on_fenced: Arc<dyn Fn(Fenced) + Send + Sync>,
+    /// Shared by all shippers of the volume: once one sees another writer, none writes anything more.
+    pub fence: Arc<Fence>,
     /// True ends the task; what is in flight is dropped and will be sent again.
     pub closing: watch::Receiver<bool>,
     /// Times and sizes.
@@ -112,33 +113,41 @@ impl Shipper {
     pub async fn run(mut self) {
         // Counted here and not in the replica's health: reads that succeed say nothing about writes.
         let mut failures = 0;
+        let mut told_lost = false;
         loop {
-            let end = self.attach_and_ship(&mut failures).await;
+            let fence = Arc::clone(&self.fence);
+            let end = tokio::select! {
+                biased;
+                // What is in flight is dropped.
+                fenced = fence.raised() => End::Fenced(Box::new(fenced)),
+                end = self.attach_and_ship(&mut failures, &mut told_lost) => end,
+            };
             self.replica.set_attached(false);
             match end {
                 End::Closing => return,
                 End::Fenced(fenced) => {
-                    let text = format!(
-                        "replica {}: epoch {} was claimed by {} (process {}): another machine took over, nothing more is written",
-                        fenced.replica, fenced.by.epoch, fenced.by.host, fenced.by.pid
-                    );
-                    log::error!("{text}");
-                    self.replica.tell(text, None);
+                    self.replica.tell(fenced.to_string(), None);
                     self.replica.set_stopped(Some(Stopped::Fenced));
-                    (self.on_fenced)(*fenced);
+                    self.fence.raise(*fenced);
                     return;
                 }
                 End::Again(wait) => {
                     failures = failures.saturating_add(1);
                     let wait = wait.max(backoff(failures, jitter()));
-                    let _ = tokio::time::timeout(wait, closed(&mut self.closing)).await;
+                    let woken = async {
+                        tokio::select! {
+                            () = closed(&mut self.closing) => {}
+                            _ = fence.raised() => {}
+                        }
+                    };
+                    let _ = tokio::time::timeout(wait, woken).await;
                 }
                 End::Recheck => {}
             }
         }
     }
 
-    async fn attach_and_ship(&mut self, failures: &mut u32) -> End {
+    async fn attach_and_ship(&mut self, failures: &mut u32, told_lost: &mut bool) -> End {
         let (mut paused, mut closing) = (self.replica.watch_paused(), self.closing.clone());
         tokio::select! {
             () = closed(&mut closing) => return End::Closing,
@@ -151,6 +160,10 @@ impl Shipper {
         match attached {
             Ok(attached) => {
                 self.replica.set_stopped(None);
+                if let Some(text) = attached.lost.as_ref().filter(|_| !std::mem::replace(told_lost, true)) {
+                    log::warn!("{text}");
+                    self.replica.tell(text.clone(), None);
+                }
                 self.move_cursor(attached.cursor).await;
                 self.replica.set_attached(true);
                 self.ship(attached, failures).await
@@ -212,7 +225,8 @@ impl Shipper {
                     Ok(work) => {
                         for staged in work {
                             checkpoint.in_flight |= staged.kind == StagedKind::Checkpoint;
-                            jobs.spawn(self.job(staged));
+                            let listed = attached.beyond.contains(&(staged.number, staged.epoch));
+                            jobs.spawn(self.job(staged, listed));
                         }
                     }
                     Err(end) => ending = Some(end),
@@ -260,7 +274,7 @@ impl Shipper {
                 if let Some(cursor) = plan.verified(staged.number) {
                     self.move_cursor(cursor).await;
                 }
-                (1, bytes)
+                (u64::from(bytes > 0), bytes)
             }
             Ok(Done::Segment(staged, Err(e))) => {
                 plan.failed(staged.number);
@@ -317,7 +331,7 @@ impl Shipper {
             }
         };
         if (!staged.is_empty() || dump.is_some()) && fence_seen.elapsed() >= self.tuning.fence_every {
-            attach::check_fence(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
+            fence::look(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
             *fence_seen = Instant::now();
         }
         let mut work = plan.next(&staged);
@@ -356,13 +370,13 @@ impl Shipper {
         Ok(found)
     }
 
-    fn job(&self, staged: Staged) -> impl Future<Output = Done> + Send + use<> {
+    fn job(&self, staged: Staged, listed: bool) -> impl Future<Output = Done> + Send + use<> {
         let (replica, peers) = (Arc::clone(&self.replica), self.peers.clone());
         let volume = self.identity.volume.volume;
         async move {
             match staged.kind {
                 StagedKind::Segment => {
-                    let result = transfer::send_segment(&replica, &peers, volume, &staged).await;
+                    let result = transfer::send_segment(&replica, &peers, volume, &staged, listed).await;
                     Done::Segment(staged, result)
                 }
                 StagedKind::Checkpoint => {
@@ -381,6 +395,10 @@ impl Shipper {
                 log::error!("{text}");
                 self.replica.tell(text, None);
                 End::Again(self.tuning.source_every)
+            }
+            SendError::Contradicts(segment, epoch) => {
+                let reason = FenceReason::Contradicts { segment, epoch };
+                End::Fenced(Box::new(Fenced { replica: self.replica.name().clone(), reason }))
             }
         }
     }

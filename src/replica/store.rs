@@ -11,13 +11,16 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use futures::stream::BoxStream;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, PutResult,
+    GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload, PutResult,
 };
 use parking_lot::Mutex;
 
 use super::error::{ErrorKind, StoreError, classify, one_line};
+use super::folder::Seat;
 use super::pace::Pace;
 use crate::ids::ReplicaName;
 
@@ -259,6 +262,16 @@ impl Store {
         self.call("make folder", "", self.limits.call, made).await
     }
 
+    /// Where the replica's folder lies when it is one.
+    pub(super) async fn seat(&self) -> Result<Option<Seat>, StoreError> {
+        let Some(folder) = self.folder.clone() else { return Ok(None) };
+        let look = tokio::task::spawn_blocking(move || Seat::look(&folder));
+        let look = async {
+            look.await?.map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })
+        };
+        self.call("look at folder", "", self.limits.call, look).await.map(Some)
+    }
+
     /// The whole object, whose size the caller knows to be reasonable.
     pub async fn get(&self, path: &str) -> Result<Bytes, StoreError> {
         let at = self.at("get", path)?;
@@ -293,8 +306,24 @@ impl Store {
     /// All objects in the folder `prefix` (whole path segments; empty for everything) and below it, sorted by path.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, StoreError> {
         let at = self.at("list", prefix)?;
+        self.pages(prefix, self.backend.list(Some(&at))).await
+    }
+
+    /// As [`Store::list`], but only what sorts after the path `after`: cheap where that is little, however much lies before.
+    pub async fn list_after(&self, prefix: &str, after: &str) -> Result<Vec<ObjectInfo>, StoreError> {
+        let (at, offset) = (self.at("list", prefix)?, self.at("list", after)?);
+        let mut found = self.pages(prefix, self.backend.list_with_offset(Some(&at), &offset)).await?;
+        // Some servers begin at the front all the same.
+        found.retain(|o| o.path.as_str() > after);
+        Ok(found)
+    }
+
+    async fn pages(
+        &self,
+        prefix: &str,
+        mut pages: BoxStream<'static, object_store::Result<ObjectMeta>>,
+    ) -> Result<Vec<ObjectInfo>, StoreError> {
         bump(&self.counters.list);
-        let mut pages = self.backend.list(Some(&at));
         let mut found = Vec::new();
         // The deadline is for every page, not for the whole: a listing may be long, but it must go on.
         while let Some(meta) = self.call("list", prefix, self.limits.call, pages.try_next()).await? {
@@ -309,6 +338,15 @@ impl Store {
     pub async fn put(&self, path: &str, body: Bytes) -> Result<(), StoreError> {
         let len = body.len() as u64;
         self.put_payload(path, body, PutMode::Overwrite).await?;
+        self.verify_size(path, len).await
+    }
+
+    /// Writes an object that should not be there yet, and checks it as [`Store::put`] does. [`ErrorKind::Exists`] says that there is
+    /// one: another's, or ours if an answer was lost. A backend without conditions overwrites: look first.
+    pub async fn put_new(&self, path: &str, body: Bytes) -> Result<(), StoreError> {
+        let len = body.len() as u64;
+        let mode = if self.conditional { PutMode::Create } else { PutMode::Overwrite };
+        self.put_payload(path, body, mode).await?;
         self.verify_size(path, len).await
     }
 

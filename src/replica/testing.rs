@@ -176,7 +176,11 @@ impl Outbox for FakeOutbox {
 
 /// Cursors in memory.
 #[derive(Default)]
-pub struct FakeCursors(pub Mutex<BTreeMap<ReplicaName, SegmentNo>>);
+pub struct FakeCursors(
+    pub Mutex<BTreeMap<ReplicaName, SegmentNo>>,
+    /// Filesystems.
+    pub Mutex<BTreeMap<ReplicaName, String>>,
+);
 
 impl CursorStore for FakeCursors {
     fn load(&self, replica: &ReplicaName) -> Result<SegmentNo, String> {
@@ -185,6 +189,15 @@ impl CursorStore for FakeCursors {
 
     fn save(&self, replica: &ReplicaName, cursor: SegmentNo) -> Result<(), String> {
         self.0.lock().insert(replica.clone(), cursor);
+        Ok(())
+    }
+
+    fn load_filesystem(&self, replica: &ReplicaName) -> Result<Option<String>, String> {
+        Ok(self.1.lock().get(replica).cloned())
+    }
+
+    fn save_filesystem(&self, replica: &ReplicaName, filesystem: &str) -> Result<(), String> {
+        self.1.lock().insert(replica.clone(), filesystem.to_owned());
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use super::health;
 use super::shared::{Damage, DamageKind, Replica};
 use crate::format::codec::FormatError;
 use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder};
-use crate::format::segment::{self, FOOTER_LEN};
+use crate::format::segment::{self, FOOTER_LEN, SegmentHash};
 use crate::ids::{Epoch, SegmentNo, VolumeId};
 
 /// Segments above this length are sent from their file without being held, and checked, in memory.
@@ -27,6 +27,8 @@ pub(super) enum SendError {
     Replica(StoreError),
     /// Nobody has intact bytes of the object; the replica is not to blame.
     Source(String),
+    /// The replica holds an intact object of that name with other bytes.
+    Contradicts(SegmentNo, Epoch),
 }
 
 impl From<StoreError> for SendError {
@@ -35,20 +37,21 @@ impl From<StoreError> for SendError {
     }
 }
 
-/// Sends a segment to `to`, from its file or from one of `peers`. Gives its length.
+/// Sees that `to` holds a segment; its bytes come from its file or from one of `peers`. Gives the bytes sent: none when an equal one is
+/// there already. `listed` says that there is something of its name. An intact segment is never replaced by another one.
 pub(super) async fn send_segment(
     to: &Replica,
     peers: &[Arc<Replica>],
     volume: VolumeId,
     staged: &Staged,
+    listed: bool,
 ) -> Result<u64, SendError> {
     let object = ObjectName::Segment(staged.number, staged.epoch).path();
     if staged.len > MOST_IN_MEMORY {
-        match to.store().put_file(&object, &staged.path, staged.len).await {
-            Ok(()) => return Ok(staged.len),
+        match send_large(to, volume, staged, &object).await {
             // Its file is gone or cut off: below, others are asked.
-            Err(e) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {}
-            Err(e) => return Err(e.into()),
+            Err(SendError::Replica(e)) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {}
+            done => return done,
         }
     }
     let local = match read_checked(&staged.path, volume, staged).await {
@@ -58,11 +61,104 @@ pub(super) async fn send_segment(
             peers => format!("local copy: {local}; {peers}"),
         }),
     };
-    let bytes =
-        local.map_err(|why| SendError::Source(format!("no intact copy of {object} is to be had: {why}")))?;
+    let bytes = match local {
+        Ok(bytes) => bytes,
+        // Then the replica's own copy, which does not look as expected, may be the only good one.
+        Err(_) if listed && matches!(there(to, volume, staged, &object).await?, There::Intact(_)) => {
+            return Ok(0);
+        }
+        Err(why) => {
+            return Err(SendError::Source(format!("no intact copy of {object} is to be had: {why}")));
+        }
+    };
     let len = bytes.len() as u64;
+    if !listed {
+        match to.store().put_new(&object, bytes.clone()).await {
+            Ok(()) => return Ok(len),
+            Err(e) if e.kind == ErrorKind::Exists => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    if is_there(to, volume, staged, &object, &bytes).await? {
+        return Ok(0);
+    }
     to.store().put(&object, bytes).await?;
     Ok(len)
+}
+
+/// Sends a segment that is not to be held in memory from its file. Rare, so that one more request to look first does no harm.
+async fn send_large(to: &Replica, volume: VolumeId, staged: &Staged, object: &str) -> Result<u64, SendError> {
+    match to.store().head(object).await {
+        Ok(_) => {
+            let at = staged.len - FOOTER_LEN as u64;
+            let footer = to.store().read_local(object, &staged.path, at, FOOTER_LEN as u64).await?;
+            if is_there(to, volume, staged, object, &footer).await? {
+                return Ok(0);
+            }
+        }
+        Err(e) if e.kind == ErrorKind::Absent => {}
+        Err(e) => return Err(e.into()),
+    }
+    to.store().put_file(object, &staged.path, staged.len).await?;
+    Ok(staged.len)
+}
+
+/// What a replica holds under a segment's name.
+enum There {
+    /// That segment, whole, with this hash.
+    Intact(SegmentHash),
+    /// Something damaged, or nothing any more: to be written.
+    Damaged,
+}
+
+/// Whether the replica holds the segment that ends with the bytes of `ours`; an error when it holds another intact one.
+async fn is_there(
+    to: &Replica,
+    volume: VolumeId,
+    staged: &Staged,
+    object: &str,
+    ours: &[u8],
+) -> Result<bool, SendError> {
+    let ours = segment::parse_footer(ours, staged.len).map_err(|e| SendError::Source(e.to_string()))?;
+    // Size and footer say enough when they are equal: the footer's hash covers every byte.
+    let size = match to.store().head(object).await {
+        Ok(info) => info.size,
+        Err(e) if e.kind == ErrorKind::Absent => return Ok(false),
+        Err(e) => return Err(e.into()),
+    };
+    if size == staged.len {
+        let at = size - FOOTER_LEN as u64;
+        let footer = to.store().get_range(object, at, FOOTER_LEN as u64).await?;
+        if segment::parse_footer(&footer, size).is_ok_and(|footer| footer.hash == ours.hash) {
+            return Ok(true);
+        }
+    }
+    match there(to, volume, staged, object).await? {
+        There::Intact(hash) if hash == ours.hash => Ok(true),
+        There::Intact(_) => Err(SendError::Contradicts(staged.number, staged.epoch)),
+        There::Damaged => {
+            log::warn!("replica {}: {object} is damaged there, and is written again", to.name());
+            Ok(false)
+        }
+    }
+}
+
+/// Reads and checks what lies there, every byte.
+async fn there(to: &Replica, volume: VolumeId, staged: &Staged, object: &str) -> Result<There, SendError> {
+    let bytes = match to.store().get(object).await {
+        Ok(bytes) => bytes,
+        Err(e) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => return Ok(There::Damaged),
+        Err(e) => return Err(e.into()),
+    };
+    let (number, epoch) = (staged.number, staged.epoch);
+    let check = move || check_segment(&bytes, volume, number, epoch);
+    match tokio::task::spawn_blocking(check).await {
+        Ok(Ok(hash)) => Ok(There::Intact(hash)),
+        // Not damage: written by a newer mirrorfs.
+        Ok(Err(e)) if e.newer => Err(SendError::Contradicts(number, epoch)),
+        Ok(Err(_)) => Ok(There::Damaged),
+        Err(e) => Err(SendError::Source(e.to_string())),
+    }
 }
 
 /// Sends a checkpoint's parts, and after all of them its manifest. Gives objects and bytes sent.
@@ -142,7 +238,7 @@ async fn from_peers(
         let (number, epoch, checked) = (staged.number, staged.epoch, bytes.clone());
         let check = tokio::task::spawn_blocking(move || check_segment(&checked, volume, number, epoch));
         match check.await {
-            Ok(Ok(())) => {
+            Ok(Ok(_)) => {
                 log::info!("replica {}: taking {object} from replica {}", to.name(), peer.name());
                 return Ok(bytes);
             }
@@ -163,13 +259,18 @@ async fn from_peers(
     Err(said.join("; "))
 }
 
-/// Checks that `bytes` are that segment, every one of them.
-fn check_segment(bytes: &[u8], volume: VolumeId, number: SegmentNo, epoch: Epoch) -> Result<(), FormatError> {
+/// Checks that `bytes` are that segment, every one of them; gives its hash.
+fn check_segment(
+    bytes: &[u8],
+    volume: VolumeId,
+    number: SegmentNo,
+    epoch: Epoch,
+) -> Result<SegmentHash, FormatError> {
     let footer = segment::parse_footer(bytes, bytes.len() as u64)?;
     footer.expect(volume, number, epoch)?;
     let body = bytes.get(..bytes.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
     if *blake3::hash(body).as_bytes() != footer.body_hash {
         return Err(FormatError::new("segment", "its content is damaged"));
     }
-    Ok(())
+    Ok(footer.hash)
 }

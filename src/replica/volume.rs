@@ -3,6 +3,7 @@
 //! Owns reading, creating and comparing them. Knows neither segments nor shipping, and deletes nothing.
 
 use futures::future::join_all;
+use futures::stream::{self, StreamExt};
 
 use super::error::{ErrorKind, StoreError};
 use super::store::{Conditional, Created, Store};
@@ -10,6 +11,9 @@ use crate::format::codec::FormatError;
 use crate::format::names::{EPOCHS, ObjectName};
 use crate::format::volume::{Claim, Release, Volume};
 use crate::ids::{Epoch, ReplicaName, SegmentNo, VolumeId};
+
+/// Small objects read at a time from one replica.
+const IN_FLIGHT: usize = 8;
 
 /// Why a replica cannot be used as part of a volume.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -98,6 +102,17 @@ pub struct Tenure {
     pub release: Option<Release>,
 }
 
+/// The tenures found on a replica.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tenures {
+    /// Those that can be read, by ascending epoch.
+    pub known: Vec<Tenure>,
+    /// The highest epoch that was claimed, also by a claim that cannot be read; 0 for none.
+    pub highest: Epoch,
+    /// What cannot be read, to be told and repaired. It is damaged, not newer.
+    pub damaged: Vec<VolumeError>,
+}
+
 /// Where an epoch was claimed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Claimed {
@@ -182,28 +197,66 @@ pub(super) async fn write_volume(store: &Store, volume: &Volume) -> Result<(), V
     }
 }
 
-/// All writers' tenures on a replica, by ascending epoch. One that belongs to another volume is an error.
-pub async fn tenures(store: &Store, volume: VolumeId) -> Result<Vec<Tenure>, VolumeError> {
+/// All writers' tenures on a replica. A damaged claim is no error, since others may have it; one of another volume, or a newer one, is.
+pub async fn tenures(store: &Store, volume: VolumeId) -> Result<Tenures, VolumeError> {
     let listed = store.list(EPOCHS).await?;
     let names: Vec<_> = listed.iter().filter_map(|o| ObjectName::parse(&o.path)).collect();
-    let mut found = Vec::new();
-    for name in &names {
-        let ObjectName::Claim(epoch) = *name else { continue };
-        let claim = read_claim(store, epoch, volume).await?;
-        let release = match names.contains(&ObjectName::Release(epoch)) {
-            true => {
-                let object = ObjectName::Release(epoch).path();
-                let bytes = store.get(&object).await?;
-                let release = Release::decode(&bytes, epoch).map_err(|e| unreadable(store, &object, e))?;
-                // A mark of another claim is left from a lost race and ends nothing.
-                (release.claim_id == claim.claim_id).then_some(release)
+    let epochs: Vec<_> =
+        names.iter().filter_map(|n| if let ObjectName::Claim(e) = n { Some(*e) } else { None }).collect();
+    let mut found =
+        Tenures { highest: epochs.iter().max().copied().unwrap_or_default(), ..Tenures::default() };
+    let mut read = stream::iter(epochs)
+        .map(|epoch| {
+            let released = names.contains(&ObjectName::Release(epoch));
+            async move {
+                let release =
+                    async { if released { read_release(store, epoch).await.map(Some) } else { Ok(None) } };
+                futures::join!(read_claim(store, epoch, volume), release)
             }
-            false => None,
-        };
-        found.push(Tenure { claim, release });
+        })
+        .buffered(IN_FLIGHT);
+    while let Some((claim, release)) = read.next().await {
+        let release = found.intact(release)?.flatten();
+        let Some(claim) = found.intact(claim)? else { continue };
+        // A mark of another claim is left from a lost race and ends nothing.
+        let release = release.filter(|r| r.claim_id == claim.claim_id);
+        found.known.push(Tenure { claim, release });
     }
-    found.sort_by_key(|t| t.claim.epoch);
+    drop(read);
+    found.known.sort_by_key(|t| t.claim.epoch);
     Ok(found)
+}
+
+impl Tenures {
+    fn intact<T>(&mut self, read: Result<T, VolumeError>) -> Result<Option<T>, VolumeError> {
+        match read {
+            Ok(value) => Ok(Some(value)),
+            Err(e) if e.is_damage() => {
+                self.damaged.push(e);
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl VolumeError {
+    /// Whether one object there is damaged: what others hold is as good as before, but nothing may be written to the replica until it is
+    /// repaired.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Unreadable { error, .. } => !error.newer,
+            Self::Store(e) => e.kind == ErrorKind::Corrupt,
+            _ => false,
+        }
+    }
+}
+
+async fn read_release(store: &Store, epoch: Epoch) -> Result<Release, VolumeError> {
+    let object = ObjectName::Release(epoch).path();
+    let bytes = store.get(&object).await?;
+    Release::decode(&bytes, epoch).map_err(|e| unreadable(store, &object, e))
 }
 
 /// Reads one claim.

@@ -46,7 +46,7 @@ pub struct SegmentSeen {
     pub number: SegmentNo,
     /// Its epoch.
     pub epoch: Epoch,
-    /// Its length: verified when `hash` is known, else as most replicas list it.
+    /// Its length: verified when `hash` is known or its holders differ about it, else as they list it.
     pub len: u64,
     /// Its hash; `None` when it lies before the checkpoint's replay and was not read.
     pub hash: Option<SegmentHash>,
@@ -137,9 +137,10 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         match loader.run(sink).await? {
             Ok(()) => {
                 let state = loader.state;
+                let lengths = lengths(&reader, plan, &state, &mut damaged).await?;
                 let mut met = HashSet::new();
                 damaged.retain(|d| met.insert((d.replica.clone(), d.object.clone())));
-                return Ok(finish(plan, start, state, damaged, reasons, reader.bytes()));
+                return Ok(finish(plan, start, state, &lengths, damaged, reasons, reader.bytes()));
             }
             Err(why) => reasons.push(why),
         }
@@ -147,10 +148,43 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
     Err(LoadError::Nothing(reasons))
 }
 
+/// The lengths of segments that the load had no need to read and whose holders differ about it: one of them is cut off, and nothing
+/// may rely on its length. Segments of which no holder has an intact end are left out.
+async fn lengths(
+    reader: &Reader,
+    plan: &Plan,
+    state: &State,
+    damaged: &mut Vec<Damage>,
+) -> Result<BTreeMap<SegmentNo, u64>, LoadError> {
+    let differ = |place: &Place| {
+        place.holders.iter().any(|(_, size)| Some(size) != place.holders.first().map(|h| &h.1))
+    };
+    let unclear = plan.segments.range(..=state.last).map(|(_, place)| place);
+    let unclear: Vec<_> = unclear.filter(|p| !state.seen.contains_key(&p.number) && differ(p)).collect();
+    let mut asked = stream::iter(unclear)
+        .map(|place| (place, reader.begin_end(place)))
+        .map(|(place, task)| async move { (place, task.join().await) })
+        .buffered(SEGMENTS_IN_FLIGHT);
+    let mut lengths = BTreeMap::new();
+    while let Some((place, fetched)) = asked.next().await {
+        let fetched = fetched?;
+        let Some(len) = fetched.value else { continue };
+        lengths.insert(place.number, len);
+        let object = ObjectName::Segment(place.number, place.epoch).path();
+        damaged.extend(place.holders.iter().filter(|(_, size)| *size != len).map(|(holder, size)| Damage {
+            replica: plan.replicas[*holder].clone(),
+            object: object.clone(),
+            why: format!("{size} bytes instead of {len}"),
+        }));
+    }
+    Ok(lengths)
+}
+
 fn finish(
     plan: &Plan,
     start: &Start,
     state: State,
+    lengths: &BTreeMap<SegmentNo, u64>,
     damaged: Vec<Damage>,
     reasons: Vec<String>,
     bytes: u64,
@@ -182,14 +216,20 @@ fn finish(
     for place in plan.segments.range(..=last).map(|(_, place)| place) {
         // A checkpoint that needs no replay vouches for the segment that it belongs to.
         let vouched = place.number == last;
-        segments.push(state.seen.get(&place.number).copied().unwrap_or(SegmentSeen {
-            number: place.number,
-            epoch: place.epoch,
-            len: place.holders.first().map_or(0, |(_, size)| *size),
-            hash: vouched.then_some(state.hash),
-            commit: vouched.then_some(state.commit),
-            cut_at: None,
-        }));
+        segments.push(
+            state.seen.get(&place.number).copied().unwrap_or(SegmentSeen {
+                number: place.number,
+                epoch: place.epoch,
+                len: lengths
+                    .get(&place.number)
+                    .or(place.holders.first().map(|(_, size)| size))
+                    .copied()
+                    .unwrap_or_default(),
+                hash: vouched.then_some(state.hash),
+                commit: vouched.then_some(state.commit),
+                cut_at: None,
+            }),
+        );
     }
     Loaded {
         volume: plan.volume.clone(),

@@ -26,6 +26,8 @@ pub struct Plan {
     pub replicas: Vec<ReplicaName>,
     /// The highest epoch that was ever claimed; 0 when none was.
     pub epoch: Epoch,
+    /// The claims that count.
+    pub claims: BTreeMap<Epoch, Claim>,
     /// The first segment of each epoch, as claimed (or, where the claim is damaged everywhere, as inferred).
     pub first_segments: BTreeMap<Epoch, SegmentNo>,
     /// All valid segments.
@@ -112,11 +114,14 @@ pub fn plan(inventories: &[Inventory], expected: Option<VolumeId>) -> Result<Pla
     infer_claims(&usable, &mut first_segments, &mut warnings);
     let segments = places(&usable, &claims, &first_segments);
     let starts = starts(&usable, volume.volume, &claims, &first_segments, &segments)?;
+    let claimed = usable.iter().flat_map(|(_, found)| &found.claimed);
     let damaged = usable.iter().flat_map(|(_, found)| found.damaged.iter().cloned()).collect();
     Ok(Plan {
         volume,
         replicas: inventories.iter().map(|i| i.replica.clone()).collect(),
-        epoch: first_segments.keys().next_back().copied().unwrap_or_default(),
+        // A claim that cannot be read was made all the same.
+        epoch: first_segments.keys().chain(claimed).max().copied().unwrap_or_default(),
+        claims,
         first_segments,
         segments,
         starts,
@@ -163,8 +168,9 @@ fn choose_volume(
     })
 }
 
-/// One claim per epoch. Two different claims of one epoch mean two writers that each reached only some replicas: the one
-/// that more replicas hold wins, then the one with more segments, then the smaller id.
+/// One claim per epoch. Two different claims of one epoch mean two writers that each reached only some replicas. A claim with
+/// segments beats one without, since a claimer that gave up wrote none; then the one that more replicas hold wins, then the one
+/// with more segments, then the smaller id.
 fn choose_claims(
     usable: &Usable<'_>,
     volume: VolumeId,
@@ -184,7 +190,8 @@ fn choose_claims(
         }
         let contested = rivals.len() > 1;
         // `max_by_key` keeps the last of equals, hence the reversal for the smaller id.
-        let Some((_, (.., claim))) = rivals.into_iter().rev().max_by_key(|(_, (n, m, _))| (*n, *m)) else {
+        let Some((_, (.., claim))) = rivals.into_iter().rev().max_by_key(|(_, (n, m, _))| (*m > 0, *n, *m))
+        else {
             continue;
         };
         if contested {

@@ -2,7 +2,7 @@
 //!
 //! Owns listing and reading the small objects: volume, claims, releases, manifests. Decides nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::future::join_all;
 use futures::stream::{self, StreamExt};
@@ -41,6 +41,8 @@ pub struct Found {
     pub volume: Option<Volume>,
     /// Its intact claims.
     pub claims: BTreeMap<Epoch, Claim>,
+    /// The epochs of all its claims, damaged ones too.
+    pub claimed: BTreeSet<Epoch>,
     /// Its intact marks of tenures that ended in good order.
     pub releases: BTreeMap<Epoch, Release>,
     /// Its segments, with their sizes.
@@ -122,6 +124,10 @@ impl Surveyor<'_> {
     }
 
     async fn epochs(&mut self, listed: Vec<ObjectInfo>) -> Result<(), SurveyError> {
+        self.found.claimed.extend(listed.iter().filter_map(|o| match ObjectName::parse(&o.path) {
+            Some(ObjectName::Claim(epoch)) => Some(epoch),
+            _ => None,
+        }));
         for (path, body) in self.read_all(listed).await? {
             match (ObjectName::parse(&path), body) {
                 (Some(ObjectName::Claim(epoch)), Ok(bytes)) => {

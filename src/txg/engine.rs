@@ -20,6 +20,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// First and longest pause after a failed seal.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
+/// Called behind each sealed group.
+pub type AfterSeal = Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>;
+
 /// When a group ends, and the clock.
 #[derive(Clone)]
 pub struct EngineOptions {
@@ -69,7 +72,7 @@ impl Engine {
         blocks: Arc<BlockStore>,
         sealer: Sealer,
         options: EngineOptions,
-        after_seal: Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>,
+        after_seal: AfterSeal,
     ) -> std::io::Result<Arc<Self>> {
         let mark = *sealer.mark();
         let progress = Progress { sealed: mark.lsn, segment: mark.segment, error: None };
@@ -138,7 +141,7 @@ struct Run {
     blocks: Arc<BlockStore>,
     sealer: Sealer,
     options: EngineOptions,
-    after_seal: Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>,
+    after_seal: AfterSeal,
     /// A cut whose sealing failed: it is tried again before the next one.
     cut: Option<(Cut, Time)>,
 }

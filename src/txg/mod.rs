@@ -6,7 +6,7 @@ mod engine;
 mod seal;
 mod staging;
 
-pub use engine::{Engine, EngineOptions, Progress};
+pub use engine::{AfterSeal, Engine, EngineOptions, Progress};
 pub use seal::{SealError, Sealer};
 pub use staging::{Staging, StagingError};
 

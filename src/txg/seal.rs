@@ -2,25 +2,35 @@
 //!
 //! Owns the content of segments and their registration in the tables. Runs on one thread; a failed seal leaves nothing
 //! behind and is tried again with the same cut.
+//!
+//! **Lost content.** A block that was overwritten in part needs the rest from the sealed block below. When every replica
+//! answers and none has that intact, waiting would keep all later changes from the replicas for ever. So the txg goes on
+//! with an entry *without content* in its place: a replica restores everything else of that commit exactly, and reading
+//! that one block fails with EIO there, never with zeros or older bytes. Here invariant 2 ("exactly the state of the last
+//! commit") is weaker, by content that no replica had any more. On this machine the block stays dirty, pinned and as readable
+//! as before, and later txgs try it again. A replica that does not answer at all is waited for, as ever.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::Cut;
 use super::staging::{Staging, StagingError};
 use crate::cache::dirty::DirtyBlock;
-use crate::cache::{BlockStore, StoreError};
+use crate::cache::{BlockStore, StoreError, is_full};
 use crate::format::codec::FormatError;
 use crate::format::frame::FrameEncoder;
 use crate::format::local::{SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader, SegmentSummary};
 use crate::format::tables::{BlockEntry, Time, is_replicated, local_key, segment_key, table};
-use crate::ids::{BlockHash, Epoch, Lsn, SegmentNo, VolumeId};
+use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo, VolumeId};
 use crate::journal::{Journal, JournalError};
+use crate::replica::FetchError;
 
 /// A segment is closed when it reaches this many bytes.
 pub const SEGMENT_TARGET: u64 = 16 << 20;
@@ -28,6 +38,9 @@ pub const SEGMENT_TARGET: u64 = 16 << 20;
 const REGISTER_STEP: usize = 1024;
 /// Records that are local only, after which the mark is written anew.
 const REMEMBER_STEP: u64 = 4096;
+
+/// A block whose rest was lost is tried again after this long.
+const LOST_AGAIN: Duration = Duration::from_secs(60);
 
 /// Why a transaction group could not be sealed. Nothing is lost: it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +72,18 @@ pub struct Sealer {
     remembered: Lsn,
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
+    /// Blocks that replicas have without content, and when that was tried last.
+    lost: HashMap<BlockId, Instant>,
+    /// Content whose loss was logged.
+    said: HashSet<BlockHash>,
+}
+
+/// What became of the blocks of a txg.
+#[derive(Default)]
+struct Sealed {
+    whole: Vec<(Arc<DirtyBlock>, BlockEntry)>,
+    /// Without content: see the module's head.
+    lost: Vec<(BlockId, BlockEntry)>,
 }
 
 /// The segments of one txg while they are written.
@@ -123,6 +148,8 @@ impl Sealer {
             remembered: mark.lsn,
             mark,
             unpublished: Vec::new(),
+            lost: HashMap::new(),
+            said: HashSet::new(),
         })
     }
 
@@ -200,7 +227,16 @@ impl Sealer {
             return Err(e);
         }
         // From here on these segments exist, whatever fails.
-        for part in sealed.chunks(REGISTER_STEP) {
+        if !sealed.lost.is_empty() {
+            self.journal.transact::<_, StoreError>(|tx| self.blocks.register_lost(tx, &sealed.lost))?;
+        }
+        self.lost.retain(|id, _| cut.frozen.iter().any(|b| b.id == *id && !b.is_dead()));
+        for (block, _) in &sealed.whole {
+            self.lost.remove(&block.id);
+        }
+        self.lost.extend(sealed.lost.iter().map(|(id, _)| (*id, Instant::now())));
+        self.blocks.counters.lost.store(self.lost.len() as u64, Ordering::Relaxed);
+        for part in sealed.whole.chunks(REGISTER_STEP) {
             let (_, lsn) = self.journal.transact::<_, StoreError>(|tx| self.blocks.register(tx, part))?;
             self.blocks.after_register(lsn, part);
         }
@@ -219,15 +255,27 @@ impl Sealer {
     }
 
     /// Writes frames, index and records. `None`: there was nothing.
-    fn fill(
-        &mut self,
-        draft: &mut Draft<'_>,
-        cut: &Cut,
-    ) -> Result<Option<Vec<(Arc<DirtyBlock>, BlockEntry)>>, SealError> {
-        let mut sealed = Vec::with_capacity(cut.frozen.len());
+    fn fill(&mut self, draft: &mut Draft<'_>, cut: &Cut) -> Result<Option<Sealed>, SealError> {
+        let mut sealed = Sealed::default();
         let mut fresh: HashMap<BlockHash, BlockEntry> = HashMap::new();
         for block in &cut.frozen {
-            let raw = self.blocks.seal_content(block)?;
+            if self.lost.get(&block.id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN) {
+                // The replicas have its entry without content already.
+                continue;
+            }
+            let raw = match self.blocks.seal_content(block) {
+                Ok(raw) => raw,
+                Err(StoreError::Fetch(e @ FetchError::Lost { .. })) => {
+                    let Some(entry) = self.without_content(block, &e)? else {
+                        return Err(StoreError::Fetch(e).into());
+                    };
+                    draft.current.push_index(block.id, entry)?;
+                    sealed.lost.push((block.id, entry));
+                    draft.roll()?;
+                    continue;
+                }
+                Err(e) => return Err(e.into()),
+            };
             let hash = BlockHash::of(&raw);
             let known = match fresh.get(&hash) {
                 Some(entry) => Some(*entry),
@@ -244,9 +292,13 @@ impl Sealer {
             };
             draft.current.push_index(block.id, entry)?;
             if !block.is_dead() {
-                self.blocks.fill(block, &raw)?;
+                match self.blocks.fill(block, &raw) {
+                    // Then it is just not cached.
+                    Err(StoreError::Io(e)) if is_full(&e) => log::debug!("block {}: {e}", block.id),
+                    other => other?,
+                }
             }
-            sealed.push((Arc::clone(block), entry));
+            sealed.whole.push((Arc::clone(block), entry));
             draft.roll()?;
         }
         for record in self.journal.records(self.mark.lsn, cut.lsn)? {
@@ -262,6 +314,26 @@ impl Sealer {
         }
         draft.close(Some(cut.lsn))?;
         Ok(Some(sealed))
+    }
+
+    /// The entry of a block whose rest is lost; says so the first time.
+    fn without_content(
+        &mut self,
+        block: &DirtyBlock,
+        why: &FetchError,
+    ) -> Result<Option<BlockEntry>, SealError> {
+        let (base, len, known) = block.with(|c| (c.base, c.len, c.valid.bytes()));
+        let Some(base) = base else { return Ok(None) };
+        if self.said.insert(base.entry.hash) {
+            let owner =
+                self.blocks.owner(block.id)?.map_or("of no file now".into(), |i| format!("of inode {i}"));
+            log::error!(
+                "block {} {owner}: it was overwritten in part and the rest of it is lost: {why}. This machine keeps the {known} \
+                 of {len} bytes that were written; the replicas get the block without content, and reading it there fails",
+                block.id
+            );
+        }
+        Ok(Some(BlockEntry::without_content(block.id, len, &base.entry)))
     }
 
     /// Makes the staged segments the volume's own, in one record. The blocks in them follow in later records; a crash in

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::cache::BlockStore;
 use crate::cache::store::scan_table;
+use crate::cache::{BlockStore, is_full};
 use crate::format::codec::FormatError;
 use crate::format::local::SegmentValue;
 use crate::format::names::ObjectName;
@@ -77,6 +77,10 @@ impl Staging {
     pub fn open(dir: &Path, journal: &Journal, blocks: Arc<BlockStore>) -> Result<Arc<Self>, StagingError> {
         for sub in ["segments", "checkpoints"] {
             at(dir, fs::create_dir_all(dir.join(sub)))?;
+        }
+        // The folders' own names, too: a power loss must not take them away with what was registered in them since.
+        for folder in [dir.join("segments"), dir.to_owned(), dir.join("..")] {
+            at(&folder, File::open(&folder).and_then(|f| f.sync_all()))?;
         }
         let mut state = State::default();
         scan_table::<StagingError>(journal, table::SEGMENT, |key, value| {
@@ -146,7 +150,19 @@ impl Staging {
             file.sync_all()?;
             File::open(folder)?.sync_all()
         };
-        at(&path, write())
+        // The cache gives way: sealing is what makes dirty content clean, it must not wait for a person.
+        let mut written = write();
+        while let Err(e) = &written
+            && is_full(e)
+            && self.blocks.make_space(bytes.len() as u64)
+        {
+            written = write();
+        }
+        if written.is_err() {
+            // Half a file would only take space.
+            let _ = fs::remove_file(&path);
+        }
+        at(&path, written)
     }
 
     /// Removes files of segments that will not be registered.

@@ -44,6 +44,7 @@ impl Vfs {
             if state.inode.kind != FileKind::Regular {
                 return Err(VfsError::Invalid);
             }
+            self.shed(cell, &mut state, size)?;
             self.mark_pending(cell, &mut state);
             self.truncate_state(ino, &mut state, size)?;
             state.inode.mtime = now;

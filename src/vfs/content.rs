@@ -14,19 +14,46 @@ use crate::cache::{StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
 use crate::ids::{BlockId, Ino};
 
+/// Blocks given up by one transaction.
+const BLOCKS_PER_STEP: usize = 4096;
+
+/// Bytes of the cache given up at once when the disk is full.
+const GIVE_UP: u64 = 64 << 20;
+
 /// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
-fn units(len: u32) -> u64 {
+pub(super) fn units(len: u32) -> u64 {
     u64::from(len).div_ceil(4096) * 8
+}
+
+/// Why a change of content did not come about.
+enum Needs {
+    /// This block is not local.
+    Block(Box<BlockEntry>),
+    /// Nothing would help.
+    Nothing(VfsError),
+}
+
+impl From<VfsError> for Needs {
+    fn from(e: VfsError) -> Self {
+        Needs::Nothing(e)
+    }
+}
+
+impl From<StoreError> for Needs {
+    fn from(e: StoreError) -> Self {
+        match e {
+            StoreError::Miss(entry) => Needs::Block(entry),
+            other => Needs::Nothing(other.into()),
+        }
+    }
 }
 
 impl Vfs {
     // ---- opening -------------------------------------------------------------------------------------------------
 
     pub(super) fn do_open(&self, ino: Ino, write: bool, truncate: bool) -> Result<()> {
-        if (write || truncate)
-            && let Some(why) = self.read_only.read().as_ref()
-        {
-            return Err(VfsError::ReadOnly(why.clone()));
+        if write || truncate {
+            self.check_writable()?;
         }
         let cell = self.cell(ino)?;
         cell.open.fetch_add(1, Ordering::AcqRel);
@@ -151,7 +178,7 @@ impl Vfs {
                 .filter_map(|index| state.block_at(&self.journal, cell.ino, index).ok())
                 .filter(|id| id.0 != 0 && self.blocks.dirty(*id).is_none())
                 .filter_map(|id| self.blocks.entry(id).ok())
-                .filter(|entry| !self.blocks.is_cached(&entry.hash))
+                .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
                 .collect::<Vec<_>>()
         };
         // In pieces, so that several requests are under way; a full queue means that enough are.
@@ -223,29 +250,82 @@ impl Vfs {
         let end = offset.checked_add(data.len() as u64).filter(|e| *e <= SIZE_MAX);
         let Some(end) = end else { return Err(VfsError::FileTooLarge) };
         self.admit(wait)?;
-        let _gate = self.enter()?;
-        self.with_cell(ino, |cell| {
-            let mut state = cell.state.write();
-            if state.gone {
-                return Err(VfsError::Stale);
-            }
-            if state.inode.kind != FileKind::Regular {
-                return Err(VfsError::Invalid);
-            }
-            if data.is_empty() {
-                return Ok(0);
-            }
-            self.mark_pending(cell, &mut state);
-            if let Err(e) = self.write_state(ino, &mut state, offset, data) {
-                self.cut_back(ino, &mut state, end);
-                return Err(e);
-            }
-            let now = self.now();
-            state.inode.size = state.inode.size.max(end);
-            state.inode.mtime = now;
-            state.inode.ctime = now;
-            Ok(data.len() as u32)
+        self.changing(ino, wait, |supply| {
+            let _gate = self.enter()?;
+            self.with_cell(ino, |cell| {
+                let mut state = cell.state.write();
+                if state.gone {
+                    return Err(VfsError::Stale.into());
+                }
+                if state.inode.kind != FileKind::Regular {
+                    return Err(VfsError::Invalid.into());
+                }
+                if data.is_empty() {
+                    return Ok(0);
+                }
+                self.join_ranges(ino, &mut state, offset, end, supply)?;
+                self.mark_pending(cell, &mut state);
+                if let Err(e) = self.write_state(ino, &mut state, offset, data) {
+                    self.cut_back(ino, &mut state, end);
+                    return Err(e.into());
+                }
+                let now = self.now();
+                state.inode.size = state.inode.size.max(end);
+                state.inode.mtime = now;
+                state.inode.ctime = now;
+                Ok(data.len() as u32)
+            })
         })
+    }
+
+    /// Runs a change of content, and once more with what it turns out to need: content of blocks that are not local, or
+    /// space on a full disk. That is come by here, where no lock is held.
+    fn changing<R>(
+        &self,
+        ino: Ino,
+        wait: Wait,
+        mut change: impl FnMut(&Supply) -> Result<R, Needs>,
+    ) -> Result<R> {
+        let mut supply = Supply::new();
+        loop {
+            match change(&supply) {
+                Ok(done) => return Ok(done),
+                Err(Needs::Block(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
+                Err(Needs::Block(entry)) => {
+                    let raw = self.fetch(ino, &entry)?;
+                    supply.insert(entry.hash, raw);
+                }
+                Err(Needs::Nothing(VfsError::NoSpace)) if self.blocks.space.clean() > 0 => {
+                    if wait == Wait::No {
+                        return Err(VfsError::WouldBlock);
+                    }
+                    if !self.blocks.make_space(GIVE_UP) {
+                        return Err(VfsError::NoSpace);
+                    }
+                }
+                Err(Needs::Nothing(e)) => return Err(e),
+            }
+        }
+    }
+
+    /// Joins the valid ranges of those blocks in `[from, to)` that have too many, before anything is changed.
+    fn join_ranges(
+        &self,
+        ino: Ino,
+        state: &mut CellState,
+        from: u64,
+        to: u64,
+        supply: &Supply,
+    ) -> Result<(), Needs> {
+        if state.inline.is_some() {
+            return Ok(());
+        }
+        let bs = u64::from(self.blocks.block_size());
+        for index in from / bs..to.div_ceil(bs) {
+            let id = state.block_at_cached(&self.journal, ino, index)?;
+            self.blocks.join_ranges(id, supply)?;
+        }
+        Ok(())
     }
 
     /// Takes away what a failed write up to `end` left behind the end of the file: it must not show when the file grows.
@@ -347,7 +427,10 @@ impl Vfs {
                 if len <= within {
                     continue;
                 }
-                if let Some(block) = self.blocks.writable(id) {
+                // In place only what the journal does not name yet. Otherwise bytes written here later would lie in the
+                // slot before the journal is told of the cut, and a crash would show them inside the old length.
+                let unnamed = state.extents.get(&index) == Some(&id);
+                if let Some(block) = self.blocks.writable(id).filter(|_| unnamed) {
                     self.blocks.truncate(&block, within);
                     state.touched.insert(id);
                 } else {
@@ -377,27 +460,63 @@ impl Vfs {
             return Err(VfsError::Invalid);
         }
         self.admit(wait)?;
-        let _gate = self.enter()?;
-        self.with_cell(ino, |cell| {
-            let mut state = cell.state.write();
-            if state.gone {
-                return Err(VfsError::Stale);
-            }
-            if state.inode.kind != FileKind::Regular {
-                return Err(VfsError::NoSuchOffset);
-            }
-            self.mark_pending(cell, &mut state);
-            if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
-                self.zero_state(ino, &mut state, offset, end)?;
-            }
-            if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {
-                state.inode.size = end;
-            }
-            let now = self.now();
-            state.inode.mtime = now;
-            state.inode.ctime = now;
-            Ok(())
+        self.changing(ino, wait, |supply| {
+            let _gate = self.enter()?;
+            self.with_cell(ino, |cell| {
+                let mut state = cell.state.write();
+                if state.gone {
+                    return Err(VfsError::Stale.into());
+                }
+                if state.inode.kind != FileKind::Regular {
+                    return Err(VfsError::NoSuchOffset.into());
+                }
+                if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
+                    self.zero_in_steps(cell, &mut state, offset, end, supply)?;
+                }
+                self.mark_pending(cell, &mut state);
+                if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {
+                    state.inode.size = end;
+                }
+                let now = self.now();
+                state.inode.mtime = now;
+                state.inode.ctime = now;
+                Ok(())
+            })
         })
+    }
+
+    /// Makes `[from, to)` zeros. A long range goes into the journal piece by piece, so that no transaction grows with it.
+    fn zero_in_steps(
+        &self,
+        cell: &Arc<Cell>,
+        state: &mut CellState,
+        from: u64,
+        to: u64,
+        supply: &Supply,
+    ) -> Result<(), Needs> {
+        let to = to.min(state.inode.size);
+        if from >= to {
+            return Ok(());
+        }
+        let bs = u64::from(self.blocks.block_size());
+        let mut ends = Vec::new();
+        if state.inline.is_none() {
+            // Only the blocks at the ends are zeroed in place.
+            self.join_ranges(cell.ino, state, from, from + 1, supply)?;
+            self.join_ranges(cell.ino, state, to - 1, to, supply)?;
+            let found = state.blocks_in(&self.journal, cell.ino, from / bs, to.div_ceil(bs))?;
+            ends.extend(found.keys().step_by(BLOCKS_PER_STEP).skip(1).map(|index| index * bs));
+        }
+        let mut at = from;
+        for end in ends {
+            self.mark_pending(cell, state);
+            self.zero_state(cell.ino, state, at, end)?;
+            self.flush_cell(cell, state)?;
+            at = end;
+        }
+        self.mark_pending(cell, state);
+        self.zero_state(cell.ino, state, at, to)?;
+        Ok(())
     }
 
     /// Makes `[from, to)` zeros: whole blocks become holes, parts are zeroed.

@@ -149,7 +149,7 @@ impl Vfs {
         let bs = u64::from(self.blocks.block_size());
         let bytes = bytes.min(source.inode.size.saturating_sub(first * bs));
         let ends_both = first * bs + bytes >= source.inode.size && at * bs + bytes >= target.inode.size;
-        (bytes % bs == 0 || ends_both).then_some(bytes)
+        (bytes.is_multiple_of(bs) || ends_both).then_some(bytes)
     }
 
     /// The source's blocks, all of them in the journal and none of them inline; by index.

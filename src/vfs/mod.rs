@@ -24,7 +24,7 @@ mod usage;
 mod xattrs;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -84,6 +84,8 @@ pub struct Vfs {
     next_ino: AtomicU64,
     reserved_ino: Mutex<u64>,
     read_only: RwLock<Option<String>>,
+    /// `read_only` says something.
+    refusing: AtomicBool,
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
     prefetch: OnceLock<std::sync::mpsc::SyncSender<Vec<crate::format::tables::BlockEntry>>>,
@@ -145,14 +147,7 @@ impl From<StoreError> for VfsError {
         match e {
             StoreError::Miss(_) => VfsError::WouldBlock,
             StoreError::Journal(e) => e.into(),
-            StoreError::Io(e)
-                if matches!(
-                    e.kind(),
-                    std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                VfsError::NoSpace
-            }
+            StoreError::Io(e) if crate::cache::is_full(&e) => VfsError::NoSpace,
             other => {
                 log::error!("{other}");
                 VfsError::Io(other.to_string())
@@ -184,6 +179,7 @@ impl Vfs {
             next_ino: AtomicU64::new(next),
             reserved_ino: Mutex::new(next),
             read_only: RwLock::new(None),
+            refusing: AtomicBool::new(false),
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
             prefetch: OnceLock::new(),
@@ -242,23 +238,35 @@ impl Vfs {
         if read_only.is_none() {
             log::warn!("the mount is read-only from now on: {why}");
             *read_only = Some(why.to_owned());
+            self.refusing.store(true, Ordering::Release);
         }
     }
 
     /// Why changes are refused, if they are.
     pub fn read_only(&self) -> Option<String> {
-        self.read_only.read().clone().or_else(|| self.journal.poisoned())
+        let ordered = match self.refusing.load(Ordering::Acquire) {
+            true => self.read_only.read().clone(),
+            false => None,
+        };
+        // One look at a flag, while all is well.
+        ordered.or_else(|| self.journal.poisoned())
     }
 
     fn now(&self) -> Time {
         (self.options.clock)()
     }
 
+    /// Fails when changes are refused: by order, or because the journal takes none.
+    fn check_writable(&self) -> Result<()> {
+        match self.read_only() {
+            Some(why) => Err(VfsError::ReadOnly(why)),
+            None => Ok(()),
+        }
+    }
+
     /// Enters the gate, unless the filesystem is read-only.
     fn enter(&self) -> Result<RwLockReadGuard<'_, ()>> {
-        if let Some(why) = self.read_only.read().as_ref() {
-            return Err(VfsError::ReadOnly(why.clone()));
-        }
+        self.check_writable()?;
         Ok(self.gate.read())
     }
 
@@ -314,7 +322,11 @@ impl Vfs {
     }
 
     /// Runs `f` with the cell of a file and lets it go afterwards, whatever came of it.
-    fn with_cell<R>(&self, ino: Ino, f: impl FnOnce(&Arc<Cell>) -> Result<R>) -> Result<R> {
+    fn with_cell<R, E: From<VfsError>>(
+        &self,
+        ino: Ino,
+        f: impl FnOnce(&Arc<Cell>) -> Result<R, E>,
+    ) -> Result<R, E> {
         let cell = self.cell(ino)?;
         let answer = f(&cell);
         self.let_go(cell);
@@ -330,15 +342,22 @@ impl Vfs {
 
     /// Puts what is pending of a file into the journal. The caller is inside the gate and holds the cell's state.
     fn flush_cell(&self, cell: &Cell, state: &mut CellState) -> Result<Option<Lsn>> {
+        self.flush_cell_with(cell, state, false)
+    }
+
+    /// [`Vfs::flush_cell`]; `at_once`: the journal has been asked for room before.
+    fn flush_cell_with(&self, cell: &Cell, state: &mut CellState, at_once: bool) -> Result<Option<Lsn>> {
         if !state.dirty || state.gone {
             return Ok(None);
         }
         let inode = state.inode.clone();
         let mut gone = Vec::new();
-        let (_, lsn) = self.journal.transact::<_, VfsError>(|tx| {
-            state.put(tx, cell.ino, &inode, &self.blocks, &mut gone)?;
-            Ok(())
-        })?;
+        let put =
+            |tx: &mut Tx<'_>| -> Result<()> { Ok(state.put(tx, cell.ino, &inode, &self.blocks, &mut gone)?) };
+        let (_, lsn) = match at_once {
+            true => self.journal.transact_at_once(put)?,
+            false => self.journal.transact(put)?,
+        };
         self.committed(cell, state, inode, lsn, &gone);
         Ok(Some(lsn))
     }

@@ -8,18 +8,23 @@ use std::thread;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::cell::{Cell, CellState};
 use super::types::VfsError;
 use super::{Result, Vfs, shard, usage};
 use crate::cache::store::scan_table;
 use crate::format::tables::{
-    Extents, Inode, extent_key, inode_key, number_of_key, orphan_key, prefix_range, table, xattr_key,
+    BLOCKS_PER_CHUNK, Extents, Inode, chunk_of_extent_key, extent_key, inode_key, number_of_key, orphan_key,
+    prefix_range, table, xattr_key,
 };
 use crate::ids::Ino;
 
 /// Extent chunks released in one transaction.
 const CHUNKS_PER_STEP: usize = 8;
-/// Pause before a deletion is tried again that found no space.
-const FULL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+/// Extent chunks given to an orphan in one transaction: a record of at most 10 MB.
+const CHUNKS_PER_ORPHAN: usize = 16 << 10;
+
+/// Pause after a deletion that failed.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Orphans whose last reference went.
 #[derive(Default)]
@@ -103,6 +108,95 @@ impl Vfs {
         }
     }
 
+    /// Before a file is cut to `size`: when that gives up very much, most of it goes, with all extents as they are, to a new
+    /// inode without a name, which is deleted in steps like any other. The cell is locked by the caller.
+    pub(super) fn shed(&self, cell: &Arc<Cell>, state: &mut CellState, size: u64) -> Result<()> {
+        if size >= state.inode.size || state.inline.is_some() {
+            return Ok(());
+        }
+        let chunk_bytes = u64::from(self.blocks.block_size()).saturating_mul(BLOCKS_PER_CHUNK);
+        let first = size.div_ceil(chunk_bytes);
+        let (start, end) = (extent_key(cell.ino, first), extent_key(cell.ino, u64::MAX));
+        if self.journal.scan(&start, &end, CHUNKS_PER_STEP + 1)?.len() <= CHUNKS_PER_STEP {
+            return Ok(());
+        }
+        self.flush_cell(cell, state)?;
+        let mut chunks = Vec::new();
+        let mut from = start;
+        loop {
+            let page = self.journal.scan(&from, &end, 4096)?;
+            let Some((last, _)) = page.last() else { break };
+            let mut next = last.to_vec();
+            next.push(0);
+            chunks.extend(page.iter().filter_map(|(key, _)| chunk_of_extent_key(key)));
+            from = next.into();
+        }
+        // From the end, so that a crash between two steps shows the file cut to a size on the way.
+        for part in chunks.rchunks(CHUNKS_PER_ORPHAN) {
+            let Some(lowest) = part.first() else { break };
+            let all = size == 0 && chunks.first() == Some(lowest);
+            self.shed_part(cell, state, part, if all { 0 } else { lowest * chunk_bytes }, all)?;
+        }
+        Ok(())
+    }
+
+    /// Moves some extent chunks, the last that the file has, to an orphan, and makes `size` (where they begin) the file's
+    /// end. `all`: nothing else is left.
+    fn shed_part(
+        &self,
+        cell: &Arc<Cell>,
+        state: &mut CellState,
+        part: &[u64],
+        size: u64,
+        all: bool,
+    ) -> Result<()> {
+        let orphan = self.new_ino()?;
+        let mut moved = state.inode.blocks;
+        if !all {
+            moved = 0;
+            let last = part.last().map_or(0, |c| (c + 1).saturating_mul(BLOCKS_PER_CHUNK));
+            let from = part.first().map_or(last, |c| c * BLOCKS_PER_CHUNK);
+            for id in state.blocks_in(&self.journal, cell.ino, from, last)?.into_values() {
+                moved += super::content::units(self.blocks.block_len(id)?);
+            }
+        }
+        let now = self.now();
+        let mut inode = state.inode.clone();
+        inode.size = size;
+        inode.blocks = inode.blocks.saturating_sub(moved);
+        inode.mtime = now;
+        inode.ctime = now;
+        let heir = Inode { nlink: 0, blocks: state.inode.blocks - inode.blocks, ..state.inode.clone() };
+        if all {
+            state.inline = Some(Vec::new());
+        }
+        let mut gone = Vec::new();
+        let moving = self.journal.transact::<_, VfsError>(|tx| {
+            for chunk in part {
+                let key = extent_key(cell.ino, *chunk);
+                if let Some(value) = tx.get(&key)? {
+                    tx.put(extent_key(orphan, *chunk), value);
+                    tx.delete(key);
+                }
+            }
+            tx.put(inode_key(orphan), heir.encode());
+            tx.put(orphan_key(orphan), bytes::Bytes::new());
+            usage::change(tx, heir.blocks as i64, 1)?;
+            state.put(tx, cell.ino, &inode, &self.blocks, &mut gone)?;
+            Ok(())
+        });
+        let (_, lsn) = match moving {
+            Ok(done) => done,
+            Err(e) => {
+                state.inline = None;
+                return Err(e);
+            }
+        };
+        self.committed(cell, state, inode, lsn, &gone);
+        self.orphaned(orphan);
+        Ok(())
+    }
+
     /// Deletes one orphan, in steps.
     pub(super) fn reap(&self, ino: Ino) -> Result<()> {
         // Somebody may use it again: then this is asked for once more when they end.
@@ -183,6 +277,8 @@ impl Vfs {
 }
 
 fn run(vfs: &Weak<Vfs>) {
+    // The last deletion failed: said once, not each time.
+    let mut troubled = false;
     loop {
         let Some(vfs) = vfs.upgrade() else { return };
         let next = {
@@ -199,20 +295,25 @@ fn run(vfs: &Weak<Vfs>) {
             next
         };
         let Some(ino) = next else { continue };
-        let done = vfs.reap(ino);
+        let failed = vfs.reap(ino).err();
         let mut state = vfs.reaper.state.lock();
         state.busy = false;
         vfs.reaper.wake.notify_all();
-        match done {
-            Ok(()) => {}
-            // Deleting is what makes space: it goes on as soon as there is room to note it.
-            Err(VfsError::NoSpace) => {
-                state.inodes.insert(ino);
-                if !state.stopped {
-                    vfs.reaper.wake.wait_for(&mut state, FULL_PAUSE);
-                }
-            }
-            Err(e) => log::warn!("inode {ino} cannot be deleted now, it will be at the next start: {e}"),
+        let Some(e) = failed else {
+            troubled = false;
+            continue;
+        };
+        if vfs.check_writable().is_err() {
+            log::warn!("inode {ino} cannot be deleted now, it will be at the next start: {e}");
+            continue;
+        }
+        if !std::mem::replace(&mut troubled, true) {
+            log::warn!("inode {ino} cannot be deleted now, it is tried again: {e}");
+        }
+        // Its cell stays, marked as gone, so that nobody can use what is half deleted.
+        state.inodes.insert(ino);
+        if !state.stopped {
+            vfs.reaper.wake.wait_for(&mut state, AGAIN);
         }
     }
 }

@@ -45,32 +45,43 @@ impl Vfs {
         }
     }
 
-    /// Commits what is pending of every file and makes it durable locally.
+    /// Commits what is pending of every file and makes it durable locally. A file that cannot be committed stops no
+    /// other: it stays pending, and the first such error is the answer.
     pub fn commit(&self) -> Result<Lsn> {
         let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
+        let mut failed = None;
         for cell in pending {
-            {
+            let flushed = {
                 let _gate = self.gate.read();
-                self.flush_cell(&cell, &mut cell.state.write())?;
+                self.flush_cell(&cell, &mut cell.state.write())
+            };
+            if let Err(e) = flushed {
+                log::error!("inode {} cannot be committed: {e}", cell.ino);
+                failed = failed.or(Some(e));
             }
             self.let_go(cell);
         }
         let lsn = self.journal.last_lsn();
         self.journal.barrier(lsn)?;
         self.blocks.housekeep()?;
-        Ok(lsn)
+        failed.map_or(Ok(lsn), Err)
     }
 
-    /// Ends the collecting transaction group: the state of this moment, exactly.
+    /// Ends the collecting transaction group: the state of this moment, exactly. So one file whose changes cannot be
+    /// committed makes the cut fail as a whole: a replica would otherwise show a later change of another file without
+    /// this earlier one, and frozen blocks that no record names. What can fail for one file alone is damage in the local
+    /// tables, which only a rebuild mends; all else (space, a failed disk) is the journal's and ends with its cause.
     pub fn cut(&self) -> Result<Cut> {
         // Most of what is pending is committed before writers are held off, so that they wait only for the rest.
         self.commit()?;
+        // Nobody waits for the disk while holding writers off.
+        self.journal.make_room()?;
         let cells;
         let cut = {
             let _gate = self.gate.write();
             cells = self.pending.lock().values().cloned().collect::<Vec<_>>();
             for cell in &cells {
-                self.flush_cell(cell, &mut cell.state.write())?;
+                self.flush_cell_with(cell, &mut cell.state.write(), true)?;
             }
             Cut { lsn: self.journal.last_lsn(), frozen: self.blocks.freeze() }
         };

@@ -2,6 +2,8 @@
 //!
 //! The operations as such are tested against a reference in `tests/model`.
 
+mod limits;
+
 use super::api::FileSystem;
 use super::types::{Caller, Fallocate, FileKind, RenameMode, Seek, SetAttr, Wait, XattrMode};
 use super::*;

@@ -72,6 +72,9 @@ pub struct Run {
     pub counts: BTreeMap<&'static str, u64>,
 }
 
+/// What of an inode must be that of one moment after a crash: attributes, xattrs, names.
+type Named = (Meta, BTreeMap<Vec<u8>, Vec<u8>>, Option<BTreeMap<Vec<u8>, Ino>>);
+
 /// What may be there after a crash.
 struct Window {
     left: u32,
@@ -509,21 +512,20 @@ impl Run {
     /// Whether what a crash left is a past that may be: the namespace of one moment since the last commit, and each
     /// file with attributes of one such moment and bytes of such moments.
     fn explain(&self, found: &Model, window: &Window) {
-        let names =
-            |m: &Model| -> BTreeMap<Ino, (Meta, BTreeMap<Vec<u8>, Vec<u8>>, Option<BTreeMap<Vec<u8>, Ino>>)> {
-                m.nodes
-                    .iter()
-                    .filter(|(_, n)| n.meta.nlink > 0)
-                    .map(|(ino, n)| {
-                        let mut meta = n.meta;
-                        if n.content().is_some() {
-                            // A file's attributes may be of another moment, but not its links.
-                            meta = Meta { nlink: meta.nlink, ..FILE };
-                        }
-                        (*ino, (meta, n.xattrs.clone(), n.entries().cloned()))
-                    })
-                    .collect()
-            };
+        let names = |m: &Model| -> BTreeMap<Ino, Named> {
+            m.nodes
+                .iter()
+                .filter(|(_, n)| n.meta.nlink > 0)
+                .map(|(ino, n)| {
+                    let mut meta = n.meta;
+                    if n.content().is_some() {
+                        // A file's attributes may be of another moment, but not its links.
+                        meta = Meta { nlink: meta.nlink, ..FILE };
+                    }
+                    (*ino, (meta, n.xattrs.clone(), n.entries().cloned()))
+                })
+                .collect()
+        };
         let wanted = names(found);
         let moment = window.past[window.floor..].iter().position(|m| names(m) == wanted);
         let Some(moment) = moment else {
@@ -1017,7 +1019,7 @@ impl Run {
         let mut after = 0;
         loop {
             let room = self.rng.random_range(1..5);
-            let mut got: Vec<(u64, Vec<u8>, Ino, FileKind, Option<Attr>)> = Vec::new();
+            let mut got = Vec::new();
             let mut full = false;
             let answer = self.world.vfs().readdir(ino, after, plus, &mut |item| {
                 if got.len() == room {

@@ -8,6 +8,7 @@ use crate::format::names::ObjectName;
 use crate::format::volume::Claim;
 use crate::ids::Epoch;
 use crate::replica::fault::{Fault, Faults, Op, Rule};
+use crate::replica::fence::confirm;
 use crate::replica::testing::{FakeCursors, FakeOutbox, claim, faulty, identity};
 use crate::replica::{ErrorKind, ReplicaState, Store};
 
@@ -18,6 +19,7 @@ struct Bench {
     cursors: Arc<FakeCursors>,
     identity: Arc<Identity>,
     fenced: Arc<Mutex<Vec<Fenced>>>,
+    fence: Arc<Fence>,
     closing: watch::Sender<bool>,
     replicas: Vec<Arc<Replica>>,
     faults: Vec<Faults>,
@@ -28,12 +30,15 @@ struct Bench {
 impl Bench {
     fn new(names: &[&str]) -> Self {
         let _ = env_logger::builder().is_test(true).try_init();
+        let fenced = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&fenced);
         let made: Vec<_> = names.iter().enumerate().map(|(i, n)| faulty(n, i as u64)).collect();
         Self {
             outbox: FakeOutbox::new(),
             cursors: Arc::default(),
             identity: identity(&[claim(1, 1, 1)]),
-            fenced: Arc::default(),
+            fenced,
+            fence: Fence::new(move |f| told.lock().push(f.clone())),
             closing: watch::channel(false).0,
             replicas: made.iter().map(|m| Arc::clone(&m.0)).collect(),
             faults: made.iter().map(|m| m.1.clone()).collect(),
@@ -49,14 +54,13 @@ impl Bench {
     }
 
     fn start(&self, i: usize) -> tokio::task::JoinHandle<()> {
-        let fenced = Arc::clone(&self.fenced);
         let shipper = Shipper {
             replica: Arc::clone(&self.replicas[i]),
             peers: self.replicas.clone(),
             outbox: self.outbox.clone(),
             cursors: self.cursors.clone(),
             identity: Arc::clone(&self.identity),
-            on_fenced: Arc::new(move |by| fenced.lock().push(by)),
+            fence: Arc::clone(&self.fence),
             closing: self.closing.subscribe(),
             tuning: self.tuning,
         };
@@ -278,7 +282,9 @@ async fn another_volume_is_never_touched() {
 
 #[tokio::test]
 async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
-    for (by, before) in [(claim(2, 9, 4), false), (claim(1, 9, 1), true), (claim(5, 9, 1), true)] {
+    for (by, before) in
+        [(claim(2, 9, 4), false), (claim(3, 9, 4), false), (claim(1, 9, 1), true), (claim(5, 9, 1), true)]
+    {
         let bench = Bench::new(&["a"]);
         let path = ObjectName::Claim(by.epoch).path();
         if before {
@@ -294,7 +300,8 @@ async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
         bench.outbox.seal(1, 10);
         tokio::time::timeout(SOON, task).await.unwrap().unwrap();
         let fenced = bench.fenced.lock().clone();
-        assert_eq!((fenced.len(), &fenced[0].by), (1, &by));
+        let reason = FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())) };
+        assert_eq!((fenced.len(), &fenced[0].reason), (1, &reason));
         assert_eq!(bench.status(0).state, ReplicaState::Fenced);
         let newest = segment_path(bench.outbox.watch().borrow().0, 1);
         assert!(bench.stores[0].head(&newest).await.is_err(), "nothing was written after {by:?}");
@@ -325,7 +332,7 @@ async fn a_replica_that_was_away_learns_all_claims_first() {
 async fn refused_and_full_replicas_are_named_and_reads_do_not_suffer() {
     let bench = Bench::new(&["a", "b"]);
     for (i, kind) in [(0, ErrorKind::Denied), (1, ErrorKind::Full)] {
-        bench.faults[i].add(Rule::always(Fault::Before(kind), &[Op::Put]).on("segments/"));
+        bench.faults[i].add(Rule::always(Fault::Before(kind), &[Op::Create]).on("segments/"));
     }
     bench.outbox.seal(1, 10);
     let _tasks = [bench.start(0), bench.start(1)];
@@ -355,4 +362,243 @@ async fn a_paused_replica_waits_and_goes_on() {
     assert_eq!((status.state, status.cursor, status.lag_segments), (ReplicaState::Paused, SegmentNo(1), 1));
     bench.replicas[0].pause(false);
     bench.reaches(0, 2).await;
+}
+
+#[tokio::test]
+async fn one_replica_that_shows_a_newer_writer_stops_writing_to_all() {
+    let bench = Bench::new(&["a", "b"]);
+    let tasks = [bench.start(0), bench.start(1)];
+    bench.outbox.seal(1, 10);
+    bench.reaches(0, 1).await;
+    bench.reaches(1, 1).await;
+    // The new writer never reached b; what we send there hangs at this moment.
+    bench.faults[1].add(Rule::always(Fault::Hang, &[]).on("segments/"));
+    let by = claim(2, 9, 2);
+    bench.stores[0].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    tokio::time::sleep(bench.tuning.fence_every * 2).await;
+    bench.outbox.seal(1, 10);
+    for task in tasks {
+        tokio::time::timeout(SOON, task).await.unwrap().unwrap();
+    }
+    assert_eq!(bench.fenced.lock().len(), 1, "said once");
+    assert!(bench.stores[1].head(&segment_path(2, 1)).await.is_err());
+    for i in [0, 1] {
+        assert_eq!(bench.status(i).state, ReplicaState::Fenced);
+        let text = bench.status(i).last_error.unwrap().text;
+        assert!(text.contains("replica a") && text.contains("host9"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_counts_when_a_later_look_shows_no_other_writer() {
+    let mut bench = Bench::new(&["a", "b"]);
+    bench.tuning.fence_every = Duration::from_secs(3600);
+    let _tasks = [bench.start(0), bench.start(1)];
+    let confirmed = |n| confirm(&bench.replicas, &bench.identity, &bench.fence, SegmentNo(n), 2);
+    bench.outbox.seal(1, 10);
+    let lists = || bench.faults[0].calls(Op::List);
+    bench.reaches(0, 1).await;
+    bench.reaches(1, 1).await;
+    let before = lists();
+    let both = futures::join!(confirmed(1), confirmed(1));
+    assert_eq!(both, (Ok(()), Ok(())));
+    assert_eq!(lists() - before, 1, "who waits shares the look");
+    // A look that fails is made again; a claim that it shows then counts, though the shipper has not looked yet.
+    bench.outbox.seal(1, 10);
+    bench.reaches(1, 2).await;
+    bench.faults[1].add(Rule::always(Fault::Before(ErrorKind::Transient), &[Op::List]).times(1));
+    let by = claim(4, 9, 2);
+    bench.stores[1].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    let fenced = tokio::time::timeout(SOON, confirmed(2)).await.unwrap().unwrap_err();
+    assert_eq!(fenced.replica.as_str(), "b");
+    assert_eq!(*bench.fenced.lock(), [fenced]);
+}
+
+/// Runs the shipper of replica 0 to its end by a fence, and gives what raised it.
+async fn ends_fenced(bench: &Bench) -> FenceReason {
+    tokio::time::timeout(SOON, bench.start(0)).await.unwrap().unwrap();
+    assert_eq!(bench.status(0).state, ReplicaState::Fenced);
+    let fenced = bench.fenced.lock().clone();
+    assert_eq!(fenced.len(), 1);
+    fenced[0].reason.clone()
+}
+
+#[tokio::test]
+async fn a_state_that_is_older_than_the_replica_writes_nothing() {
+    // Segments of our epoch that we never sealed, one beyond a gap; with and without a saved cursor, and on a folder of more.
+    for (saved, there) in [(2, vec![3]), (0, vec![3, 4]), (2, vec![4]), (2, vec![5000])] {
+        let bench = Bench::new(&["a"]);
+        let task = bench.start(0);
+        bench.outbox.seal(1, 10);
+        bench.outbox.seal(1, 10);
+        bench.reaches(0, 2).await;
+        task.abort();
+        bench.cursors.0.lock().insert("a".parse().unwrap(), SegmentNo(saved));
+        for n in &there {
+            bench.stores[0].put(&segment_path(*n, 1), Bytes::from_static(b"theirs")).await.unwrap();
+        }
+        let before = bench.stores[0].list("").await.unwrap();
+        let (segment, newest) = (SegmentNo(there[0]), SegmentNo(2));
+        assert_eq!(ends_fenced(&bench).await, FenceReason::Ahead { segment, epoch: Epoch(1), newest });
+        let text = bench.status(0).last_error.unwrap().text;
+        assert!(text.contains("set back to an older state") && text.contains("replica a"), "{text}");
+        assert_eq!(bench.stores[0].list("").await.unwrap(), before);
+    }
+}
+
+#[tokio::test]
+async fn an_intact_segment_is_never_replaced_by_another() {
+    // Seen at attach, and not seen (it comes while we send); with conditions and without.
+    let (theirs, _) = crate::replica::testing::segment(2, 1, &[crate::replica::testing::content(77, 900)]);
+    for late in [false, true] {
+        let bench = Bench::new(&["a"]);
+        bench.outbox.seal(1, 10);
+        if !late {
+            bench.outbox.seal(1, 10);
+            bench.stores[0].put(&segment_path(2, 1), theirs.clone().into()).await.unwrap();
+            let reason = FenceReason::Contradicts { segment: SegmentNo(2), epoch: Epoch(1) };
+            assert_eq!(ends_fenced(&bench).await, reason);
+        } else {
+            let task = bench.start(0);
+            bench.reaches(0, 1).await;
+            bench.stores[0].put(&segment_path(2, 1), theirs.clone().into()).await.unwrap();
+            bench.outbox.seal(1, 10);
+            tokio::time::timeout(SOON, task).await.unwrap().unwrap();
+            assert_eq!(bench.fenced.lock().len(), 1);
+        }
+        assert_eq!(bench.stored(0, 2, 1).await, theirs);
+        assert_eq!(bench.replicas[0].cursor(), SegmentNo(1));
+    }
+}
+
+#[tokio::test]
+async fn what_is_there_is_not_sent_again_and_damage_is_written_over() {
+    for conditional in [true, false] {
+        let mut bench = Bench::new(&["a"]);
+        if !conditional {
+            let store = bench.replicas[0].store().clone().without_conditions();
+            bench.replicas[0] = Arc::new(Replica::new(store));
+        }
+        let sealed: Vec<_> = (0..4).map(|_| bench.outbox.seal(1, 5000).0).collect();
+        crate::replica::volume::create(&bench.stores[0], &bench.identity.volume).await.unwrap();
+        // 1 is missing; 2 is there; 3 is damaged in its middle and 4 is cut off.
+        let mut bad = sealed[2].clone();
+        bad[300] ^= 1;
+        let footer = bad.len() - 20;
+        bad[footer] ^= 1;
+        for (n, bytes) in [(2, sealed[1].clone()), (3, bad), (4, sealed[3][..900].to_vec())] {
+            bench.stores[0].put(&segment_path(n, 1), bytes.into()).await.unwrap();
+        }
+        let _task = bench.start(0);
+        bench.reaches(0, 4).await;
+        for (i, bytes) in sealed.iter().enumerate() {
+            assert_eq!(bench.stored(0, i as u64 + 1, 1).await, bytes);
+        }
+        assert_eq!(bench.status(0).uploaded_objects, 3, "{conditional}");
+        assert!(bench.fenced.lock().is_empty());
+        // In the normal case a segment costs a put and the look that verifies it, no more.
+        let asked = |r: crate::replica::Requests| (r.put, r.head, r.get);
+        let before = asked(bench.status(0).requests);
+        bench.outbox.seal(1, 10);
+        bench.reaches(0, 5).await;
+        let after = asked(bench.status(0).requests);
+        assert_eq!((after.0 - before.0, after.1 - before.1, after.2 - before.2), (1, 1, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_lost_answer_of_our_own_is_no_contradiction() {
+    let bench = Bench::new(&["a"]);
+    bench.faults[0]
+        .add(Rule::always(Fault::After(ErrorKind::Exists), &[Op::Create]).on("segments/").times(1));
+    let (bytes, _) = bench.outbox.seal(1, 5000);
+    let _task = bench.start(0);
+    bench.reaches(0, 1).await;
+    assert_eq!(bench.stored(0, 1, 1).await, bytes);
+    assert!(bench.fenced.lock().is_empty());
+}
+
+#[tokio::test]
+async fn a_lost_branch_on_a_replica_is_told() {
+    let mut bench = Bench::new(&["a"]);
+    let _first = bench.start(0);
+    for _ in 0..5 {
+        bench.outbox.seal(1, 10);
+    }
+    bench.reaches(0, 5).await;
+    bench.closing.send_replace(true);
+    // Brought back from a replica that had 1 to 3 only; this one is attached again.
+    bench.closing = watch::channel(false).0;
+    bench.identity = identity(&[claim(1, 1, 1), claim(2, 2, 4)]);
+    bench.cursors.0.lock().clear();
+    let old = std::mem::replace(&mut bench.outbox, FakeOutbox::new());
+    for n in 1..=3 {
+        bench.outbox.stage(n, 1, &std::fs::read(old.path(n)).unwrap());
+    }
+    let _task = bench.start(0);
+    bench.reaches(0, 3).await;
+    bench.eventually("the word", || bench.status(0).last_error.is_some()).await;
+    let text = bench.status(0).last_error.unwrap().text;
+    assert!(text.contains("2 segment(s) from 4 on") && text.contains("host1"), "{text}");
+    bench.outbox.seal(2, 10);
+    bench.reaches(0, 4).await;
+    assert!(bench.stores[0].head(&segment_path(5, 1)).await.is_ok(), "nothing is deleted");
+}
+
+#[tokio::test]
+async fn a_wiped_folder_is_filled_again_but_not_the_mountpoint_of_a_missing_disk() {
+    let mut bench = Bench::new(&["a"]);
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("above/replica");
+    spec_of(&root, dir.path()).prepare().await.unwrap();
+    // Each turn is a daemon of its own: nothing is remembered but cursors.
+    let fresh = |bench: &mut Bench| {
+        bench.replicas[0] = Arc::new(Replica::new(spec_of(&root, dir.path())));
+        bench.closing = watch::channel(false).0;
+        bench.start(0)
+    };
+    let segment = |n| root.join(segment_path(n, 1));
+    bench.outbox.seal(1, 100);
+    let task = fresh(&mut bench);
+    bench.reaches(0, 1).await;
+    let filesystem = bench.cursors.1.lock().values().next().unwrap().clone();
+    task.abort();
+    // Wiped, and deleted with what is above it, on the same filesystem: it heals by itself.
+    for wiped in [&root, &dir.path().join("above")] {
+        std::fs::remove_dir_all(wiped).unwrap();
+        if *wiped == root {
+            std::fs::create_dir(&root).unwrap();
+        }
+        let task = fresh(&mut bench);
+        bench.reaches(0, 1).await;
+        assert!(segment(1).exists());
+        task.abort();
+    }
+    // Empty, or missing, on another filesystem than before: nothing is written.
+    for missing in [false, true] {
+        std::fs::remove_dir_all(&root).unwrap();
+        if !missing {
+            std::fs::create_dir(&root).unwrap();
+        }
+        bench.cursors.1.lock().insert("a".parse().unwrap(), "fff0:fff1".into());
+        let task = fresh(&mut bench);
+        bench.eventually("the complaint", || bench.status(0).last_error.is_some()).await;
+        let text = bench.status(0).last_error.unwrap().text;
+        assert!(text.contains("is its disk mounted"), "{text}");
+        bench.eventually("the state", || bench.status(0).state == ReplicaState::Offline).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!root.exists() || std::fs::read_dir(&root).unwrap().next().is_none());
+        assert_eq!(bench.cursors.0.lock().values().copied().collect::<Vec<_>>(), [SegmentNo(1)]);
+        // The disk is back.
+        bench.cursors.1.lock().insert("a".parse().unwrap(), filesystem.clone());
+        bench.reaches(0, 1).await;
+        bench.eventually("the segment", || segment(1).exists()).await;
+        task.abort();
+    }
+}
+
+fn spec_of(root: &std::path::Path, cwd: &std::path::Path) -> Store {
+    let none = std::collections::BTreeMap::new();
+    let spec = crate::replica::ReplicaSpec::parse("a".parse().unwrap(), root.to_str().unwrap(), none, cwd);
+    spec.unwrap().store().unwrap()
 }

@@ -53,7 +53,7 @@ impl Store {
     }
 
     /// Reads a stretch of a local file.
-    pub(super) async fn read_local(
+    pub(in crate::replica) async fn read_local(
         &self,
         path: &str,
         file: &FsPath,

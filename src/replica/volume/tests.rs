@@ -101,12 +101,37 @@ async fn tenures_are_read_with_their_ends() {
     assert_eq!(release(&stores, &end(1, 1)).await, vec![]);
     assert_eq!(release(&stores, &end(2, 99)).await, vec![]);
     let found = tenures(&a, volume(1).volume).await.unwrap();
+    assert_eq!((found.highest, found.damaged.len()), (Epoch(3), 0));
+    let found = found.known;
     let seen: Vec<_> = found.iter().map(|t| (t.claim.epoch.0, t.release.is_some())).collect();
     assert_eq!(seen, [(1, true), (2, false), (3, false)]);
     assert!(matches!(tenures(&a, volume(2).volume).await, Err(VolumeError::WrongVolume { .. })));
     let claims: Vec<_> = found.iter().map(|t| t.claim.clone()).collect();
     let epochs: Vec<_> = (0..11).map(|n| valid_epoch(&claims, SegmentNo(n)).map_or(0, |e| e.0)).collect();
     assert_eq!(epochs, [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]);
+}
+
+#[tokio::test]
+async fn a_damaged_claim_hides_no_other_and_a_newer_one_stops() {
+    let (a, _) = faulty("a");
+    let stores = [a.clone()];
+    for epoch in [1, 2, 3] {
+        claim(&stores, &make_claim(epoch, epoch as u8, epoch.into())).await.unwrap();
+    }
+    let path = ObjectName::Claim(Epoch(3)).path();
+    let whole = a.get(&path).await.unwrap();
+    a.put(&path, Bytes::from_static(b"{ damaged")).await.unwrap();
+    let found = tenures(&a, volume(1).volume).await.unwrap();
+    assert_eq!(found.known.iter().map(|t| t.claim.epoch.0).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(found.highest, Epoch(3), "it was claimed, by whomever");
+    assert!(found.damaged.len() == 1 && found.damaged[0].to_string().contains(&path), "{found:?}");
+    let text = String::from_utf8(whole.to_vec()).unwrap();
+    let (body, _) = text.split_once(",\n  \"blake3\"").unwrap();
+    let body = body.replace("\"format_version\": 1", "\"format_version\": 9");
+    let newer = format!("{body},\n  \"blake3\": \"{}\"\n}}\n", blake3::hash(body.as_bytes()).to_hex());
+    a.put(&path, newer.into_bytes().into()).await.unwrap();
+    let refused = tenures(&a, volume(1).volume).await.unwrap_err();
+    assert!(!refused.is_damage(), "{refused}");
 }
 
 #[tokio::test]

@@ -120,6 +120,29 @@ impl Reader {
         })
     }
 
+    /// Begins to find out how long a segment is, from the first holder whose copy has an intact end.
+    pub(super) fn begin_end(&self, place: &Place) -> Task<Fetched<u64>> {
+        let (reader, place) = (self.clone(), place.clone());
+        Task::spawn(async move {
+            let object = ObjectName::Segment(place.number, place.epoch).path();
+            let mut fetched = Fetched::nothing();
+            for (holder, size) in &place.holders {
+                let footer = size.min(&(FOOTER_LEN as u64));
+                let answer = match reader.read(*holder, &object, size - footer, *footer).await {
+                    Ok(tail) => parse_footer(&tail, *size)
+                        .and_then(|f| f.expect(reader.volume, place.number, place.epoch))
+                        .map(|()| *size)
+                        .map_err(ReadError::Format),
+                    Err(e) => Err(e),
+                };
+                if reader.take(&mut fetched, *holder, &object, answer) {
+                    break;
+                }
+            }
+            fetched
+        })
+    }
+
     /// Fetches one part of a checkpoint.
     pub(super) async fn part(&self, manifest: &Manifest, index: u32, holders: &[usize]) -> Fetched<Part> {
         let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, index).path();

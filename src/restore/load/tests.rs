@@ -144,6 +144,32 @@ async fn a_damaged_copy_is_taken_from_another_replica_and_reported() {
 }
 
 #[tokio::test]
+async fn lengths_that_holders_differ_about_are_looked_at() {
+    let mut world = five(3).await;
+    world.checkpoint().await;
+    let len = |world: &World, n| {
+        let path = world.segment(SegmentNo(n));
+        let store = world.stores[2].clone();
+        async move { store.head(&path).await.unwrap().size }
+    };
+    let (third, fourth) = (len(&world, 3).await, len(&world, 4).await);
+    // Most holders have a copy that is cut off; of 4 nobody has a whole one.
+    for replica in 0..2 {
+        world.shorten(replica, &world.segment(SegmentNo(3)), 10).await;
+        world.shorten(replica, &world.segment(SegmentNo(4)), 10).await;
+    }
+    world.spoil(2, &world.segment(SegmentNo(4)), 50).await;
+    world.noise(1);
+    world.cut(1, true).await;
+    let loaded = loads(&world, 9).await;
+    assert_eq!((loaded.segments[2].number, loaded.segments[2].len), (SegmentNo(3), third));
+    assert_eq!(loaded.segments[3].len, fourth - 10, "what most list");
+    let damaged: Vec<_> = loaded.damaged.iter().map(|d| (d.replica.as_str(), d.object.clone())).collect();
+    let third = world.segment(SegmentNo(3));
+    assert_eq!(damaged, [("alpha", third.clone()), ("beta", third)]);
+}
+
+#[tokio::test]
 async fn damage_everywhere_ends_at_the_commit_before() {
     let world = five(2).await;
     for replica in 0..2 {

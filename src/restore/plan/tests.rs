@@ -161,6 +161,34 @@ fn two_claims_of_one_epoch_the_one_on_more_replicas_wins() {
 }
 
 #[test]
+fn of_two_claims_of_one_epoch_that_with_segments_wins() {
+    // The claimer of b and c saw that a was taken and gave up; the one of a wrote.
+    let wrote =
+        found(&[claim(1, 1, 1), claim(2, 3, 7)], [segments(1..=2, 1), segments(3..=4, 2)].concat(), &[]);
+    let gave_up = found(&[claim(1, 1, 1), claim(2, 3, 5)], segments(1..=2, 1), &[]);
+    for all in [
+        vec![wrote.clone(), gave_up.clone(), gave_up.clone()],
+        vec![gave_up.clone(), gave_up.clone(), wrote.clone()],
+    ] {
+        let p = made(all);
+        assert_eq!(starts(&p), [(1, 4, None)]);
+        assert_eq!(p.claims[&Epoch(2)].claim_id, [7; 16]);
+    }
+    // Nobody wrote: the one on more replicas.
+    let nothing = found(&[claim(1, 1, 1), claim(2, 3, 7)], segments(1..=2, 1), &[]);
+    let p = made(vec![nothing, gave_up.clone(), gave_up]);
+    assert_eq!(p.claims[&Epoch(2)].claim_id, [5; 16]);
+}
+
+#[test]
+fn an_epoch_whose_claim_is_damaged_is_not_claimed_again() {
+    let mut damaged = found(&[claim(1, 1, 1)], segments(1..=2, 1), &[]);
+    damaged.claimed = [Epoch(1), Epoch(2)].into();
+    let p = made(vec![damaged, found(&[claim(1, 1, 1)], segments(1..=2, 1), &[])]);
+    assert_eq!((starts(&p), p.next_epoch()), (vec![(1, 2, None)], Epoch(3)));
+}
+
+#[test]
 fn a_damaged_claim_is_inferred() {
     let c = [claim(1, 1, 1)];
     let p = made(vec![found(&c, [segments(1..=5, 1), segments(4..=6, 2)].concat(), &[])]);

@@ -1,0 +1,214 @@
+//! Whether somebody else writes to the volume, known to all shippers at once.
+//!
+//! Owns the signal, its texts, and the look at a replica's claims. Decides nothing else: whoever sees another writer raises the signal,
+//! everybody who writes ends by it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::sync::watch;
+
+use super::attach::{AttachError, Identity};
+use super::shared::Replica;
+use super::volume::{self, VolumeError};
+use crate::format::names::{EPOCHS, ObjectName};
+use crate::format::volume::Claim;
+use crate::ids::{Epoch, ReplicaName, SegmentNo};
+
+/// Wait after a look that failed.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Another writer was seen: nothing more may be written to any replica. Displays as a sentence with its remedy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fenced {
+    /// The replica on which it was seen.
+    pub replica: ReplicaName,
+    /// By what.
+    pub reason: FenceReason,
+}
+
+/// What shows that somebody else writes, or wrote, where we would.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FenceReason {
+    /// A higher epoch was claimed, or ours by somebody else.
+    TakenOver {
+        /// The epoch.
+        epoch: Epoch,
+        /// Its claim; `None` when it cannot be read.
+        claim: Option<Box<Claim>>,
+    },
+    /// The replica holds a segment of our epoch that we have not sealed: the local state is older than it should be.
+    Ahead {
+        /// The segment.
+        segment: SegmentNo,
+        /// Its epoch.
+        epoch: Epoch,
+        /// The newest one that we have sealed.
+        newest: SegmentNo,
+    },
+    /// The replica holds an intact segment under the name of one of ours, with other bytes.
+    Contradicts {
+        /// The segment.
+        segment: SegmentNo,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+}
+
+impl fmt::Display for Fenced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let replica = &self.replica;
+        match &self.reason {
+            FenceReason::TakenOver { epoch, claim: Some(claim) } => write!(
+                f,
+                "replica {replica}: epoch {epoch} was claimed by {} (process {}): it took the volume over, nothing more is \
+                 written from here",
+                claim.host, claim.pid
+            ),
+            FenceReason::TakenOver { epoch, claim: None } => write!(
+                f,
+                "replica {replica}: epoch {epoch} was claimed by somebody else (the claim cannot be read): nothing more is \
+                 written from here"
+            ),
+            FenceReason::Ahead { segment, epoch, newest } => write!(
+                f,
+                "replica {replica} holds segment {segment} of epoch {epoch}, but this state folder, which wrote that epoch, \
+                 knows segments up to {newest} only: {OLD_STATE}"
+            ),
+            FenceReason::Contradicts { segment, epoch } => write!(
+                f,
+                "replica {replica} holds another segment {segment} of epoch {epoch} than this state folder: {OLD_STATE}"
+            ),
+        }
+    }
+}
+
+const OLD_STATE: &str = "it was copied, or set back to an older state (backup, snapshot), and nothing is written from here; mount \
+                         with an empty --state folder to go on from the replicas";
+
+/// The signal that all shippers of a volume share. Once raised it stays.
+pub struct Fence {
+    seen: watch::Sender<Option<Fenced>>,
+    notify: Box<dyn Fn(&Fenced) + Send + Sync>,
+}
+
+impl Fence {
+    /// Not raised. `notify` is called once, when it is.
+    #[must_use]
+    pub fn new(notify: impl Fn(&Fenced) + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { seen: watch::channel(None).0, notify: Box::new(notify) })
+    }
+
+    /// What was seen, if anything.
+    #[must_use]
+    pub fn seen(&self) -> Option<Fenced> {
+        self.seen.borrow().clone()
+    }
+
+    /// Returns when the signal is raised, which may be never.
+    pub async fn raised(&self) -> Fenced {
+        let mut seen = self.seen.subscribe();
+        let raised = seen.wait_for(Option::is_some).await.ok().and_then(|f| f.clone());
+        match raised {
+            Some(fenced) => fenced,
+            // The sender lives in self.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Raises the signal, unless it was raised before.
+    pub fn raise(&self, fenced: Fenced) {
+        let first = self.seen.send_if_modified(|seen| {
+            let first = seen.is_none();
+            if first {
+                *seen = Some(fenced.clone());
+            }
+            first
+        });
+        if first {
+            log::error!("{fenced}");
+            (self.notify)(&fenced);
+        }
+    }
+}
+
+/// Looks, with one request, whether an epoch above ours was claimed on the replica: any, since claims of those between may be missing.
+pub(super) async fn look(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
+    let ours = ObjectName::Claim(identity.epoch()).path();
+    let listed = replica.store().list_after(EPOCHS, &ours).await?;
+    let higher = listed.iter().filter_map(|o| match ObjectName::parse(&o.path) {
+        Some(ObjectName::Claim(epoch)) => Some(epoch),
+        _ => None,
+    });
+    match higher.max() {
+        Some(epoch) => Err(taken_over(replica, identity, epoch).await),
+        None => Ok(()),
+    }
+}
+
+/// The error for a claim that is listed: its name alone is enough to stop.
+pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epoch: Epoch) -> AttachError {
+    let claim = match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
+        Ok(claim) => Some(Box::new(claim)),
+        Err(e @ VolumeError::WrongVolume { .. }) => return e.into(),
+        Err(_) => None,
+    };
+    let reason = FenceReason::TakenOver { epoch, claim };
+    AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason }))
+}
+
+/// Returns when at least `needed` of `replicas` hold everything up to `segment` and each of them, looked at *after* it had stored that,
+/// showed no other writer. Whoever takes over later therefore finds the segment. One small request per replica and group of segments,
+/// shared by all who wait. Waits as long as it takes: bound it from outside.
+pub async fn confirm(
+    replicas: &[Arc<Replica>],
+    identity: &Identity,
+    fence: &Fence,
+    segment: SegmentNo,
+    needed: usize,
+) -> Result<(), Fenced> {
+    let mut waiting: FuturesUnordered<_> =
+        replicas.iter().map(|r| confirm_one(r, identity, fence, segment)).collect();
+    for _ in 0..needed {
+        match waiting.next().await {
+            Some(confirmed) => confirmed?,
+            None => break,
+        }
+    }
+    fence.seen().map_or(Ok(()), Err)
+}
+
+async fn confirm_one(
+    replica: &Replica,
+    identity: &Identity,
+    fence: &Fence,
+    segment: SegmentNo,
+) -> Result<(), Fenced> {
+    loop {
+        tokio::select! {
+            fenced = fence.raised() => return Err(fenced),
+            () = replica.wait_for(segment) => {}
+        }
+        let mut confirmed = replica.confirmed().await;
+        if *confirmed >= segment {
+            return Ok(());
+        }
+        // The order matters: what counts is what was there before the look.
+        let stored = replica.cursor();
+        match look(replica, identity).await {
+            Ok(()) => *confirmed = (*confirmed).max(stored),
+            Err(AttachError::Fenced(fenced)) => {
+                fence.raise((*fenced).clone());
+                return Err(*fenced);
+            }
+            Err(AttachError::Store(e)) => {
+                replica.note_error(&e);
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Err(AttachError::Foreign(_) | AttachError::Local(_)) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
+}
