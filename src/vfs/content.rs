@@ -329,7 +329,7 @@ impl Vfs {
     }
 
     /// Takes away what a failed write up to `end` left behind the end of the file: it must not show when the file grows.
-    fn cut_back(&self, ino: Ino, state: &mut CellState, end: u64) {
+    pub(super) fn cut_back(&self, ino: Ino, state: &mut CellState, end: u64) {
         let size = state.inode.size;
         if end > size {
             state.inode.size = end;
@@ -340,7 +340,13 @@ impl Vfs {
         }
     }
 
-    fn write_state(&self, ino: Ino, state: &mut CellState, offset: u64, data: &[u8]) -> Result<()> {
+    pub(super) fn write_state(
+        &self,
+        ino: Ino,
+        state: &mut CellState,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<()> {
         let end = offset + data.len() as u64;
         if let Some(inline) = &mut state.inline {
             if end <= INLINE_MAX as u64 {
