@@ -216,6 +216,7 @@ fn of_survey(error: &SurveyError) -> CommandError {
     let exit = match error {
         SurveyError::Unreachable(error) => match error.kind {
             ErrorKind::Corrupt => Exit::Damaged,
+            ErrorKind::Config => Exit::Usage,
             _ => Exit::Unreachable,
         },
         SurveyError::NoVolume { .. } => Exit::NoVolume,

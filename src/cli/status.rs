@@ -85,7 +85,7 @@ fn show(status: &Status, now: f64) -> String {
                 |reason| format!("no: {reason}"),
             ),
         ),
-        ("changes", format!("{} made, {} sealed", status.lsn, status.sealed_lsn)),
+        ("changes", format!("{} made, bookkeeping included; sealed up to {}", status.lsn, status.sealed_lsn)),
         (
             "in hand",
             format!(
@@ -177,7 +177,7 @@ mod tests {
                  state       /state (daemon 1, version 0)\n\
                  up for      1 m 1 s\n\
                  writing     yes, fsync waits for local\n\
-                 changes     99 made, 90 sealed\n\
+                 changes     99 made, bookkeeping included; sealed up to 90\n\
                  in hand     1 B not yet sealed, 2 B in 3 segments kept for replicas\n\
                  cache       1 B of 2 B, 42.9 % hits\n\
                  \n\

@@ -205,7 +205,8 @@ fn metrics(s: &Status) -> String {
     gauge("cache_misses", "Block reads that needed a replica", s.cache.misses as f64);
     gauge("cache_corrupt", "Cached blocks dropped for a wrong hash", s.cache.corrupt as f64);
     gauge("read_only", "1 when nobody can write", f64::from(u8::from(s.read_only.is_some())));
-    let per_replica: [(&str, &str, fn(&ReplicaStatus) -> f64); 6] = [
+    type Figure = fn(&ReplicaStatus) -> f64;
+    let per_replica: [(&str, &str, Figure); 6] = [
         ("replica_cursor", "Segment up to which everything is there", |r| r.cursor.0 as f64),
         ("replica_lag_bytes", "Bytes of sealed segments it lacks", |r| r.lag_bytes as f64),
         ("replica_lag_seconds", "Age of the oldest segment it lacks", |r| r.lag_seconds),

@@ -185,13 +185,17 @@ async fn go_on(
             Err(e) => return Err(e.into()),
         },
     };
+    let rebuilt = opened.is_err();
     let journal = match opened {
         Ok(journal) => journal,
         Err(why) => rebuild(state, slots, holders(seen), &mut local, &why, notes).await?,
     };
     if !config.read_only {
         let mark = sealed_mark(&journal)?;
-        refuse_older_state(state, &reachable, local.epoch(), mark.segment).await?;
+        // A rebuilt state knows all that the replicas have committed; what was only begun there is a lost branch.
+        if !rebuilt {
+            refuse_older_state(state, &reachable, local.epoch(), mark.segment).await?;
+        }
         let highest = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
         let intended = intend(&mut local, highest, mark.segment.next())?;
         // Written down first: after a crash in between, the next mount knows the claim as its own.

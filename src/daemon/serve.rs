@@ -27,7 +27,7 @@ use crate::format::volume::{Compression, Volume};
 use crate::fuse::{self, Session};
 use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
-use crate::replica::{Fence, FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
+use crate::replica::{self, Fence, FrameSource, Identity, Outbox, Reader, Replica, Shipper, Tuning};
 use crate::txg::{Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
@@ -146,6 +146,8 @@ struct RemoteFsync {
     vfs: Weak<Vfs>,
     engine: Arc<Engine>,
     fleet: Arc<Fleet>,
+    identity: Arc<Identity>,
+    fence: Arc<Fence>,
     needed: usize,
     timeout: Duration,
     handle: Handle,
@@ -156,14 +158,19 @@ impl Durability for RemoteFsync {
         self.refuse_fenced()?;
         let deadline = Instant::now() + self.timeout;
         let segment = self.engine.sync(deadline).map_err(VfsError::TimedOut)?;
-        let wait = self.fleet.wait_for(segment, self.needed);
+        // Stored, and behind that no other writer seen: whoever takes over now finds it.
+        let confirm =
+            replica::confirm(&self.fleet.replicas, &self.identity, &self.fence, segment, self.needed);
         let left = deadline.saturating_duration_since(Instant::now());
-        self.handle.block_on(async { tokio::time::timeout(left, wait).await }).map_err(|_| {
-            let why = self.fleet.lacking(segment);
-            log::warn!("an fsync gave up after {:?}: {why}", self.timeout);
-            VfsError::TimedOut(why)
-        })?;
-        self.refuse_fenced()
+        match self.handle.block_on(async { tokio::time::timeout(left, confirm).await }) {
+            Ok(Ok(())) => self.refuse_fenced(),
+            Ok(Err(fenced)) => Err(VfsError::ReadOnly(fenced.to_string())),
+            Err(_) => {
+                let why = self.fleet.lacking(segment);
+                log::warn!("an fsync gave up after {:?}: {why}", self.timeout);
+                Err(VfsError::TimedOut(why))
+            }
+        }
     }
 }
 
@@ -335,19 +342,21 @@ fn assemble(
             Box::new(move |sealer| checkpoints.after_seal(sealer)),
         )
         .map_err(|e| failure(&e))?;
-        vfs.set_durability(Arc::new(RemoteFsync {
-            vfs: Arc::downgrade(&vfs),
-            engine: Arc::clone(&engine),
-            fleet: Arc::clone(&fleet),
-            needed: config.fsync.needed(replicas.len()),
-            timeout: config.fsync_timeout,
-            handle: runtime.handle().clone(),
-        }));
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
         let fence = {
             let vfs = Arc::clone(&vfs);
             Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string()))
         };
+        vfs.set_durability(Arc::new(RemoteFsync {
+            vfs: Arc::downgrade(&vfs),
+            engine: Arc::clone(&engine),
+            fleet: Arc::clone(&fleet),
+            identity: Arc::clone(&identity),
+            fence: Arc::clone(&fence),
+            needed: config.fsync.needed(replicas.len()),
+            timeout: config.fsync_timeout,
+            handle: runtime.handle().clone(),
+        }));
         for replica in &replicas {
             let shipper = Shipper {
                 replica: Arc::clone(replica),
@@ -531,6 +540,8 @@ impl Started {
             let all = running.wait_for_all.load(Ordering::Relaxed);
             let until = Instant::now() + if all { LAST_SHIP_ALL } else { LAST_SHIP };
             let mut signals = self.signals.clone();
+            // The one that led here has been heeded.
+            signals.mark_unchanged();
             runtime.block_on(async {
                 tokio::select! {
                     () = running.fleet.last_call(until, all) => {}

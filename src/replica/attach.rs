@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::contract::{CursorStore, Outbox};
 use super::error::{ErrorKind, StoreError};
@@ -64,19 +65,21 @@ impl From<StoreError> for AttachError {
 }
 
 /// What is there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct Attached {
     /// Everything up to this segment.
     pub cursor: SegmentNo,
     /// The newest checkpoint; 0 when there is none.
     pub checkpoint: SegmentNo,
-    /// Segments that lie behind the cursor already.
+    /// When no other writer was to be seen.
+    pub looked: Instant,
+    /// Segments that lie beyond the cursor already.
     pub beyond: BTreeSet<(SegmentNo, Epoch)>,
     /// What a person should know of a branch that is not part of the volume.
     pub lost: Option<String>,
 }
 
-/// Checks a replica and finds its cursor.
+/// Checks a replica and finds its cursor. Nothing is written before all is found to be in order.
 pub(super) async fn attach(
     replica: &Replica,
     identity: &Identity,
@@ -87,8 +90,19 @@ pub(super) async fn attach(
     let saved = load(cursors, replica).await?;
     let ground = Ground::look(replica, cursors, saved).await?;
     let found = volume::expect(store, identity.volume.volume).await?;
-    if !matches!(found, Found::Volume(_)) {
+    let is_whole = matches!(found, Found::Volume(_));
+    if !is_whole {
         ground.check(store)?;
+    }
+    let looked = Instant::now();
+    let claimed = claimed(replica, identity).await?;
+    let (cursor, mut beyond) = match found {
+        Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
+        _ => find_cursor(replica, identity, outbox, saved).await?,
+    };
+    check_ahead(replica, identity, outbox, &beyond)?;
+    beyond.retain(|(number, _)| *number > cursor);
+    if !is_whole {
         if saved.0 > 0 {
             log::warn!(
                 "replica {} should hold everything up to segment {saved}, but its volume.json is gone: it was wiped, and is filled again",
@@ -98,20 +112,14 @@ pub(super) async fn attach(
         volume::write_volume(store, &identity.volume).await?;
     }
     ground.save(replica, cursors).await?;
-    put_claims(replica, identity).await?;
-    let (cursor, mut beyond) = match found {
-        Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
-        _ => find_cursor(replica, identity, outbox, saved).await?,
-    };
-    check_ahead(replica, identity, outbox, &beyond)?;
-    beyond.retain(|(number, _)| *number > cursor);
+    put_claims(replica, identity, &claimed).await?;
     let manifests = store.list(CHECKPOINTS).await?;
     let checkpoint = manifests.iter().filter_map(|o| match ObjectName::parse(&o.path) {
         Some(ObjectName::CheckpointManifest(number, _)) if number <= cursor => Some(number),
         _ => None,
     });
     let checkpoint = checkpoint.max().unwrap_or_default();
-    Ok(Attached { cursor, checkpoint, lost: lost_branch(replica, identity, &beyond), beyond })
+    Ok(Attached { cursor, checkpoint, looked, lost: lost_branch(replica, identity, &beyond), beyond })
 }
 
 /// Fails when the replica holds a segment of our epoch that we have not sealed: then somebody wrote with a newer copy of our state.
@@ -148,20 +156,23 @@ fn lost_branch(
     ))
 }
 
-/// Sees that all known claims stand on the replica, and that none is above ours.
-async fn put_claims(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
-    let store = replica.store();
-    let listed = store.list(EPOCHS).await?;
-    let there: Vec<Epoch> = listed
-        .iter()
-        .filter_map(|o| match ObjectName::parse(&o.path) {
-            Some(ObjectName::Claim(epoch)) => Some(epoch),
-            _ => None,
-        })
-        .collect();
-    if let Some(higher) = there.iter().copied().filter(|e| *e > identity.epoch()).max() {
-        return Err(taken_over(replica, identity, higher).await);
+/// The epochs claimed on the replica; an error when one is above ours.
+async fn claimed(replica: &Replica, identity: &Identity) -> Result<Vec<Epoch>, AttachError> {
+    let listed = replica.store().list(EPOCHS).await?;
+    let claims = listed.iter().filter_map(|o| match ObjectName::parse(&o.path) {
+        Some(ObjectName::Claim(epoch)) => Some(epoch),
+        _ => None,
+    });
+    let there: Vec<Epoch> = claims.collect();
+    match there.iter().copied().filter(|e| *e > identity.epoch()).max() {
+        Some(higher) => Err(taken_over(replica, identity, higher).await),
+        None => Ok(there),
     }
+}
+
+/// Sees that all known claims stand on the replica, where `there` are already.
+async fn put_claims(replica: &Replica, identity: &Identity, there: &[Epoch]) -> Result<(), AttachError> {
+    let store = replica.store();
     for claim in &identity.claims {
         let ours = claim.epoch == identity.epoch();
         if there.contains(&claim.epoch) && !ours {

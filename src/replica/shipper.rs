@@ -201,7 +201,7 @@ impl Shipper {
         let most = self.replica.store().limits().in_flight;
         let mut plan = ShipPlan::new(attached.cursor, most, self.tuning.in_flight_bytes);
         let mut checkpoint = Checkpoints { there: attached.checkpoint, in_flight: false };
-        let (began, mut fence_seen) = (Instant::now(), Instant::now());
+        let (began, mut fence_seen) = (Instant::now(), attached.looked);
         // Tasks of their own: they go on while this one looks into the outbox or at the fence.
         let mut jobs: JoinSet<Done> = JoinSet::new();
         let mut ending: Option<End> = None;

@@ -329,7 +329,7 @@ impl Vfs {
     }
 
     /// Takes away what a failed write up to `end` left behind the end of the file: it must not show when the file grows.
-    pub(super) fn cut_back(&self, ino: Ino, state: &mut CellState, end: u64) {
+    fn cut_back(&self, ino: Ino, state: &mut CellState, end: u64) {
         let size = state.inode.size;
         if end > size {
             state.inode.size = end;

@@ -24,7 +24,7 @@ pub struct Shape {
     pub dirs: usize,
     /// Largest file with data all over, in bytes.
     pub largest: u64,
-    /// Sockets among them.
+    /// Sockets among them, and further names of pipes and device nodes. (tar leaves out the former and makes copies of the latter.)
     pub sockets: bool,
 }
 
@@ -116,9 +116,14 @@ impl Builder {
                 symlink(OsStr::from_bytes(&target), &full).unwrap();
             }
             4..8 if !self.files.is_empty() => {
-                let old = self.files.choose(&mut self.rng).unwrap();
                 // Links to symbolic links and pipes are links too.
-                fs::hard_link(self.root.join(old), &full).unwrap();
+                let old = self.root.join(self.files.choose(&mut self.rng).unwrap());
+                let kind = old.symlink_metadata().unwrap().file_type();
+                if shape.sockets || kind.is_file() || kind.is_symlink() {
+                    fs::hard_link(old, &full).unwrap();
+                } else {
+                    mknod(&full, libc::S_IFIFO | 0o600, 0);
+                }
             }
             8..10 => mknod(&full, libc::S_IFIFO | 0o600, 0),
             10 if shape.sockets => mknod(&full, libc::S_IFSOCK | 0o600, 0),

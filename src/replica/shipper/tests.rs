@@ -434,6 +434,9 @@ async fn a_state_that_is_older_than_the_replica_writes_nothing() {
         bench.reaches(0, 2).await;
         task.abort();
         bench.cursors.0.lock().insert("a".parse().unwrap(), SegmentNo(saved));
+        // What else we would write must not be written either.
+        bench.stores[0].delete("volume.json").await.unwrap();
+        bench.stores[0].delete("epochs/00000001.json").await.unwrap();
         for n in &there {
             bench.stores[0].put(&segment_path(*n, 1), Bytes::from_static(b"theirs")).await.unwrap();
         }
