@@ -3,6 +3,8 @@
 //! Owns which block lives where and how many references it has; knows neither files nor replicas (a
 //! [`FrameSource`] answers misses). Dirty blocks are not in the LRU, so nothing can address them for eviction.
 
+mod clean;
+mod frames;
 #[cfg(test)]
 mod tests;
 
@@ -16,15 +18,16 @@ use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
 
+use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
 use crate::format::codec::FormatError;
-use crate::format::local::{CachedValue, FrameValue, SegmentValue};
+use crate::format::local::{CachedValue, FrameValue};
 use crate::format::tables::{
     BlockEntry, Extents, FrameLoc, block_key, block_refs_key, cached_key, dirty_key, frame_key,
-    number_of_key, prefix_range, segment_key, table, volume_key,
+    number_of_key, prefix_range, table, volume_key,
 };
 use crate::ids::{BlockHash, BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
@@ -346,112 +349,6 @@ impl BlockStore {
         Ok(raw)
     }
 
-    /// Puts a verified raw block into the cache.
-    pub fn insert_clean(&self, entry: &BlockEntry, raw: &[u8]) -> Result<(), StoreError> {
-        if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
-            return Ok(());
-        }
-        self.space.note_written(raw.len() as u64);
-        if self.space.is_measure_due() {
-            self.measure();
-        }
-        match self.space.on_disk() {
-            Admission::Now => {}
-            // One comes, one goes, as long as the disk has some room.
-            Admission::After(_) => _ = self.evict_one(),
-            Admission::Full => return Ok(()),
-        }
-        let slot = self.slots.allocate();
-        slot.write(0, raw)?;
-        self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
-        Ok(())
-    }
-
-    fn keep_clean(&self, hash: BlockHash, slot: Arc<Slot>, len: u32) {
-        let value = CachedValue { slot: slot.index(), len };
-        {
-            let mut clean = self.clean.lock();
-            if clean.contains(&hash) {
-                return;
-            }
-            slot.only_cached();
-            clean.put(hash, Clean { slot, len, verified: true });
-            self.space.add_clean(u64::from(len));
-            self.index_changes.lock().insert(hash, Some(value));
-        }
-        self.evict();
-    }
-
-    /// Notes that a clean block left the LRU, whose lock the caller holds.
-    fn left(&self, hash: &BlockHash, c: &Clean) {
-        self.space.sub_clean(u64::from(c.len));
-        self.index_changes.lock().insert(*hash, None);
-    }
-
-    fn drop_clean(&self, hash: &BlockHash) {
-        let mut clean = self.clean.lock();
-        if let Some(c) = clean.pop(hash) {
-            self.left(hash, &c);
-        }
-    }
-
-    /// Evicts the least recently used clean blocks until the allowance is kept.
-    pub fn evict(&self) {
-        while self.space.excess() > 0 {
-            if self.evict_one().is_none() {
-                return;
-            }
-        }
-    }
-
-    fn evict_one(&self) -> Option<u64> {
-        let mut clean = self.clean.lock();
-        let (hash, c) = clean.pop_lru()?;
-        self.left(&hash, &c);
-        Some(u64::from(c.len))
-    }
-
-    /// May a writer go on? Looks at the disk when the last look is old.
-    pub fn admit(&self) -> Admission {
-        if self.space.is_measure_due() {
-            self.measure();
-        }
-        self.space.admit()
-    }
-
-    /// Whether names may be added: they take little, but a full disk must keep room for the journal.
-    pub fn has_room_for_names(&self) -> bool {
-        self.space.note_written(4096);
-        if self.space.is_measure_due() {
-            self.measure();
-        }
-        !self.space.is_disk_full()
-    }
-
-    fn measure(&self) {
-        match self.slots.free_bytes() {
-            Ok(free) => self.space.measured(free),
-            Err(e) => log::debug!("the disk of the slot file cannot be measured: {e}"),
-        }
-    }
-
-    /// Gives up clean blocks when the disk gets full, whatever fills it.
-    fn make_room(&self) {
-        self.measure();
-        let freeing = self.slots.in_limbo() as u64 * u64::from(self.block_size);
-        let mut short = self.space.shortage(freeing);
-        while short > 0 {
-            let Some(len) = self.evict_one() else { return };
-            short = short.saturating_sub(len);
-        }
-    }
-
-    /// Drops every clean block (they can be fetched again).
-    pub fn drop_all_clean(&self) {
-        let all: Vec<BlockHash> = self.clean.lock().iter().map(|(h, _)| *h).collect();
-        all.iter().for_each(|h| self.drop_clean(h));
-    }
-
     // ---- writing -------------------------------------------------------------------------------------------------
 
     /// The transaction group that collects now.
@@ -722,116 +619,10 @@ impl BlockStore {
         self.evict();
     }
 
-    /// Frees slots whose freeing is durable, gives up clean blocks when the disk gets full, and writes the changes of the
-    /// cached-block table into the journal. Called every second or so.
-    pub fn housekeep(&self) -> Result<(), StoreError> {
-        // First what needs no space, so that a full disk cannot keep it from being done.
-        let freed = self.slots.reclaim(self.journal.durable_lsn());
-        self.make_room();
-        let written = self.write_index();
-        freed?;
-        self.slots.reclaim(self.journal.durable_lsn())?;
-        written
-    }
-
-    fn write_index(&self) -> Result<(), StoreError> {
-        let _turn = self.housekeeping.lock();
-        let changes: Vec<_> = self.index_changes.lock().drain().collect();
-        for (n, part) in changes.chunks(INDEX_STEP).enumerate() {
-            let written = self.journal.transact::<_, JournalError>(|tx| {
-                for (hash, change) in part {
-                    match change {
-                        Some(value) => tx.put(cached_key(hash), value.encode()),
-                        None => tx.delete(cached_key(hash)),
-                    }
-                }
-                Ok(())
-            });
-            if let Err(e) = written {
-                let mut waiting = self.index_changes.lock();
-                for (hash, change) in &changes[n * INDEX_STEP..] {
-                    waiting.entry(*hash).or_insert(*change);
-                }
-                return Err(e.into());
-            }
-        }
-        Ok(())
-    }
-
-    /// The disk is full, whatever the allowance says: gives up clean blocks worth `bytes`, least recently used first, and
-    /// frees their slots. Answers whether that freed anything. Waits for the local disk.
-    pub fn make_space(&self, bytes: u64) -> bool {
-        let mut given = 0;
-        while given < bytes {
-            let Some(len) = self.evict_one() else { break };
-            given += len.max(1);
-        }
-        // Slots wait until what they held before is durably named elsewhere.
-        if let Err(e) = self.journal.barrier(self.journal.last_lsn()) {
-            log::debug!("making space: {e}");
-        }
-        match self.slots.reclaim(self.journal.durable_lsn()) {
-            Ok(n) => n > 0,
-            Err(e) => {
-                log::warn!("slots cannot be freed: {e}");
-                false
-            }
-        }
-    }
-
     /// Number of clean blocks and of dirty blocks.
     pub fn counts(&self) -> (usize, usize) {
         (self.clean.lock().len(), self.dirty.read().len())
     }
-}
-
-/// One more block uses the frame.
-fn use_frame(tx: &mut Tx<'_>, entry: &BlockEntry) -> Result<(), StoreError> {
-    let key = frame_key(&entry.hash);
-    let frame = match tx.get(&key)? {
-        Some(value) => {
-            let mut frame = FrameValue::decode(&value)?;
-            frame.uses += 1;
-            if frame.entry.loc != entry.loc {
-                // Stored once more, because the older copy is lost (or a crash hid it): the newer one counts.
-                add_live(tx, &frame.entry, -i64::from(frame.entry.loc.stored_len))?;
-                add_live(tx, entry, i64::from(entry.loc.stored_len))?;
-                frame.entry = *entry;
-            }
-            frame
-        }
-        None => {
-            add_live(tx, entry, i64::from(entry.loc.stored_len))?;
-            FrameValue { entry: *entry, uses: 1 }
-        }
-    };
-    tx.put(key, frame.encode());
-    Ok(())
-}
-
-/// One block less uses the frame.
-fn unuse_frame(tx: &mut Tx<'_>, entry: &BlockEntry) -> Result<(), StoreError> {
-    let key = frame_key(&entry.hash);
-    let Some(value) = tx.get(&key)? else { return Ok(()) };
-    let mut frame = FrameValue::decode(&value)?;
-    if frame.uses > 1 {
-        frame.uses -= 1;
-        tx.put(key, frame.encode());
-    } else {
-        tx.delete(key);
-        add_live(tx, &frame.entry, -i64::from(frame.entry.loc.stored_len))?;
-    }
-    Ok(())
-}
-
-fn add_live(tx: &mut Tx<'_>, entry: &BlockEntry, delta: i64) -> Result<(), StoreError> {
-    let key = segment_key(entry.loc.segment);
-    if let Some(value) = tx.get(&key)? {
-        let mut segment = SegmentValue::decode(&value)?;
-        segment.live = segment.live.saturating_add_signed(delta);
-        tx.put(key, segment.encode());
-    }
-    Ok(())
 }
 
 /// Calls `f` for each entry of a table, in order.

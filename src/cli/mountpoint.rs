@@ -50,8 +50,8 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
                 return Ok(Checked { path, warning: Some(warning) });
             }
             let message = format!(
-                "the mountpoint {shown} is busy: a mirrorfs volume is already mounted there; unmount it with: \
-                 mirrorfs umount {shown}, or choose another directory"
+                "the mountpoint {shown} is busy: a mirrorfs volume is already mounted there (see: mirrorfs \
+                 status {shown}); unmount it with: mirrorfs umount {shown}, or choose another directory"
             );
             Err(CommandError::new(Exit::InUse, message))
         } else {
@@ -200,7 +200,7 @@ mod tests {
             refuse(&world, "m", &[mount("fuse.mirrorfs")]),
             (
                 Exit::InUse,
-                "the mountpoint ROOT/m is busy: a mirrorfs volume is already mounted there; unmount it with: mirrorfs umount ROOT/m, or choose another directory".into()
+                "the mountpoint ROOT/m is busy: a mirrorfs volume is already mounted there (see: mirrorfs status ROOT/m); unmount it with: mirrorfs umount ROOT/m, or choose another directory".into()
             )
         );
     }

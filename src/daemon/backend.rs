@@ -185,6 +185,9 @@ impl Backend for Control {
     }
 }
 
+/// One number of a replica.
+type Figure = fn(&ReplicaStatus) -> f64;
+
 /// The status in the text form that Prometheus reads.
 fn metrics(s: &Status) -> String {
     use std::fmt::Write;
@@ -205,7 +208,6 @@ fn metrics(s: &Status) -> String {
     gauge("cache_misses", "Block reads that needed a replica", s.cache.misses as f64);
     gauge("cache_corrupt", "Cached blocks dropped for a wrong hash", s.cache.corrupt as f64);
     gauge("read_only", "1 when nobody can write", f64::from(u8::from(s.read_only.is_some())));
-    type Figure = fn(&ReplicaStatus) -> f64;
     let per_replica: [(&str, &str, Figure); 6] = [
         ("replica_cursor", "Segment up to which everything is there", |r| r.cursor.0 as f64),
         ("replica_lag_bytes", "Bytes of sealed segments it lacks", |r| r.lag_bytes as f64),

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use super::*;
+use crate::format::local::SegmentValue;
 use crate::format::record::Op;
 use crate::format::tables::FrameLoc;
+use crate::format::tables::segment_key;
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::Options;
 

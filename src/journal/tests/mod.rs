@@ -42,18 +42,30 @@ fn dump(j: &Journal) -> Model {
     j.scan(&[], &[0xff], usize::MAX).unwrap().into_iter().collect()
 }
 
-/// Copies what a crash would leave: the files as they are now.
+/// Copies what a crash would leave: the files as they are now. A crash is one moment, so when a file goes away under the
+/// copy it begins anew.
 fn snapshot(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
+    for _ in 0..100 {
+        if try_snapshot(from, to).is_ok() {
+            return;
+        }
+        fs::remove_dir_all(to).unwrap();
+    }
+    panic!("{} never stands still", from.display());
+}
+
+fn try_snapshot(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
     for entry in walkdir::WalkDir::new(from).min_depth(1) {
-        let Ok(entry) = entry else { continue };
+        let entry = entry?;
         let target = to.join(entry.path().strip_prefix(from).unwrap());
         if entry.file_type().is_dir() {
-            fs::create_dir_all(target).unwrap();
+            fs::create_dir_all(target)?;
         } else {
-            fs::copy(entry.path(), target).unwrap();
+            fs::copy(entry.path(), target)?;
         }
     }
+    Ok(())
 }
 
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
