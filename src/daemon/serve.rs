@@ -3,7 +3,6 @@
 //! Order at the end: no more requests (unmount) → pending changes committed → last group sealed → shippers told to end →
 //! journal closed → lock released. Whatever is not shipped then waits in the state folder for the next mount.
 
-use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak, mpsc};
@@ -97,17 +96,8 @@ impl Running {
 
     /// Has the kernel hand over the pages that it has not written yet.
     fn flush_kernel(&self) -> Result<(), String> {
-        if !self.session.get().is_some_and(Session::is_live) {
-            // Unmounting has handed them over.
-            return Ok(());
-        }
-        let failed = |e: std::io::Error| format!("what programs have written cannot be flushed: {e}");
-        let root = std::fs::File::open(&self.mountpoint).map_err(failed)?;
-        // SAFETY: the descriptor is open; syncfs touches no memory.
-        match unsafe { libc::syncfs(root.as_raw_fd()) } {
-            0 => Ok(()),
-            _ => Err(failed(std::io::Error::last_os_error())),
-        }
+        let flushed = self.session.get().map_or(Ok(()), Session::flush);
+        flushed.map_err(|e| format!("what programs have written cannot be flushed: {e}"))
     }
 
     /// Whether the end is to wait for all replicas, as long as [`LAST_SHIP_ALL`].

@@ -16,6 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::apart;
 use super::mountinfo::{FSTYPE, is_fuse, is_mirrorfs, mount_at};
 use super::{MountError, MountOptions};
 
@@ -263,11 +264,10 @@ fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
 pub(super) fn detach(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let path = CString::new(mountpoint.as_os_str().as_bytes())?;
     let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
-    // SAFETY: the pointer is to a NUL-terminated string that outlives the call.
-    if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
+    let error = match apart::umount(&path, flags) {
+        Ok(()) => return Ok(()),
+        Err(e) => e,
+    };
     if error.raw_os_error() != Some(libc::EPERM) {
         return Err(error);
     }

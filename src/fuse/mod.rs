@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use crate::vfs::api::FileSystem;
 
 mod adapter;
+mod apart;
 mod attach;
 mod convert;
 mod errno;
@@ -176,6 +177,19 @@ impl Session {
             Err(_) if !self.is_live() => Ok(()),
             done => done,
         }
+    }
+
+    /// Has the kernel hand over all pages that it has not written yet. Nothing to do when the mount is gone.
+    ///
+    /// # Errors
+    /// What `syncfs` answers.
+    pub fn flush(&self) -> io::Result<()> {
+        if !self.is_live() {
+            // Unmounting has handed them over.
+            return Ok(());
+        }
+        use std::os::unix::ffi::OsStrExt;
+        apart::syncfs(&std::ffi::CString::new(self.mountpoint.as_os_str().as_bytes())?)
     }
 
     /// Returns when the mount has ended, by [`Session::unmount`] or from outside, and no request is being served any

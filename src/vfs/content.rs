@@ -340,13 +340,7 @@ impl Vfs {
         }
     }
 
-    pub(super) fn write_state(
-        &self,
-        ino: Ino,
-        state: &mut CellState,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<()> {
+    fn write_state(&self, ino: Ino, state: &mut CellState, offset: u64, data: &[u8]) -> Result<()> {
         let end = offset + data.len() as u64;
         if let Some(inline) = &mut state.inline {
             if end <= INLINE_MAX as u64 {

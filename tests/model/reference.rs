@@ -12,6 +12,7 @@ use mirrorfs::vfs::types::{
 };
 
 const PAGE: u64 = 4096;
+const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 const SIZE_MAX: u64 = i64::MAX as u64;
 
 type Result<T> = std::result::Result<T, VfsError>;
@@ -85,8 +86,10 @@ impl Content {
         let to = to.min(self.size);
         self.pages.range(from / PAGE..to.div_ceil(PAGE).max(from / PAGE)).all(|(n, page)| {
             let (start, end) = ((n * PAGE).max(from), ((n + 1) * PAGE).min(to));
-            start >= end
-                || page[(start - n * PAGE) as usize..(end - n * PAGE) as usize].iter().all(|b| *b == 0)
+            start >= end || {
+                let part = &page[(start - n * PAGE) as usize..(end - n * PAGE) as usize];
+                part == &ZEROS[..part.len()]
+            }
         })
     }
 
