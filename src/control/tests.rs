@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::exit::Exit;
-use crate::reconcile::ScrubStatus;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::reconcile::ScrubStatus;
 use crate::replica::{LastError, ReplicaState, ReplicaStatus, Requests};
 
 pub(crate) fn sample_status() -> Status {

@@ -390,6 +390,7 @@ impl Worker {
             if let Some(c) = &mut self.memory.lock().current {
                 c.counters = Counters::default();
             }
+            self.live.lock().findings.clear();
         }
         self.attention.store(false, Ordering::Relaxed);
         self.set(ScrubState::Running, None);
@@ -415,7 +416,13 @@ impl Worker {
             Err(Broken::Later(why)) => {
                 log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
                 self.set(ScrubState::Waiting, Some(why));
-                self.nap(self.shared.settings.retry).await;
+                // Its shipper finds out what is the matter, and makes again what was deleted as a whole.
+                let (replica, before) = (self.replica(), self.replica().attachments());
+                replica.recheck();
+                let until = Instant::now() + self.shared.settings.retry;
+                while Instant::now() < until && replica.attachments() == before {
+                    self.nap(TICK / 5).await;
+                }
             }
         }
         self.save().await;
