@@ -78,6 +78,12 @@ pub struct ReplicaStatus {
     pub last_error: Option<LastError>,
     /// Bytes sent per second, averaged over the last seconds.
     pub upload_rate: f64,
+    /// Bytes per second that may be sent now; none is no limit.
+    #[serde(default)]
+    pub upload_limit: Option<u64>,
+    /// Bytes per second that may be received now; none is no limit.
+    #[serde(default)]
+    pub download_limit: Option<u64>,
     /// Objects shipped since the start.
     pub uploaded_objects: u64,
     /// Their bytes.
@@ -367,6 +373,7 @@ impl Replica {
         prune(&mut told.uploads);
         let sent: u64 = told.uploads.iter().map(|(_, b)| b).sum();
         let (read_latency, read_rate) = health.speed();
+        let (upload_limit, download_limit) = self.store.rates();
         ReplicaStatus {
             name: self.name().clone(),
             url: self.store.url().to_owned(),
@@ -377,6 +384,8 @@ impl Replica {
             lag_seconds: if backlog.segments == 0 { 0.0 } else { (now - backlog.oldest_cut_at).max(0.0) },
             last_error: told.last_error.clone(),
             upload_rate: sent as f64 / METER.as_secs_f64(),
+            upload_limit,
+            download_limit,
             uploaded_objects: told.uploaded_objects,
             uploaded_bytes: told.uploaded_bytes,
             read_latency,
