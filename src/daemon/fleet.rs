@@ -146,6 +146,11 @@ impl Fleet {
                     log::error!("trimming the staging area: {e}");
                 }
             }
+            let dumped = self.replicas.iter().map(|r| r.checkpoint()).min().unwrap_or_default();
+            let staging = Arc::clone(&self.staging);
+            if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
+                log::error!("trimming the staging area: {e}");
+            }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}
                 () = &mut stop => return,

@@ -132,6 +132,7 @@ pub(super) async fn open(
     let blocks =
         BlockStore::open(&state.slots(), local.volume.block_size, config.cache_size, Arc::clone(&journal))
             .map_err(|e| Error::new(Exit::Failure, e.to_string()))?;
+    blocks.space.set_free_ratio(config.free_space_ratio);
     let _ = slots.set(Arc::clone(blocks.slots()));
     let mark = sealed_mark(&journal)?;
     journal.release(mark.lsn);

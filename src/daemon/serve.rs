@@ -35,8 +35,6 @@ use crate::vfs::{self, Durability, Vfs};
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
-/// How long a writer waits for space.
-const SPACE_WAIT: Duration = Duration::from_secs(30);
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long the end waits for replicas that answer, so that an unmount usually leaves them complete.
@@ -263,7 +261,7 @@ fn assemble(
     let options = vfs::Options {
         clock: Arc::new(wall_clock),
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
-        space_wait: SPACE_WAIT,
+        space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
 
@@ -274,12 +272,13 @@ fn assemble(
         let staging = Arc::clone(&staging);
         move |loc: &crate::format::tables::FrameLoc| staging.file_of(loc)
     };
-    let reader: Arc<dyn FrameSource> = Arc::new(Reader::new(
+    let reader = Reader::new(
         replicas.clone(),
         Some(Arc::new(local_files)),
         runtime.handle().clone(),
         closing_seen.clone(),
-    ));
+    );
+    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(config.read_timeout));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 

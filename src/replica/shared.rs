@@ -155,6 +155,8 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// The newest checkpoint that it has, or will not be sent.
+    checkpoint: AtomicU64,
     /// Everything up to here was there when, later, no other writer was to be seen.
     confirmed: tokio::sync::Mutex<SegmentNo>,
 }
@@ -171,6 +173,7 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            checkpoint: AtomicU64::new(0),
             confirmed: tokio::sync::Mutex::default(),
         }
     }
@@ -234,6 +237,16 @@ impl Replica {
 
     pub(super) fn set_attached(&self, attached: bool) {
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// The newest checkpoint that it has or does not wait for; 0 when none is known of.
+    #[must_use]
+    pub fn checkpoint(&self) -> SegmentNo {
+        SegmentNo(self.checkpoint.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_checkpoint(&self, number: SegmentNo) {
+        self.checkpoint.store(number.0, Ordering::Relaxed);
     }
 
     /// The mark of `fence::confirm`; held while looking, so that who waits shares the look.
