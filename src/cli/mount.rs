@@ -36,6 +36,18 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE")]
     cache_size: Option<String>,
 
+    /// Share of the disk that stays free [env: MIRRORFS_FREE_SPACE_RATIO] [default: 0.05]
+    #[arg(long, value_name = "0..0.9")]
+    free_space_ratio: Option<String>,
+
+    /// How long writers wait for local space before ENOSPC [env: MIRRORFS_SPACE_WAIT] [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    space_wait: Option<String>,
+
+    /// How long reads wait for replicas before EIO [env: MIRRORFS_READ_TIMEOUT] [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    read_timeout: Option<String>,
+
     /// What fsync waits for: local, one, quorum or all [env: MIRRORFS_FSYNC] [default: local]
     #[arg(long, value_name = "LEVEL")]
     fsync: Option<String>,
@@ -92,6 +104,9 @@ impl Args {
         for (key, value) in [
             ("state", &self.state),
             ("cache_size", &self.cache_size),
+            ("free_space_ratio", &self.free_space_ratio),
+            ("space_wait", &self.space_wait),
+            ("read_timeout", &self.read_timeout),
             ("fsync", &self.fsync),
             ("fsync_timeout", &self.fsync_timeout),
             ("commit_interval", &self.commit_interval),

@@ -43,6 +43,8 @@ pub(crate) fn sample_status() -> Status {
             lag_seconds: 0.0,
             last_error: Some(LastError { text: "broken".into(), kind: None, at: 2.5 }),
             upload_rate: 0.5,
+            upload_limit: Some(1 << 20),
+            download_limit: None,
             uploaded_objects: 1,
             uploaded_bytes: 6,
             read_latency: None,

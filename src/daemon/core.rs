@@ -38,8 +38,6 @@ use crate::vfs::{self, Durability, Vfs};
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
-/// How long a writer waits for space.
-const SPACE_WAIT: Duration = Duration::from_secs(30);
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
@@ -57,8 +55,6 @@ pub struct CoreOptions {
     pub stores: StoreMaker,
     /// Times and sizes of shippers.
     pub shipping: Tuning,
-    /// How long a fetch may take.
-    pub read_deadline: Duration,
     /// Least time between two looks at a replica that something met elsewhere calls for, and the wait before one that failed is
     /// tried again.
     pub attention: (Duration, Duration),
@@ -72,7 +68,6 @@ impl Default for CoreOptions {
         Self {
             stores: Arc::new(make),
             shipping: Tuning::default(),
-            read_deadline: replica::DEADLINE,
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
         }
     }
@@ -288,7 +283,7 @@ fn assemble(
     let options = vfs::Options {
         clock: Arc::new(wall_clock),
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
-        space_wait: SPACE_WAIT,
+        space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
     let (closing, closing_seen) = watch::channel(false);
@@ -321,7 +316,7 @@ fn assemble(
         handle.clone(),
         closing_seen.clone(),
     );
-    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(core_options.read_deadline));
+    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(config.read_timeout));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 

@@ -9,6 +9,7 @@ pub mod fault;
 mod fence;
 mod folder;
 pub mod health;
+pub mod limit;
 mod pace;
 pub mod read_plan;
 mod reader;
@@ -20,6 +21,7 @@ mod store;
 mod target;
 #[cfg(test)]
 mod testing;
+mod throttle;
 mod transfer;
 pub mod volume;
 
