@@ -66,8 +66,9 @@ pub fn create(dir: &Path) -> std::io::Result<Option<PathBuf>> {
 /// Takes away a folder that was created for a mount which then failed, with those above it up to `made`, unless they
 /// hold something of value or somebody uses them. Answers whether the folder is gone.
 pub fn discard(dir: &Path, made: &Path) -> bool {
-    // Written last when a state is built: without it there is nothing that the replicas lack.
-    if dir.join("state.json").symlink_metadata().is_ok() {
+    // The first is written last when a state is built: without it there is nothing that the replicas lack. By the second
+    // the next mount knows the claim that this one has made.
+    if ["state.json", "claiming.json"].iter().any(|name| dir.join(name).symlink_metadata().is_ok()) {
         return false;
     }
     if let Ok(lock) = std::fs::File::open(dir.join("LOCK")) {

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
-use crate::replica::ReplicaStatus;
+use crate::replica::{FenceNote, ReplicaStatus};
 
 /// State of a mounted volume at one moment.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -42,6 +42,9 @@ pub struct Status {
     pub fsync: String,
     /// Why nobody can write; absent when one can.
     pub read_only: Option<String>,
+    /// Another writer was seen: what, where and when. Nothing more is sent then.
+    #[serde(default)]
+    pub fenced: Option<FenceNote>,
     /// Why the last attempt to seal failed, when it did; it is tried again.
     #[serde(default)]
     pub sealing_error: Option<String>,

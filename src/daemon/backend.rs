@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::serve::Running;
+use super::tenure::Tenure;
 use crate::control::{
     Backend, CacheStatus, Failure, ShutdownRequest, Status, SyncProgress, SyncReplica, SyncRequest,
 };
@@ -57,6 +58,7 @@ impl Control {
             },
             fsync: r.fsync.to_owned(),
             read_only: r.vfs.read_only(),
+            fenced: r.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
             replicas: r.fleet.statuses(),
         }

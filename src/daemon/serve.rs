@@ -17,6 +17,7 @@ use super::checkpoints::Checkpoints;
 use super::fleet::{Cursors, Fleet};
 use super::parts::{self, Parts};
 use super::state::StateDir;
+use super::tenure::Tenure;
 use super::{Error, MountArgs, Ready, ReadyInfo, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::{Config, Fsync};
@@ -62,6 +63,8 @@ pub(super) struct Running {
     /// None for a read-only mount.
     pub engine: Option<Arc<Engine>>,
     pub fleet: Arc<Fleet>,
+    /// None for a read-only mount.
+    pub tenure: Option<Tenure>,
     session: OnceLock<Session>,
     /// Whether the end waits for all replicas.
     wait_for_all: AtomicBool,
@@ -222,9 +225,9 @@ fn start(
     }
     let parts = runtime.block_on(async {
         let open = async {
-            let seen = open::look(&stores).await;
+            let seen = open::look(&stores, local.is_some()).await;
             let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
-            parts::open(config, &state, &stores, &seen, local, decision).await
+            parts::open(config, &state, &stores, &seen, local, decision, mount.takeover).await
         };
         tokio::select! {
             parts = open => parts,
@@ -288,6 +291,7 @@ fn assemble(
         let places = stores.iter().map(|s| (s.name().clone(), s.url().to_owned())).collect();
         Arc::new(Cursors { journal: Arc::clone(&journal), places })
     };
+    let mut tenure = None;
     let engine = if config.read_only {
         vfs.set_read_only("mounted read-only");
         for replica in &replicas {
@@ -333,10 +337,9 @@ fn assemble(
         )
         .map_err(|e| failure(&e))?;
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
-        let fence = {
-            let vfs = Arc::clone(&vfs);
-            Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string()))
-        };
+        let begun = Tenure::begin(&identity, &vfs, state.path(), runtime.handle());
+        let fence = Arc::clone(&begun.fence);
+        tenure = Some(begun);
         vfs.set_durability(Arc::new(RemoteFsync {
             vfs: Arc::downgrade(&vfs),
             engine: Arc::clone(&engine),
@@ -428,6 +431,7 @@ fn assemble(
         vfs,
         engine,
         fleet,
+        tenure,
         session: OnceLock::from(session),
         wait_for_all: AtomicBool::new(false),
         closed: watch::channel(None).0,
@@ -536,6 +540,9 @@ impl Started {
                 tokio::select! {
                     () = running.fleet.last_call(until, all) => {}
                     () = asked_to_end(&mut signals) => log::info!("asked to end by a signal"),
+                }
+                if let Some(tenure) = running.tenure.as_ref().filter(|_| trouble.is_none()) {
+                    tenure.end(&running.fleet.replicas, running.fleet.staging.newest()).await;
                 }
             });
         }

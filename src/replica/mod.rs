@@ -25,7 +25,7 @@ pub mod volume;
 pub use attach::Identity;
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
-pub use fence::{Fence, FenceReason, Fenced, confirm};
+pub use fence::{Fence, FenceNote, FenceReason, Fenced, confirm, release};
 pub use reader::{DEADLINE, Local, Reader};
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};
 pub use shipper::{Shipper, Tuning, status};

@@ -8,7 +8,7 @@
 //!        ┌──────── failure: wait (health) ───────┐
 //!        ▼                                       │
 //!  ── attach ──▶ ship: outbox ─▶ window ─▶ send ─┴─▶ verified ─▶ cursor saved ─▶ …
-//!        │                └─ every 10 s: fence ──▶ fenced: all shippers stop for good
+//!        │                └─ every 5 s: fence ──▶ fenced: all shippers stop for good
 //!        └─ not our volume: nothing is written; looked at again every minute
 //! ```
 
@@ -48,7 +48,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self {
-            fence_every: Duration::from_secs(10),
+            fence_every: Duration::from_secs(5),
             foreign_every: Duration::from_secs(60),
             source_every: Duration::from_secs(30),
             recheck_every: Duration::from_secs(600),
