@@ -4,7 +4,9 @@
 
 mod backend;
 mod checkpoints;
+mod core;
 mod fleet;
+mod members;
 mod open;
 mod parts;
 mod rebuild;
@@ -12,6 +14,9 @@ mod restore;
 mod serve;
 mod state;
 mod tenure;
+
+pub use self::core::{Core, CoreOptions, StoreMaker};
+pub use fleet::Fleet;
 
 use std::path::PathBuf;
 use std::sync::Arc;

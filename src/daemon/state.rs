@@ -68,6 +68,16 @@ fn failed(what: &str, path: &Path, e: &io::Error) -> Error {
     Error::new(Exit::Failure, format!("cannot {what} {}: {e}", path.display()))
 }
 
+/// Replaces a small file of a state folder, for its owner only, so that a crash leaves the old one or the new one.
+pub(super) fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
 impl StateDir {
     /// Makes the folder if need be and locks it.
     pub fn lock(dir: &Path) -> Result<Self, Error> {
@@ -194,8 +204,16 @@ impl StateDir {
 
     /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
     pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
-        const KEEP: [&str; 7] =
-            ["LOCK", CLAIMING, "replicas", "daemon.log", "daemon.log.old", "ballast", crate::control::SOCKET];
+        const KEEP: [&str; 8] = [
+            "LOCK",
+            CLAIMING,
+            "replicas",
+            super::members::FILE,
+            "daemon.log",
+            "daemon.log.old",
+            "ballast",
+            crate::control::SOCKET,
+        ];
         let free = |n: u32| {
             let suffix = if n == 0 { String::new() } else { format!("-{n}") };
             self.dir.join(format!("quarantine-{label}{suffix}"))
@@ -241,17 +259,10 @@ impl StateDir {
 
 /// Replaces a file by a value, durably and all at once.
 fn write_json<T: serde::Serialize>(dir: &Path, name: &str, value: &T) -> Result<(), Error> {
-    let path = dir.join(name);
-    let write = || -> io::Result<()> {
-        let temporary = dir.join(format!("{name}.new"));
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(value)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(dir)?.sync_all()
-    };
-    write().map_err(|e| failed("write", &path, &e))
+    let written = serde_json::to_vec_pretty(value)
+        .map_err(io::Error::from)
+        .and_then(|bytes| write_durably(dir, name, &bytes));
+    written.map_err(|e| failed("write", &dir.join(name), &e))
 }
 
 #[cfg(test)]

@@ -19,7 +19,8 @@ const MARK_END: Duration = Duration::from_secs(4);
 
 /// The tenure of a writing mount.
 pub(super) struct Tenure {
-    identity: Arc<Identity>,
+    /// Who we are to the replicas.
+    pub identity: Arc<Identity>,
     /// Raised by whoever sees another writer.
     pub fence: Arc<Fence>,
     noted: Arc<OnceLock<FenceNote>>,
@@ -27,7 +28,7 @@ pub(super) struct Tenure {
 
 impl Tenure {
     /// From now on another writer who is seen makes `vfs` read-only, and is noted in the state folder `state`.
-    pub fn begin(identity: &Arc<Identity>, vfs: &Arc<Vfs>, state: &Path, handle: &Handle) -> Self {
+    pub fn begin(identity: Arc<Identity>, vfs: &Arc<Vfs>, state: &Path, handle: &Handle) -> Self {
         let noted = Arc::new(OnceLock::new());
         let (vfs, state, handle, note) =
             (Arc::clone(vfs), state.to_owned(), handle.clone(), Arc::clone(&noted));
@@ -42,7 +43,7 @@ impl Tenure {
                 }
             });
         });
-        Self { identity: Arc::clone(identity), fence, noted }
+        Self { identity, fence, noted }
     }
 
     /// The other writer, when one was seen.
