@@ -23,6 +23,7 @@ mod mountpoint;
 mod output;
 mod progress;
 mod restore;
+mod salvage;
 mod status;
 mod sync;
 mod umount;
@@ -54,6 +55,7 @@ enum Command {
     Sync(sync::Args),
     Status(status::Args),
     Restore(restore::Args),
+    Salvage(salvage::Args),
     Version(version::Args),
 }
 
@@ -128,6 +130,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Restore(args) => restore::run(&args),
+        Command::Salvage(args) => salvage::run(&args),
         Command::Version(args) => version::run(&args),
     }
 }

@@ -11,12 +11,15 @@ mod open;
 mod parts;
 mod rebuild;
 mod restore;
+mod salvage;
 mod serve;
 mod state;
 mod tenure;
 
 pub use self::core::{Core, CoreOptions, StoreMaker};
 pub use fleet::Fleet;
+
+pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -150,7 +150,7 @@ pub(super) async fn open(
     Ok(Parts { local, journal, blocks, mark, notes })
 }
 
-fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
+pub(super) fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
     match journal.get(&local_key(SEALED_MARK))? {
         Some(value) => {
             SealedMark::decode(&value).map_err(|e| Error::new(Exit::Damaged, format!("local journal: {e}")))

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::state::StateDir;
 use super::unix_now;
 use crate::ids::SegmentNo;
-use crate::replica::{self, Fence, FenceNote, Identity, Replica};
+use crate::replica::{self, Fence, FenceNote, Fenced, Identity, Replica, Roster};
 use crate::vfs::Vfs;
 
 /// How long the end may take to mark the tenure as ended on all replicas together.
@@ -49,6 +49,17 @@ impl Tenure {
     /// The other writer, when one was seen.
     pub fn note(&self) -> Option<FenceNote> {
         self.noted.get().cloned()
+    }
+
+    /// Returns when as many replicas as are `needed` hold everything up to `segment` and, looked at behind that, show no other
+    /// writer: see [`replica::confirm`].
+    pub async fn confirm(
+        &self,
+        roster: &Roster,
+        segment: SegmentNo,
+        needed: impl Fn(usize) -> usize,
+    ) -> Result<(), Fenced> {
+        replica::confirm(roster, &self.identity, &self.fence, segment, needed).await
     }
 
     /// Marks the tenure as ended on those replicas that hold everything up to `newest`, so that the next writer, wherever
