@@ -72,8 +72,12 @@ pub fn remembered(dir: &Path) -> Vec<ReplicaSpec> {
             Some("az") if !server.starts_with("http") => "account",
             _ => "endpoint",
         };
-        let options = option.map(|server| (key(server).to_owned(), server.to_owned()));
-        ReplicaSpec::parse(name, url, options.into_iter().collect(), Path::new("/")).ok()
+        let server = option.map(|server| (key(server).to_owned(), server.to_owned()));
+        // It was allowed before, or it would not be noted.
+        let plain = option.filter(|server| server.starts_with("http://"));
+        let plain = plain.map(|_| ("allow_http".to_owned(), "true".to_owned()));
+        let options = server.into_iter().chain(plain).collect();
+        ReplicaSpec::parse(name, url, options, Path::new("/")).ok()
     };
     text.lines().enumerate().filter_map(spec).collect()
 }
