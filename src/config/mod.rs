@@ -275,6 +275,15 @@ impl Config {
     }
 }
 
+/// The replicas that the sources name, for commands that can do without: none is no error.
+pub fn load_replicas(raw: &Raw, env: &Env) -> Result<Vec<ReplicaSpec>, ConfigError> {
+    let merged = Merged::read(raw, env)?;
+    match merged.replicas() {
+        [] => Ok(Vec::new()),
+        given => replicas::resolve(given, &merged.replica_options()),
+    }
+}
+
 /// One replica, for commands that need no volume's configuration (`restore`): `from` is the name of a replica in the
 /// sources, or `[NAME=]URL`.
 pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, ConfigError> {

@@ -32,6 +32,7 @@ pub(crate) fn sample_status() -> Status {
         cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
         read_only: None,
+        fenced: None,
         sealing_error: None,
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),

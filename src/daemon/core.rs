@@ -2,8 +2,8 @@
 //!
 //! Owns the order in which the parts start and stop. `serve` puts a mount before it; tests use it as it is.
 //!
-//! Order at the end: pending changes committed → last group sealed → shippers told to end → journal closed → lock released. Whatever
-//! is not shipped then waits in the state folder for the next time.
+//! Order at the end: pending changes committed → last group sealed → shipped as far as time allows → tenure released where all is →
+//! shippers told to end → journal closed → lock released. Whatever is not shipped then waits in the state folder for the next time.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -21,6 +21,7 @@ use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::Members;
 use super::parts::{self, Parts};
 use super::state::StateDir;
+use super::tenure::Tenure;
 use super::{Error, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::{Config, Fsync};
@@ -48,9 +49,11 @@ const LEVEL: i32 = 1;
 /// Makes the store of a replica.
 pub type StoreMaker = Arc<dyn Fn(&ReplicaSpec) -> Result<Store, Error> + Send + Sync>;
 
-/// What tests do differently.
+/// How to open a volume, beside its configuration. All but the first is for tests.
 #[derive(Clone)]
 pub struct CoreOptions {
+    /// See [`super::MountArgs::takeover`].
+    pub takeover: bool,
     /// Makes the stores.
     pub stores: StoreMaker,
     /// Times and sizes of shippers.
@@ -66,6 +69,7 @@ impl Default for CoreOptions {
             spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))
         };
         Self {
+            takeover: false,
             stores: Arc::new(make),
             shipping: Tuning::default(),
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
@@ -97,6 +101,8 @@ pub struct Core {
     pub(super) engine: Option<Arc<Engine>>,
     /// Looks after the replicas; none in a read-only mount.
     pub reconciler: Option<Arc<Reconciler>>,
+    /// None in a read-only mount.
+    pub(super) tenure: Option<Tenure>,
     handle: Handle,
     closing: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
@@ -167,9 +173,9 @@ impl Core {
         }
         let mut parts = runtime.block_on(async {
             let open = async {
-                let seen = open::look(&stores).await;
+                let seen = open::look(&stores, local.is_some()).await;
                 let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
-                parts::open(config, &state, &stores, &seen, local, decision).await
+                parts::open(config, &state, &stores, &seen, local, decision, options.takeover).await
             };
             tokio::select! {
                 parts = open => parts,
@@ -230,7 +236,12 @@ impl Core {
                 ));
             }
             engine.stop();
-            self.handle.block_on(ship);
+            self.handle.block_on(async {
+                ship.await;
+                if let Some(tenure) = self.tenure.as_ref().filter(|_| trouble.is_none()) {
+                    tenure.end(&self.fleet.roster.all(), self.fleet.staging.newest()).await;
+                }
+            });
         }
         self.stop_tasks();
         if let Err(e) = self.blocks.housekeep() {
@@ -287,13 +298,14 @@ fn assemble(
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
     let (closing, closing_seen) = watch::channel(false);
-    let shipping = (!config.read_only).then(|| {
-        let vfs = Arc::clone(&vfs);
-        Shipping {
-            identity: Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() }),
-            fence: Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string())),
-            tuning: core_options.shipping,
-        }
+    let tenure = (!config.read_only).then(|| {
+        let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
+        Tenure::begin(identity, &vfs, state.path(), handle)
+    });
+    let shipping = tenure.as_ref().map(|tenure| Shipping {
+        identity: Arc::clone(&tenure.identity),
+        fence: Arc::clone(&tenure.fence),
+        tuning: core_options.shipping,
     });
     let fleet = Fleet::open(FleetParts {
         specs,
@@ -416,6 +428,7 @@ fn assemble(
         journal,
         engine,
         reconciler,
+        tenure,
         handle: handle.clone(),
         closing,
         tasks: Mutex::new(tasks),

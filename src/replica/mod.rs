@@ -28,7 +28,7 @@ pub mod volume;
 pub use attach::Identity;
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
-pub use fence::{Fence, FenceReason, Fenced, confirm, look_for_rivals};
+pub use fence::{Fence, FenceNote, FenceReason, Fenced, confirm, look_for_rivals, release};
 pub use reader::{DEADLINE, Local, Reader};
 pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};

@@ -392,8 +392,12 @@ fn who_must_wait_for_a_limit_is_not_called_slow_and_others_are_asked() {
     let (latency, rate) = replicas[0].health().speed();
     assert!(latency.is_none_or(|l| l < 0.5) && rate.is_none_or(|r| r > 1e5), "{latency:?} {rate:?}");
     // Alone it is waited for: two blocks are paid for in some five seconds, of which one was free.
-    let reader =
-        Reader::new(Roster::new(replicas[..1].to_vec()), None, bench.runtime.handle().clone(), bench.closing.subscribe());
+    let reader = Reader::new(
+        Roster::new(replicas[..1].to_vec()),
+        None,
+        bench.runtime.handle().clone(),
+        bench.closing.subscribe(),
+    );
     let started = Instant::now();
     for i in 0..2 {
         assert_eq!(bench.get(&reader, i).unwrap(), bench.blocks[i]);
