@@ -229,6 +229,8 @@ fn the_one_who_comes_is_cut_off() {
     written(&ma, "first", b"first").unwrap();
     ma.sync();
     let taking = How::usual().arg("--takeover");
+    // Slow enough that the cut hits all stages of its coming.
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(25, Ordering::Relaxed));
     let coming = b.v.start(&taking);
     let mut mine = Vec::new();
     let cut_at = rng.random_range(0..50);
@@ -246,6 +248,7 @@ fn the_one_who_comes_is_cut_off() {
     let came = coming.live();
     println!("cut off before file {cut_at}; B {}", if came.is_ok() { "was live" } else { "gave up" });
     b.cut(false);
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(0, Ordering::Relaxed));
     // It decided to take over; with the same state folder it may say so again.
     let mb = came.unwrap_or_else(|_| b.v.mount_as(&taking));
     written(&mb, "of b", b"of b").unwrap();
