@@ -22,8 +22,10 @@ mod mount;
 mod mountpoint;
 mod output;
 mod progress;
+mod replica;
 mod restore;
 mod salvage;
+mod scrub;
 mod status;
 mod sync;
 mod umount;
@@ -54,6 +56,8 @@ enum Command {
     Umount(umount::Args),
     Sync(sync::Args),
     Status(status::Args),
+    Replica(replica::Args),
+    Scrub(scrub::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
     Version(version::Args),
@@ -129,6 +133,8 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Umount(args) => umount::run(&args),
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Replica(args) => replica::run(args),
+        Command::Scrub(args) => scrub::run(args),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
         Command::Version(args) => version::run(&args),

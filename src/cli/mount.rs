@@ -37,6 +37,18 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE")]
     cache_size: Option<String>,
 
+    /// Share of the disk that stays free [env: MIRRORFS_FREE_SPACE_RATIO] [default: 0.05]
+    #[arg(long, value_name = "0..0.9")]
+    free_space_ratio: Option<String>,
+
+    /// How long writers wait for local space before ENOSPC [env: MIRRORFS_SPACE_WAIT] [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    space_wait: Option<String>,
+
+    /// How long reads wait for replicas before EIO [env: MIRRORFS_READ_TIMEOUT] [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    read_timeout: Option<String>,
+
     /// What fsync waits for: local, one, quorum or all [env: MIRRORFS_FSYNC] [default: local]
     #[arg(long, value_name = "LEVEL")]
     fsync: Option<String>,
@@ -48,6 +60,18 @@ pub(super) struct Args {
     /// Longest time until what was written is on its way to the replicas [env: MIRRORFS_COMMIT_INTERVAL] [default: 5s]
     #[arg(long, value_name = "TIME")]
     commit_interval: Option<String>,
+
+    /// Time between two deep scrubs of a replica, or off [env: MIRRORFS_SCRUB_INTERVAL] [default: 7d]
+    #[arg(long, value_name = "TIME")]
+    scrub_interval: Option<String>,
+
+    /// Time between two comparisons of a replica's names and sizes, or off [env: MIRRORFS_CHECK_INTERVAL] [default: 6h]
+    #[arg(long, value_name = "TIME")]
+    check_interval: Option<String>,
+
+    /// Bytes per second, per replica, of scrubs and repairs, or off [env: MIRRORFS_SCRUB_RATE] [default: off]
+    #[arg(long, value_name = "RATE")]
+    scrub_rate: Option<String>,
 
     #[command(flatten)]
     volume: VolumeArgs,
@@ -86,9 +110,15 @@ impl Args {
         for (key, value) in [
             ("state", &self.state),
             ("cache_size", &self.cache_size),
+            ("free_space_ratio", &self.free_space_ratio),
+            ("space_wait", &self.space_wait),
+            ("read_timeout", &self.read_timeout),
             ("fsync", &self.fsync),
             ("fsync_timeout", &self.fsync_timeout),
             ("commit_interval", &self.commit_interval),
+            ("scrub_interval", &self.scrub_interval),
+            ("check_interval", &self.check_interval),
+            ("scrub_rate", &self.scrub_rate),
         ] {
             args::set(&mut raw.flags, key, value.as_deref());
         }

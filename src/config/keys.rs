@@ -4,14 +4,20 @@
 //! environment.
 
 /// Keys at the top of the file.
-pub const VOLUME_KEYS: [&str; 8] = [
+pub const VOLUME_KEYS: [&str; 14] = [
     "state",
     "cache_size",
+    "free_space_ratio",
+    "space_wait",
+    "read_timeout",
     "block_size",
     "compression",
     "fsync",
     "fsync_timeout",
     "commit_interval",
+    "scrub_interval",
+    "check_interval",
+    "scrub_rate",
     "read_only",
 ];
 

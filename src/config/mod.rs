@@ -111,6 +111,12 @@ pub struct Config {
     pub replicas: Vec<ReplicaSpec>,
     /// Bytes that blocks may take on local disk.
     pub cache_size: u64,
+    /// Share of the disk of the state folder that stays free, 0 to 0.9.
+    pub free_space_ratio: f64,
+    /// How long a writer waits for space before it gets `ENOSPC`.
+    pub space_wait: Duration,
+    /// How long a read waits for replicas before it gets `EIO`.
+    pub read_timeout: Duration,
     /// Bytes of a block, a power of two. Only for creating a volume: an existing one keeps its own.
     pub block_size: u32,
     /// Only for creating a volume.
@@ -121,6 +127,12 @@ pub struct Config {
     pub fsync_timeout: Duration,
     /// Longest time between two cuts while something was written.
     pub commit_interval: Duration,
+    /// Between two deep scrubs; `None` for never.
+    pub scrub_interval: Option<Duration>,
+    /// Between two comparisons of names and sizes; `None` for never.
+    pub check_interval: Option<Duration>,
+    /// Bytes per second, per replica, that scrubs and repairs may move; `None` for as fast as it goes.
+    pub scrub_rate: Option<u64>,
     /// Nobody may write; no epoch is claimed.
     pub read_only: bool,
     /// Options of the kernel's mount.
@@ -187,6 +199,7 @@ pub struct Raw {
 }
 
 const BLOCK_SIZES: (u64, u64) = (MIN_BLOCK_SIZE as u64, MAX_BLOCK_SIZE as u64);
+const SCRUB_RATES: (u64, u64) = (16 << 10, 1 << 40);
 const CACHE_SIZES: (u64, u64) = (16 << 20, 1 << 50);
 
 impl Config {
@@ -209,6 +222,13 @@ impl Config {
             replicas,
             cache_size: merged
                 .get("cache_size", 10 << 30, |t| units::parse_size(t, CACHE_SIZES.0..=CACHE_SIZES.1))?,
+            free_space_ratio: merged.get("free_space_ratio", 0.05, free_space_ratio)?,
+            space_wait: merged.get("space_wait", Duration::from_secs(30), |t| {
+                units::parse_duration(t, Duration::ZERO..=Duration::from_secs(600))
+            })?,
+            read_timeout: merged.get("read_timeout", Duration::from_secs(30), |t| {
+                units::parse_duration(t, Duration::from_secs(1)..=Duration::from_secs(600))
+            })?,
             block_size: merged.get("block_size", 1 << 20, block_size)?,
             compression: merged.get("compression", Compression::default(), str::parse)?,
             fsync: merged.get("fsync", Fsync::default(), str::parse)?,
@@ -217,6 +237,13 @@ impl Config {
             })?,
             commit_interval: merged.get("commit_interval", Duration::from_secs(5), |t| {
                 units::parse_duration(t, Duration::from_millis(100)..=Duration::from_secs(3600))
+            })?,
+            scrub_interval: merged.get("scrub_interval", Some(Duration::from_secs(7 * 86400)), interval)?,
+            check_interval: merged.get("check_interval", Some(Duration::from_secs(6 * 3600)), interval)?,
+            scrub_rate: merged.get("scrub_rate", None, |t| match t {
+                "off" => Ok(None),
+                t => units::parse_size(t.strip_suffix("/s").unwrap_or(t), SCRUB_RATES.0..=SCRUB_RATES.1)
+                    .map(Some),
             })?,
             read_only: merged.get("read_only", false, yes_or_no)?,
             mount: MountOptions {
@@ -236,7 +263,7 @@ impl Config {
         for replica in &self.replicas {
             let Place::Folder(folder) = replica.place() else { continue };
             let folder = real_path(folder);
-            if state.starts_with(&folder) || folder.starts_with(&state) {
+            if overlap(&state, &folder) {
                 return Err(ConfigError::StateInReplica {
                     state: self.state.clone(),
                     replica: replica.name.to_string(),
@@ -265,6 +292,13 @@ pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, Con
     wanted.add_replica(from, "--from", &env.cwd);
     let wanted = wanted.replicas.pop().ok_or(ConfigError::NoReplica)?;
     replicas::find(&wanted, merged.replicas(), &merged.replica_options())?.ok_or(ConfigError::NoReplica)
+}
+
+/// Whether two places are one, or lie one within the other.
+#[must_use]
+pub fn overlap(a: &Path, b: &Path) -> bool {
+    let (a, b) = (real_path(a), real_path(b));
+    a.starts_with(&b) || b.starts_with(&a)
 }
 
 /// The path with as many symbolic links resolved as exist, for comparing places.
@@ -319,11 +353,29 @@ impl Merged {
     }
 }
 
+fn interval(text: &str) -> Result<Option<Duration>, String> {
+    match text {
+        "off" => Ok(None),
+        text => units::parse_duration(text, Duration::from_secs(1)..=Duration::from_secs(10 * 365 * 86400))
+            .map(Some),
+    }
+}
+
 fn block_size(text: &str) -> Result<u32, String> {
     let size = units::parse_size(text, BLOCK_SIZES.0..=BLOCK_SIZES.1)?;
     match u32::try_from(size) {
         Ok(size) if size.is_power_of_two() => Ok(size),
         _ => Err(format!("{text:?} is not a power of two; use one, such as \"256KiB\" or \"1MiB\"")),
+    }
+}
+
+fn free_space_ratio(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(ratio) if (0.0..=0.9).contains(&ratio) => Ok(ratio),
+        Ok(_) => Err(format!("{text:?} is out of range; it must lie between 0 and 0.9")),
+        Err(_) => {
+            Err(format!("{text:?} is not a share of the disk; write a number from 0 to 0.9, such as 0.05"))
+        }
     }
 }
 

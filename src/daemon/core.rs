@@ -15,6 +15,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::catalog::Tables;
 use super::checkpoints::Checkpoints;
 use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::Members;
@@ -28,6 +29,7 @@ use crate::exit::Exit;
 use crate::format::volume::{Compression, Volume};
 use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
+use crate::reconcile::{self, Reconciler};
 use crate::replica::{self, Fence, FrameSource, Identity, Reader, Replica, ReplicaSpec, Store, Tuning};
 use crate::txg::{CutSource, Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
@@ -37,8 +39,6 @@ use crate::vfs::{self, Durability, Vfs};
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
-/// How long a writer waits for space.
-const SPACE_WAIT: Duration = Duration::from_secs(30);
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
@@ -58,8 +58,9 @@ pub struct CoreOptions {
     pub stores: StoreMaker,
     /// Times and sizes of shippers.
     pub shipping: Tuning,
-    /// How long a fetch may take.
-    pub read_deadline: Duration,
+    /// Least time between two looks at a replica that something met elsewhere calls for, and the wait before one that failed is
+    /// tried again.
+    pub attention: (Duration, Duration),
 }
 
 impl Default for CoreOptions {
@@ -71,7 +72,7 @@ impl Default for CoreOptions {
             takeover: false,
             stores: Arc::new(make),
             shipping: Tuning::default(),
-            read_deadline: replica::DEADLINE,
+            attention: (Duration::from_secs(60), Duration::from_secs(10)),
         }
     }
 }
@@ -100,6 +101,8 @@ pub struct Core {
     pub(super) engine: Option<Arc<Engine>>,
     /// None in a read-only mount.
     pub(super) tenure: Option<Tenure>,
+    /// Looks after the replicas; none in a read-only mount.
+    pub reconciler: Option<Arc<Reconciler>>,
     handle: Handle,
     closing: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
@@ -291,7 +294,7 @@ fn assemble(
     let options = vfs::Options {
         clock: Arc::new(wall_clock),
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
-        space_wait: SPACE_WAIT,
+        space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
     let (closing, closing_seen) = watch::channel(false);
@@ -325,16 +328,16 @@ fn assemble(
         handle.clone(),
         closing_seen.clone(),
     );
-    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(core_options.read_deadline));
+    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(config.read_timeout));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
     let mut tasks = JoinSet::new();
-    let engine = match shipping {
+    let (engine, reconciler) = match shipping {
         None => {
             vfs.set_read_only("mounted read-only");
             fleet.start();
-            None
+            (None, None)
         }
         Some(shipping) => {
             let level = match volume.compression {
@@ -387,8 +390,26 @@ fn assemble(
                 let blocks = Arc::clone(&blocks);
                 move || blocks.space.staged() > blocks.space.limit() / 2
             };
-            tasks.spawn_on(Arc::clone(&fleet).trim(short, raised(closing_seen)), handle);
-            Some(engine)
+            tasks.spawn_on(Arc::clone(&fleet).trim(short, raised(closing_seen.clone())), handle);
+            let settings = reconcile::Settings {
+                deep_every: config.scrub_interval,
+                check_every: config.check_interval,
+                attention: core_options.attention.0,
+                retry: core_options.attention.1,
+                rate: config.scrub_rate,
+            };
+            let catalog = Tables { journal: Arc::clone(&journal), staging: Arc::clone(&staging) };
+            let reconciler = Reconciler::start(
+                settings,
+                Arc::clone(&fleet.roster),
+                shipping.identity,
+                shipping.fence,
+                Arc::new(catalog),
+                staging,
+                handle.clone(),
+                closing_seen,
+            );
+            (Some(engine), Some(reconciler))
         }
     };
     let (stop_commits, stopped) = mpsc::channel::<()>();
@@ -407,6 +428,7 @@ fn assemble(
         journal,
         engine,
         tenure,
+        reconciler,
         handle: handle.clone(),
         closing,
         tasks: Mutex::new(tasks),

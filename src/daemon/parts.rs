@@ -37,8 +37,10 @@ pub(super) struct Parts {
     pub notes: Vec<String>,
 }
 
-/// Disk space kept back so that a full disk still lets the journal open.
-const BALLAST: u64 = 8 << 20;
+/// Disk space kept back so that a full disk still lets the journal open and begin a new file.
+const BALLAST: u64 = 32 << 20;
+/// With less disk than this the ballast is given up, and none is laid aside.
+const SCARCE: u64 = 48 << 20;
 
 /// Where the journal's data hook finds the slot file, which is opened after it.
 pub(super) type SlotCell = Arc<OnceLock<Arc<SlotFile>>>;
@@ -49,24 +51,26 @@ fn open_journal(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Ope
     Journal::open(journal::Options::new(state.path(), Arc::new(sync)))
 }
 
-/// Opens the journal; when the disk is full, gives up the ballast first.
+/// Opens the journal; when the disk is full, gives up the ballast first. Lays it aside again when there is plenty.
 pub(super) fn open_with_ballast(
     state: &StateDir,
     slots: &SlotCell,
 ) -> Result<(Arc<Journal>, Opened), JournalError> {
     let ballast = state.path().join("ballast");
-    let opened = match open_journal(state, slots) {
-        Err(JournalError::Full { .. }) if ballast.exists() => {
-            log::warn!(
-                "the disk of the state folder is full; giving up {} to be able to start",
-                ballast.display()
-            );
-            let _ = fs::remove_file(&ballast);
-            open_journal(state, slots)
-        }
-        other => other,
+    let free = || {
+        let disk = rustix::fs::statvfs(state.path());
+        disk.map_or(u64::MAX, |d| d.f_bavail.saturating_mul(d.f_frsize))
     };
-    if opened.is_ok() && !ballast.exists() {
+    if free() < SCARCE && ballast.exists() {
+        log::warn!(
+            "the disk of the state folder is full; giving up {} to be able to start",
+            ballast.display()
+        );
+        let _ = fs::remove_file(&ballast);
+    }
+    let opened = open_journal(state, slots);
+    let laid_aside = fs::metadata(&ballast).map_or(0, |m| m.len());
+    if opened.is_ok() && laid_aside < BALLAST && free() >= BALLAST + 2 * SCARCE {
         let filled = fs::File::create(&ballast).and_then(|f| {
             use std::os::fd::AsRawFd;
             // SAFETY: the descriptor is open; fallocate touches no memory of ours.
@@ -144,6 +148,7 @@ pub(super) async fn open(
     let blocks =
         BlockStore::open(&state.slots(), local.volume.block_size, config.cache_size, Arc::clone(&journal))
             .map_err(|e| Error::new(Exit::Failure, e.to_string()))?;
+    blocks.space.set_free_ratio(config.free_space_ratio);
     let _ = slots.set(Arc::clone(blocks.slots()));
     let mark = sealed_mark(&journal)?;
     journal.release(mark.lsn);

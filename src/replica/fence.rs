@@ -182,6 +182,24 @@ pub(super) async fn look(replica: &Replica, identity: &Identity) -> Result<(), A
     if higher.is_empty() { Ok(()) } else { Err(taken_over(replica, identity, &higher).await) }
 }
 
+/// Looks, with one request, for another writer, and raises the signal when there is one. The error says why nothing can be said.
+pub async fn look_for_rivals(
+    replica: &Replica,
+    identity: &Identity,
+    fence: &Fence,
+) -> Result<Option<Fenced>, String> {
+    match look(replica, identity).await {
+        Ok(()) => Ok(None),
+        Err(AttachError::Fenced(fenced)) => {
+            fence.raise((*fenced).clone());
+            Ok(Some(*fenced))
+        }
+        Err(AttachError::Store(e)) => Err(e.to_string()),
+        Err(AttachError::Foreign(e)) => Err(e.to_string()),
+        Err(AttachError::Local(text)) => Err(text),
+    }
+}
+
 /// The most claims above ours that are read; there is hardly ever more than one.
 const READ_CLAIMS: usize = 16;
 

@@ -78,6 +78,12 @@ pub struct ReplicaStatus {
     pub last_error: Option<LastError>,
     /// Bytes sent per second, averaged over the last seconds.
     pub upload_rate: f64,
+    /// Bytes per second that may be sent now; none is no limit.
+    #[serde(default)]
+    pub upload_limit: Option<u64>,
+    /// Bytes per second that may be received now; none is no limit.
+    #[serde(default)]
+    pub download_limit: Option<u64>,
     /// Objects shipped since the start.
     pub uploaded_objects: u64,
     /// Their bytes.
@@ -152,10 +158,17 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// How often it was found to be what it should be.
+    attachments: AtomicU64,
+    /// Something failed since the last time that was asked.
+    outage: AtomicBool,
+    attention: AtomicBool,
     /// It is being filled for the first time.
     joining: AtomicBool,
     recheck: Notify,
     damaged: Notify,
+    /// The newest checkpoint that it has, or will not be sent.
+    checkpoint: AtomicU64,
     /// Everything up to here was there when, later, no other writer was to be seen.
     confirmed: tokio::sync::Mutex<SegmentNo>,
 }
@@ -172,9 +185,13 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            attachments: AtomicU64::new(0),
+            outage: AtomicBool::new(false),
+            attention: AtomicBool::new(false),
             joining: AtomicBool::new(false),
             recheck: Notify::new(),
             damaged: Notify::new(),
+            checkpoint: AtomicU64::new(0),
             confirmed: tokio::sync::Mutex::default(),
         }
     }
@@ -237,7 +254,35 @@ impl Replica {
     }
 
     pub(super) fn set_attached(&self, attached: bool) {
+        if attached {
+            self.attachments.fetch_add(1, Ordering::Relaxed);
+        }
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// How often the shipper has looked at it from the beginning and found it in order.
+    #[must_use]
+    pub fn attachments(&self) -> u64 {
+        self.attachments.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_outage(&self) {
+        self.outage.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks for a look at what it holds.
+    pub fn call_attention(&self) {
+        self.attention.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a look was asked for since the last call.
+    pub fn attention_called(&self) -> bool {
+        self.attention.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether it failed since the last call.
+    pub fn came_back(&self) -> bool {
+        self.outage.swap(false, Ordering::Relaxed)
     }
 
     /// Whether it is being filled for the first time. Until that is over, `fsync` does not count it, and nothing is kept on the local
@@ -264,6 +309,16 @@ impl Replica {
     /// Returns when a damaged place is noted; at once when that happened since the last call.
     pub async fn damage_noted(&self) {
         self.damaged.notified().await;
+    }
+
+    /// The newest checkpoint that it has or does not wait for; 0 when none is known of.
+    #[must_use]
+    pub fn checkpoint(&self) -> SegmentNo {
+        SegmentNo(self.checkpoint.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_checkpoint(&self, number: SegmentNo) {
+        self.checkpoint.store(number.0, Ordering::Relaxed);
     }
 
     /// The mark of `fence::confirm`; held while looking, so that who waits shares the look.
@@ -405,6 +460,7 @@ impl Replica {
         prune(&mut told.uploads);
         let sent: u64 = told.uploads.iter().map(|(_, b)| b).sum();
         let (read_latency, read_rate) = health.speed();
+        let (upload_limit, download_limit) = self.store.rates();
         ReplicaStatus {
             name: self.name().clone(),
             url: self.store.url().to_owned(),
@@ -415,6 +471,8 @@ impl Replica {
             lag_seconds: if backlog.segments == 0 { 0.0 } else { (now - backlog.oldest_cut_at).max(0.0) },
             last_error: told.last_error.clone(),
             upload_rate: sent as f64 / METER.as_secs_f64(),
+            upload_limit,
+            download_limit,
             uploaded_objects: told.uploaded_objects,
             uploaded_bytes: told.uploaded_bytes,
             read_latency,

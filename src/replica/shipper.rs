@@ -153,6 +153,7 @@ impl Shipper {
                     return;
                 }
                 End::Again(wait) => {
+                    self.replica.set_outage();
                     failures = failures.saturating_add(1);
                     let wait = wait.max(backoff(failures, jitter()));
                     let woken = async {
@@ -223,6 +224,7 @@ impl Shipper {
         let most = self.replica.store().limits().in_flight;
         let mut plan = ShipPlan::new(attached.cursor, most, self.tuning.in_flight_bytes);
         let mut checkpoint = Checkpoints { there: attached.checkpoint, in_flight: false };
+        self.replica.set_checkpoint(checkpoint.there);
         let (began, mut looked) = (Instant::now(), LastLook::new(attached.looked, &self.replica));
         // Tasks of their own: they go on while this one looks into the outbox or at the fence.
         let mut jobs: JoinSet<Done> = JoinSet::new();
@@ -311,12 +313,14 @@ impl Shipper {
                 match result {
                     Ok(arrived) => {
                         checkpoint.there = staged.number;
+                        self.replica.set_checkpoint(staged.number);
                         arrived
                     }
                     // It is only a shortcut for restores: segments go on, the next checkpoint will be sent.
                     Err(SendError::Source(text)) => {
                         log::warn!("replica {}: {text}", self.replica.name());
                         checkpoint.there = staged.number;
+                        self.replica.set_checkpoint(staged.number);
                         return None;
                     }
                     Err(e) => return Some(e),
