@@ -50,6 +50,7 @@ struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Command {
     Init(init::Args),
     Mount(mount::Args),
