@@ -99,10 +99,10 @@ pub struct Core {
     pub(super) journal: Arc<Journal>,
     /// None in a read-only mount.
     pub(super) engine: Option<Arc<Engine>>,
-    /// None in a read-only mount.
-    pub(super) tenure: Option<Tenure>,
     /// Looks after the replicas; none in a read-only mount.
     pub reconciler: Option<Arc<Reconciler>>,
+    /// None in a read-only mount.
+    pub(super) tenure: Option<Tenure>,
     handle: Handle,
     closing: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
@@ -427,8 +427,8 @@ fn assemble(
         fsync: fsync_name(config.fsync),
         journal,
         engine,
-        tenure,
         reconciler,
+        tenure,
         handle: handle.clone(),
         closing,
         tasks: Mutex::new(tasks),
