@@ -30,11 +30,12 @@ fn without_a_replica_what_is_missing_is_named() {
     let v = &machine.v;
     let m = v.mount();
     // More than the cache holds: of the first one nothing is here any more.
-    let old = Content::new(seed | 3).take(5 << 20);
+    let noise = |n: u64| Content::new((seed & !3).wrapping_add(4 * n));
+    let old = noise(0).take(5 << 20);
     fs::write(m.path("evicted"), &old).unwrap();
     fs::create_dir(m.path("dir")).unwrap();
     for i in 0..3 {
-        fs::write(m.path(format!("dir/{i}")), Content::new(seed | 3).take(8 << 20)).unwrap();
+        fs::write(m.path(format!("dir/{i}")), noise(i + 1).take(8 << 20)).unwrap();
         m.sync();
     }
     // Changed while nothing can be reached: in the middle of a block, and at the end.
@@ -56,6 +57,8 @@ fn without_a_replica_what_is_missing_is_named() {
     let gone = fs::File::create(m.path("gone")).unwrap();
     gone.write_all_at(&[1; 10_000], 0).unwrap();
     fs::remove_file(m.path("gone")).unwrap();
+    // Durable here, all of it.
+    fs::File::open(m.root()).unwrap().sync_all().unwrap();
     let state = v.path("state");
     let (state_word, to) = (state.to_str().unwrap(), v.path("saved"));
     machine.salvage(&to, &[]).with_code(IN_USE).says(&["in use by another daemon"]);
