@@ -47,6 +47,7 @@ pub(crate) fn sample_status() -> Status {
             read_latency: None,
             read_rate: None,
             damages: 0,
+            joining: false,
             requests: Requests::default(),
         }],
     }

@@ -4,13 +4,18 @@
 
 mod backend;
 mod checkpoints;
+mod core;
 mod fleet;
+mod members;
 mod open;
 mod parts;
 mod rebuild;
 mod restore;
 mod serve;
 mod state;
+
+pub use self::core::{Core, CoreOptions, StoreMaker};
+pub use fleet::Fleet;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -61,6 +61,16 @@ fn failed(what: &str, path: &Path, e: &io::Error) -> Error {
     Error::new(Exit::Failure, format!("cannot {what} {}: {e}", path.display()))
 }
 
+/// Replaces a small file of a state folder, for its owner only, so that a crash leaves the old one or the new one.
+pub(super) fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
 impl StateDir {
     /// Makes the folder if need be and locks it.
     pub fn lock(dir: &Path) -> Result<Self, Error> {
@@ -145,23 +155,23 @@ impl StateDir {
 
     /// Completes or changes the state: from now on the folder counts.
     pub fn write(&self, local: &Local) -> Result<(), Error> {
-        let path = self.dir.join("state.json");
-        let write = || -> io::Result<()> {
-            let temporary = self.dir.join("state.json.new");
-            let mut file =
-                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(&serde_json::to_vec_pretty(local)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(&self.dir)?.sync_all()
-        };
-        write().map_err(|e| failed("write", &path, &e))
+        let written = serde_json::to_vec_pretty(local)
+            .map_err(io::Error::from)
+            .and_then(|bytes| write_durably(&self.dir, "state.json", &bytes));
+        written.map_err(|e| failed("write", &self.dir.join("state.json"), &e))
     }
 
     /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
     pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
-        const KEEP: [&str; 6] =
-            ["LOCK", "replicas", "daemon.log", "daemon.log.old", "ballast", crate::control::SOCKET];
+        const KEEP: [&str; 7] = [
+            "LOCK",
+            "replicas",
+            super::members::FILE,
+            "daemon.log",
+            "daemon.log.old",
+            "ballast",
+            crate::control::SOCKET,
+        ];
         let free = |n: u32| {
             let suffix = if n == 0 { String::new() } else { format!("-{n}") };
             self.dir.join(format!("quarantine-{label}{suffix}"))

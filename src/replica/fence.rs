@@ -12,6 +12,7 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 use super::attach::{AttachError, Identity};
+use super::roster::Roster;
 use super::shared::Replica;
 use super::volume::{self, VolumeError};
 use crate::format::names::{EPOCHS, ObjectName};
@@ -160,25 +161,40 @@ pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epoch: Ep
     AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason }))
 }
 
-/// Returns when at least `needed` of `replicas` hold everything up to `segment` and each of them, looked at *after* it had stored that,
-/// showed no other writer. Whoever takes over later therefore finds the segment. One small request per replica and group of segments,
-/// shared by all who wait. Waits as long as it takes: bound it from outside.
+/// Returns when enough replicas hold everything up to `segment` and each of them, looked at *after* it had stored that, showed no
+/// other writer. `needed` says how many out of how many (those that are being filled for the first time not counted) that is; it is asked
+/// again when the list changes. Whoever takes over later therefore finds the segment. One small request per replica and group of
+/// segments, shared by all who wait. Waits as long as it takes: bound it from outside.
 pub async fn confirm(
-    replicas: &[Arc<Replica>],
+    roster: &Roster,
     identity: &Identity,
     fence: &Fence,
     segment: SegmentNo,
-    needed: usize,
+    needed: impl Fn(usize) -> usize,
 ) -> Result<(), Fenced> {
-    let mut waiting: FuturesUnordered<_> =
-        replicas.iter().map(|r| confirm_one(r, identity, fence, segment)).collect();
-    for _ in 0..needed {
-        match waiting.next().await {
-            Some(confirmed) => confirmed?,
-            None => break,
+    let mut changes = roster.watch();
+    loop {
+        changes.mark_unchanged();
+        let voters = roster.voters();
+        let enough = async {
+            let mut waiting: FuturesUnordered<_> =
+                voters.iter().map(|r| confirm_one(r, identity, fence, segment)).collect();
+            for _ in 0..needed(voters.len()) {
+                match waiting.next().await {
+                    Some(confirmed) => confirmed?,
+                    None => break,
+                }
+            }
+            Ok(())
+        };
+        tokio::select! {
+            done = enough => {
+                done?;
+                return fence.seen().map_or(Ok(()), Err);
+            }
+            _ = changes.changed() => {}
         }
     }
-    fence.seen().map_or(Ok(()), Err)
 }
 
 async fn confirm_one(

@@ -12,6 +12,7 @@ pub mod health;
 mod pace;
 pub mod read_plan;
 mod reader;
+mod roster;
 mod shared;
 pub mod ship_plan;
 mod shipper;
@@ -27,6 +28,7 @@ pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged
 pub use error::{ErrorKind, StoreError};
 pub use fence::{Fence, FenceReason, Fenced, confirm};
 pub use reader::{DEADLINE, Local, Reader};
+pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};
 pub use shipper::{Shipper, Tuning, status};
 pub use store::{Conditional, Created, Limits, ObjectInfo, Requests, Store};

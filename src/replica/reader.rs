@@ -22,6 +22,7 @@ use super::contract::{FetchError, FrameSource};
 use super::error::{ErrorKind, StoreError};
 use super::health::{self, Event, HealthState};
 use super::read_plan::{Answer, Span, Verdict, verdict};
+use super::roster::Roster;
 use super::shared::{Damage, DamageKind, Replica, jitter};
 use crate::format::frame;
 use crate::format::names::ObjectName;
@@ -45,7 +46,7 @@ pub struct Reader {
 }
 
 struct Shared {
-    replicas: Vec<Arc<Replica>>,
+    replicas: Arc<Roster>,
     local: Option<Local>,
     closing: watch::Receiver<bool>,
 }
@@ -73,7 +74,7 @@ impl Reader {
     /// A reader over `replicas`; `local` finds segments that are still on local disk.
     #[must_use]
     pub fn new(
-        replicas: Vec<Arc<Replica>>,
+        replicas: Arc<Roster>,
         local: Option<Local>,
         runtime: Handle,
         closing: watch::Receiver<bool>,
@@ -283,12 +284,13 @@ impl Shared {
 
     /// Asks the replicas for a span, best first: the next one when one fails, and one more when the last is late.
     async fn ask_all(&self, span: &Span) -> Result<Intact, Vec<Miss>> {
-        let healths: Vec<_> = self.replicas.iter().map(|r| r.health()).collect();
+        let replicas = self.replicas.all();
+        let healths: Vec<_> = replicas.iter().map(|r| r.health()).collect();
         let mut order = health::order(&healths, span.len, Instant::now());
         // Those that are known to be behind the segment come last, but they are asked: a cursor may lag the truth.
-        order.sort_by_key(|i| self.replicas.get(*i).is_none_or(|r| r.cursor() < span.segment));
+        order.sort_by_key(|i| replicas.get(*i).is_none_or(|r| r.cursor() < span.segment));
         let mut order =
-            order.into_iter().filter_map(|i| Some((self.replicas.get(i)?, healths.get(i)?))).peekable();
+            order.into_iter().filter_map(|i| Some((replicas.get(i)?, healths.get(i)?))).peekable();
         let mut asked = FuturesUnordered::new();
         let mut pending: Vec<(&Arc<Replica>, Instant)> = Vec::new();
         let mut misses = Vec::new();

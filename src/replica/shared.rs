@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::contract::Backlog;
 use super::error::{ErrorKind, StoreError};
@@ -88,6 +88,9 @@ pub struct ReplicaStatus {
     pub read_rate: Option<f64>,
     /// Damaged or missing places met while reading.
     pub damages: u64,
+    /// Whether it is being filled for the first time.
+    #[serde(default)]
+    pub joining: bool,
     /// What was asked of it.
     pub requests: Requests,
 }
@@ -149,6 +152,10 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// It is being filled for the first time.
+    joining: AtomicBool,
+    recheck: Notify,
+    damaged: Notify,
     /// Everything up to here was there when, later, no other writer was to be seen.
     confirmed: tokio::sync::Mutex<SegmentNo>,
 }
@@ -165,6 +172,9 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            joining: AtomicBool::new(false),
+            recheck: Notify::new(),
+            damaged: Notify::new(),
             confirmed: tokio::sync::Mutex::default(),
         }
     }
@@ -228,6 +238,32 @@ impl Replica {
 
     pub(super) fn set_attached(&self, attached: bool) {
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// Whether it is being filled for the first time. Until that is over, `fsync` does not count it, and nothing is kept on the local
+    /// disk for its sake.
+    #[must_use]
+    pub fn is_joining(&self) -> bool {
+        self.joining.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is being filled for the first time.
+    pub fn set_joining(&self, joining: bool) {
+        self.joining.store(joining, Ordering::Relaxed);
+    }
+
+    /// Has the shipper look at the replica anew, as after a failure: something there is not as it was.
+    pub fn recheck(&self) {
+        self.recheck.notify_one();
+    }
+
+    pub(super) async fn recheck_asked(&self) {
+        self.recheck.notified().await;
+    }
+
+    /// Returns when a damaged place is noted; at once when that happened since the last call.
+    pub async fn damage_noted(&self) {
+        self.damaged.notified().await;
     }
 
     /// The mark of `fence::confirm`; held while looking, so that who waits shares the look.
@@ -331,6 +367,8 @@ impl Replica {
         if told.damages.len() < MOST_DAMAGES {
             told.damages.push_back(damage);
         }
+        drop(told);
+        self.damaged.notify_one();
     }
 
     /// The damaged places met so far, for repair to begin with.
@@ -382,6 +420,7 @@ impl Replica {
             read_latency,
             read_rate,
             damages: self.damage_count.load(Ordering::Relaxed),
+            joining: self.is_joining(),
             requests: self.store.requests(),
         }
     }

@@ -23,6 +23,7 @@ use super::attach::{self, AttachError, Attached, Identity};
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
 use super::fence::{self, Fence, FenceReason, Fenced};
 use super::health::{Event, backoff};
+use super::roster::Roster;
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
 use super::transfer::{self, SendError};
@@ -63,7 +64,7 @@ pub struct Shipper {
     /// The replica.
     pub replica: Arc<Replica>,
     /// All replicas of the volume, from which missing bytes are taken; this one among them does no harm.
-    pub peers: Vec<Arc<Replica>>,
+    pub peers: Arc<Roster>,
     /// What there is to send.
     pub outbox: Arc<dyn Outbox>,
     /// Where the cursor is kept.
@@ -138,6 +139,7 @@ impl Shipper {
                         tokio::select! {
                             () = closed(&mut self.closing) => {}
                             _ = fence.raised() => {}
+                            () = self.replica.recheck_asked() => {}
                         }
                     };
                     let _ = tokio::time::timeout(wait, woken).await;
@@ -249,6 +251,10 @@ impl Shipper {
                     None
                 }
                 _ = paused.changed(), if ending.is_none() => None,
+                () = self.replica.recheck_asked(), if ending.is_none() => {
+                    ending = Some(End::Recheck);
+                    None
+                }
                 () = tokio::time::sleep(self.tuning.recheck_every / 10) => None,
             };
             // What else is in flight is seen through; then everything begins with a new look at the replica. One outage counts
@@ -342,7 +348,7 @@ impl Shipper {
     /// Segments that the outbox knows nothing of any more, as the peers list them.
     async fn unstaged(&self, after: SegmentNo, last: SegmentNo) -> Result<Vec<Staged>, End> {
         let mut listed = BTreeMap::new();
-        for peer in self.peers.iter().filter(|p| p.name() != self.replica.name()) {
+        for peer in self.peers.all().iter().filter(|p| p.name() != self.replica.name()) {
             match attach::list_segments(peer.store()).await {
                 Ok(segments) => listed.extend(segments),
                 Err(e) => peer.note_error(&e),
@@ -371,7 +377,7 @@ impl Shipper {
     }
 
     fn job(&self, staged: Staged, listed: bool) -> impl Future<Output = Done> + Send + use<> {
-        let (replica, peers) = (Arc::clone(&self.replica), self.peers.clone());
+        let (replica, peers) = (Arc::clone(&self.replica), self.peers.all());
         let volume = self.identity.volume.volume;
         async move {
             match staged.kind {

@@ -51,7 +51,7 @@ fn object() -> String {
 impl Bench {
     fn reader(&self) -> Reader {
         let handle = self.runtime.handle().clone();
-        Reader::new(self.replicas.clone(), None, handle, self.closing.subscribe())
+        Reader::new(Roster::new(self.replicas.clone()), None, handle, self.closing.subscribe())
             .with_deadline(Duration::from_secs(2))
     }
 
@@ -265,7 +265,8 @@ fn staged_segments_are_read_locally_and_a_damaged_one_is_not_believed() {
     let path = file.clone();
     let local: Local = Arc::new(move |loc: &FrameLoc| (loc.segment == SegmentNo(1)).then(|| path.clone()));
     let handle = bench.runtime.handle().clone();
-    let reader = Reader::new(bench.replicas.clone(), Some(local), handle, bench.closing.subscribe());
+    let reader =
+        Reader::new(Roster::new(bench.replicas.clone()), Some(local), handle, bench.closing.subscribe());
     assert_eq!(bench.get(&reader, 0).unwrap(), bench.blocks[0]);
     assert_eq!(bench.faults[0].calls(Op::Get), 0);
     let mut bad = bench.segment.clone();

@@ -56,7 +56,7 @@ impl Bench {
     fn start(&self, i: usize) -> tokio::task::JoinHandle<()> {
         let shipper = Shipper {
             replica: Arc::clone(&self.replicas[i]),
-            peers: self.replicas.clone(),
+            peers: Roster::new(self.replicas.clone()),
             outbox: self.outbox.clone(),
             cursors: self.cursors.clone(),
             identity: Arc::clone(&self.identity),
@@ -394,7 +394,8 @@ async fn a_store_counts_when_a_later_look_shows_no_other_writer() {
     let mut bench = Bench::new(&["a", "b"]);
     bench.tuning.fence_every = Duration::from_secs(3600);
     let _tasks = [bench.start(0), bench.start(1)];
-    let confirmed = |n| confirm(&bench.replicas, &bench.identity, &bench.fence, SegmentNo(n), 2);
+    let roster = Roster::new(bench.replicas.clone());
+    let confirmed = |n| confirm(&roster, &bench.identity, &bench.fence, SegmentNo(n), |_| 2);
     bench.outbox.seal(1, 10);
     let lists = || bench.faults[0].calls(Op::List);
     bench.reaches(0, 1).await;
