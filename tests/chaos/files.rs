@@ -36,18 +36,18 @@ impl Files<'_> {
     /// Does one operation. Gives its name too.
     pub fn step(&mut self) -> (&'static str, Did) {
         match self.rng.random_range(0..100) {
-            0..20 => ("create", self.create()),
-            20..38 => ("write", self.write()),
-            38..42 => ("truncate", self.truncate()),
-            42..46 => ("punch", self.punch()),
-            46..50 => ("copy", self.copy()),
-            50..55 => ("mkdir", self.mkdir()),
-            55..63 => ("remove", self.remove()),
-            63..71 => ("rename", self.rename()),
-            71..74 => ("link", self.link()),
-            74..76 => ("symlink", self.symlink()),
-            76..80 => ("attributes", self.attributes()),
-            80..84 => ("fsync", self.fsync()),
+            0..18 => ("create", self.create()),
+            18..32 => ("write", self.write()),
+            32..36 => ("truncate", self.truncate()),
+            36..40 => ("punch", self.punch()),
+            40..44 => ("copy", self.copy()),
+            44..49 => ("mkdir", self.mkdir()),
+            49..57 => ("remove", self.remove()),
+            57..65 => ("rename", self.rename()),
+            65..68 => ("link", self.link()),
+            68..70 => ("symlink", self.symlink()),
+            70..74 => ("attributes", self.attributes()),
+            74..78 => ("fsync", self.fsync()),
             _ => ("read", self.read()),
         }
     }

@@ -78,15 +78,15 @@ pub fn sicken(site: &Site, rng: &mut ChaCha8Rng) -> &'static str {
     }
 }
 
-/// Damages what a replica holds. `past` is what it held once.
-pub fn damage(site: &Site, past: &Objects, rng: &mut ChaCha8Rng) -> &'static str {
+/// Damages what a replica holds: all of it, or also single objects. `past` is what it held once.
+pub fn damage(site: &Site, past: &Objects, single: bool, rng: &mut ChaCha8Rng) -> &'static str {
     let objects = site.memory.objects();
     let paths: Vec<&String> = objects.keys().collect();
     let some = |rng: &mut ChaCha8Rng| -> Vec<String> {
         let n = rng.random_range(1..=3);
         (0..n).filter_map(|_| paths.choose(rng).map(|p| (*p).clone())).collect()
     };
-    match rng.random_range(0..5) {
+    match rng.random_range(0..if single { 5 } else { 2 }) {
         0 => {
             site.memory.set(&Objects::new());
             "wiped"

@@ -53,7 +53,7 @@ impl Run {
 
     /// Everything.
     pub fn run(&mut self) {
-        for _ in 0..self.rng.random_range(2..=4) {
+        for _ in 0..self.rng.random_range(2..=5) {
             self.episode();
         }
         self.prove();
@@ -93,6 +93,11 @@ impl Run {
             if self.world.converge(Duration::from_millis(1500)) {
                 self.say("converged meanwhile", String::new());
                 self.troubled = false;
+                if self.once_in(2) {
+                    // Staged files go a moment later.
+                    std::thread::sleep(Duration::from_millis(250));
+                    self.world.core().blocks.drop_all_clean();
+                }
             }
         }
     }
@@ -130,7 +135,7 @@ impl Run {
                 let i = self.rng.random_range(0..self.past.len());
                 self.past[i] = self.world.sites[i].memory.objects();
             }
-            7 => self.harm(),
+            7 if REPAIRED => self.harm(),
             8 => self.heal(),
             _ => {}
         }
@@ -138,12 +143,9 @@ impl Run {
 
     /// Damages a replica that is not the keeper.
     fn harm(&mut self) {
-        if !REPAIRED {
-            return;
-        }
         let others: Vec<_> = (0..self.past.len()).filter(|i| *i != self.keeper).collect();
         let i = *others.choose(&mut self.rng).unwrap();
-        let how = harm::damage(&self.world.sites[i], &self.past[i], &mut self.rng);
+        let how = harm::damage(&self.world.sites[i], &self.past[i], REPAIRED, &mut self.rng);
         self.troubled = true;
         self.say(how, format!("r{i}"));
     }
