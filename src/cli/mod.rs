@@ -22,7 +22,9 @@ mod mount;
 mod mountpoint;
 mod output;
 mod progress;
+mod replica;
 mod restore;
+mod scrub;
 mod status;
 mod sync;
 mod umount;
@@ -53,6 +55,8 @@ enum Command {
     Umount(umount::Args),
     Sync(sync::Args),
     Status(status::Args),
+    Replica(replica::Args),
+    Scrub(scrub::Args),
     Restore(restore::Args),
     Version(version::Args),
 }
@@ -127,6 +131,8 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Umount(args) => umount::run(&args),
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Replica(args) => replica::run(args),
+        Command::Scrub(args) => scrub::run(args),
         Command::Restore(args) => restore::run(&args),
         Command::Version(args) => version::run(&args),
     }

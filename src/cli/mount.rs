@@ -48,6 +48,18 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME")]
     commit_interval: Option<String>,
 
+    /// Time between two deep scrubs of a replica, or off [env: MIRRORFS_SCRUB_INTERVAL] [default: 7d]
+    #[arg(long, value_name = "TIME")]
+    scrub_interval: Option<String>,
+
+    /// Time between two comparisons of a replica's names and sizes, or off [env: MIRRORFS_CHECK_INTERVAL] [default: 6h]
+    #[arg(long, value_name = "TIME")]
+    check_interval: Option<String>,
+
+    /// Bytes per second, per replica, of scrubs and repairs, or off [env: MIRRORFS_SCRUB_RATE] [default: off]
+    #[arg(long, value_name = "RATE")]
+    scrub_rate: Option<String>,
+
     #[command(flatten)]
     volume: VolumeArgs,
 
@@ -83,6 +95,9 @@ impl Args {
             ("fsync", &self.fsync),
             ("fsync_timeout", &self.fsync_timeout),
             ("commit_interval", &self.commit_interval),
+            ("scrub_interval", &self.scrub_interval),
+            ("check_interval", &self.check_interval),
+            ("scrub_rate", &self.scrub_rate),
         ] {
             args::set(&mut raw.flags, key, value.as_deref());
         }

@@ -4,7 +4,7 @@
 //! environment.
 
 /// Keys at the top of the file.
-pub const VOLUME_KEYS: [&str; 8] = [
+pub const VOLUME_KEYS: [&str; 11] = [
     "state",
     "cache_size",
     "block_size",
@@ -12,6 +12,9 @@ pub const VOLUME_KEYS: [&str; 8] = [
     "fsync",
     "fsync_timeout",
     "commit_interval",
+    "scrub_interval",
+    "check_interval",
+    "scrub_rate",
     "read_only",
 ];
 

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::reconcile::ScrubStatus;
 use crate::replica::{LastError, ReplicaState, ReplicaStatus, Requests};
 
 pub(crate) fn sample_status() -> Status {
@@ -120,6 +121,41 @@ impl Backend for Fake {
                     }
                     Ok(progress(0, None))
                 }
+            }
+        }
+        .boxed()
+    }
+
+    fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>> {
+        async {
+            sample_status()
+                .replicas
+                .into_iter()
+                .map(|status| ReplicaEntry { status, replaces: None })
+                .collect()
+        }
+        .boxed()
+    }
+
+    fn change_replicas(&self, request: ReplicaRequest) -> BoxFuture<'_, Result<Vec<ReplicaEntry>, Failure>> {
+        async move {
+            match request {
+                ReplicaRequest::Detach { name, .. } => Err(Failure::new(Exit::Usage, format!("no {name}"))),
+                _ => Ok(self.replicas().await),
+            }
+        }
+        .boxed()
+    }
+
+    fn scrubs(&self) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async { Ok(Vec::new()) }.boxed()
+    }
+
+    fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async move {
+            match command {
+                ScrubCommand::Start(request) if request.deep => Ok(Vec::new()),
+                _ => Err(Failure::new(Exit::Failure, "not that")),
             }
         }
         .boxed()

@@ -11,11 +11,13 @@ use tokio::sync::watch;
 
 use super::serve::Running;
 use crate::control::{
-    Backend, CacheStatus, Failure, ShutdownRequest, Status, SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest, Status,
+    SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
 use crate::ids::{Epoch, SegmentNo};
-use crate::replica::{Outbox, ReplicaState, ReplicaStatus};
+use crate::reconcile::{Reconciler, ScrubStatus};
+use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
@@ -77,6 +79,24 @@ impl Control {
         let message =
             "mounted read-only: what is not yet on the replicas is sent when it is mounted writable";
         Err(Failure::new(Exit::Failure, message))
+    }
+
+    fn reconciler(&self) -> Result<&Reconciler, Failure> {
+        self.0.core.reconciler.as_deref().ok_or_else(|| {
+            Failure::new(
+                Exit::Failure,
+                "mounted read-only: replicas are looked after only by a writable mount",
+            )
+        })
+    }
+
+    fn entries(&self) -> Vec<ReplicaEntry> {
+        let fleet = &self.0.core.fleet;
+        let entry = |status: ReplicaStatus| {
+            let replaces = fleet.joining(&status.name).flatten();
+            ReplicaEntry { status, replaces }
+        };
+        fleet.statuses().into_iter().map(entry).collect()
     }
 
     /// How far a sync is before there is a segment to wait for.
@@ -165,6 +185,57 @@ impl Backend for Control {
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
                 }
             }
+        }
+        .boxed()
+    }
+
+    fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>> {
+        async { self.entries() }.boxed()
+    }
+
+    fn change_replicas(&self, request: ReplicaRequest) -> BoxFuture<'_, Result<Vec<ReplicaEntry>, Failure>> {
+        async move {
+            let fleet = &self.0.core.fleet;
+            match request {
+                ReplicaRequest::Attach { name, url, options, replaces } => {
+                    let spec = ReplicaSpec::parse(name, &url, options, std::path::Path::new("/"))
+                        .map_err(|e| Failure::new(Exit::Usage, e.to_string()))?;
+                    if let Place::Folder(folder) = spec.place()
+                        && crate::config::overlap(self.0.core.state(), folder)
+                    {
+                        let text = format!(
+                            "replica {} and the state folder lie one within the other: choose another place",
+                            spec.name
+                        );
+                        return Err(Failure::new(Exit::Usage, text));
+                    }
+                    fleet.attach(spec, replaces).await?;
+                }
+                ReplicaRequest::Detach { name, force } => fleet.detach(&name, force).await?,
+                ReplicaRequest::Pause { name } => fleet.pause(&name, true).await?,
+                ReplicaRequest::Resume { name } => fleet.pause(&name, false).await?,
+            }
+            Ok(self.entries())
+        }
+        .boxed()
+    }
+
+    fn scrubs(&self) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async { Ok(self.reconciler()?.status()) }.boxed()
+    }
+
+    fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async move {
+            let reconciler = self.reconciler()?;
+            let done = match &command {
+                ScrubCommand::Start(request) => reconciler.begin(request),
+                ScrubCommand::Pause { replica } => reconciler.pause(replica.as_ref(), true),
+                ScrubCommand::Resume { replica } => reconciler.pause(replica.as_ref(), false),
+                ScrubCommand::Stop { replica } => reconciler.stop(replica.as_ref()),
+            };
+            done.map_err(|e| Failure::new(Exit::Usage, e))?;
+            reconciler.save().await;
+            Ok(reconciler.status())
         }
         .boxed()
     }

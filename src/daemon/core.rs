@@ -15,6 +15,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::catalog::Tables;
 use super::checkpoints::Checkpoints;
 use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::Members;
@@ -27,6 +28,7 @@ use crate::exit::Exit;
 use crate::format::volume::{Compression, Volume};
 use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
+use crate::reconcile::{self, Reconciler};
 use crate::replica::{self, Fence, FrameSource, Identity, Reader, Replica, ReplicaSpec, Store, Tuning};
 use crate::txg::{CutSource, Engine, EngineOptions, Sealer, Staging};
 use crate::vfs::types::VfsError;
@@ -57,6 +59,9 @@ pub struct CoreOptions {
     pub shipping: Tuning,
     /// How long a fetch may take.
     pub read_deadline: Duration,
+    /// Least time between two looks at a replica that something met elsewhere calls for, and the wait before one that failed is
+    /// tried again.
+    pub attention: (Duration, Duration),
 }
 
 impl Default for CoreOptions {
@@ -64,7 +69,12 @@ impl Default for CoreOptions {
         let make = |spec: &ReplicaSpec| {
             spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))
         };
-        Self { stores: Arc::new(make), shipping: Tuning::default(), read_deadline: replica::DEADLINE }
+        Self {
+            stores: Arc::new(make),
+            shipping: Tuning::default(),
+            read_deadline: replica::DEADLINE,
+            attention: (Duration::from_secs(60), Duration::from_secs(10)),
+        }
     }
 }
 
@@ -90,6 +100,8 @@ pub struct Core {
     pub(super) journal: Arc<Journal>,
     /// None in a read-only mount.
     pub(super) engine: Option<Arc<Engine>>,
+    /// Looks after the replicas; none in a read-only mount.
+    pub reconciler: Option<Arc<Reconciler>>,
     handle: Handle,
     closing: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
@@ -314,11 +326,11 @@ fn assemble(
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
     let mut tasks = JoinSet::new();
-    let engine = match shipping {
+    let (engine, reconciler) = match shipping {
         None => {
             vfs.set_read_only("mounted read-only");
             fleet.start();
-            None
+            (None, None)
         }
         Some(shipping) => {
             let level = match volume.compression {
@@ -371,8 +383,26 @@ fn assemble(
                 let blocks = Arc::clone(&blocks);
                 move || blocks.space.staged() > blocks.space.limit() / 2
             };
-            tasks.spawn_on(Arc::clone(&fleet).trim(short, raised(closing_seen)), handle);
-            Some(engine)
+            tasks.spawn_on(Arc::clone(&fleet).trim(short, raised(closing_seen.clone())), handle);
+            let settings = reconcile::Settings {
+                deep_every: config.scrub_interval,
+                check_every: config.check_interval,
+                attention: core_options.attention.0,
+                retry: core_options.attention.1,
+                rate: config.scrub_rate,
+            };
+            let catalog = Tables { journal: Arc::clone(&journal), staging: Arc::clone(&staging) };
+            let reconciler = Reconciler::start(
+                settings,
+                Arc::clone(&fleet.roster),
+                shipping.identity,
+                shipping.fence,
+                Arc::new(catalog),
+                staging,
+                handle.clone(),
+                closing_seen,
+            );
+            (Some(engine), Some(reconciler))
         }
     };
     let (stop_commits, stopped) = mpsc::channel::<()>();
@@ -390,6 +420,7 @@ fn assemble(
         fsync: fsync_name(config.fsync),
         journal,
         engine,
+        reconciler,
         handle: handle.clone(),
         closing,
         tasks: Mutex::new(tasks),

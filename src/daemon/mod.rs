@@ -3,6 +3,7 @@
 //! Owns the order in which things start and stop. The parts know nothing of each other but the traits they are given.
 
 mod backend;
+mod catalog;
 mod checkpoints;
 mod core;
 mod fleet;

@@ -150,6 +150,24 @@ pub(super) async fn look(replica: &Replica, identity: &Identity) -> Result<(), A
     }
 }
 
+/// Looks, with one request, for another writer, and raises the signal when there is one. The error says why nothing can be said.
+pub async fn look_for_rivals(
+    replica: &Replica,
+    identity: &Identity,
+    fence: &Fence,
+) -> Result<Option<Fenced>, String> {
+    match look(replica, identity).await {
+        Ok(()) => Ok(None),
+        Err(AttachError::Fenced(fenced)) => {
+            fence.raise((*fenced).clone());
+            Ok(Some(*fenced))
+        }
+        Err(AttachError::Store(e)) => Err(e.to_string()),
+        Err(AttachError::Foreign(e)) => Err(e.to_string()),
+        Err(AttachError::Local(text)) => Err(text),
+    }
+}
+
 /// The error for a claim that is listed: its name alone is enough to stop.
 pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epoch: Epoch) -> AttachError {
     let claim = match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {

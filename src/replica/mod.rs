@@ -26,7 +26,7 @@ pub mod volume;
 pub use attach::Identity;
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
-pub use fence::{Fence, FenceReason, Fenced, confirm};
+pub use fence::{Fence, FenceReason, Fenced, confirm, look_for_rivals};
 pub use reader::{DEADLINE, Local, Reader};
 pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};

@@ -152,6 +152,10 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// How often it was found to be what it should be.
+    attachments: AtomicU64,
+    /// Something failed since the last time that was asked.
+    outage: AtomicBool,
     /// It is being filled for the first time.
     joining: AtomicBool,
     recheck: Notify,
@@ -172,6 +176,8 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            attachments: AtomicU64::new(0),
+            outage: AtomicBool::new(false),
             joining: AtomicBool::new(false),
             recheck: Notify::new(),
             damaged: Notify::new(),
@@ -237,7 +243,25 @@ impl Replica {
     }
 
     pub(super) fn set_attached(&self, attached: bool) {
+        if attached {
+            self.attachments.fetch_add(1, Ordering::Relaxed);
+        }
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// How often the shipper has looked at it from the beginning and found it in order.
+    #[must_use]
+    pub fn attachments(&self) -> u64 {
+        self.attachments.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_outage(&self) {
+        self.outage.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it failed since the last call.
+    pub fn came_back(&self) -> bool {
+        self.outage.swap(false, Ordering::Relaxed)
     }
 
     /// Whether it is being filled for the first time. Until that is over, `fsync` does not count it, and nothing is kept on the local

@@ -133,6 +133,7 @@ impl Shipper {
                     return;
                 }
                 End::Again(wait) => {
+                    self.replica.set_outage();
                     failures = failures.saturating_add(1);
                     let wait = wait.max(backoff(failures, jitter()));
                     let woken = async {
