@@ -14,7 +14,7 @@ use crate::model::{Model, Picture};
 use crate::world::{PATIENCE, World};
 
 /// Whether somebody looks for damage to what replicas hold.
-const REPAIRED: bool = false;
+const REPAIRED: bool = true;
 
 /// How often what happened, over all seeds.
 pub type Counts = BTreeMap<&'static str, u64>;
@@ -212,6 +212,7 @@ impl Run {
     fn prove(&mut self) {
         self.heal();
         self.world.seal();
+        self.world.scrub();
         assert!(self.world.converge(PATIENCE), "replicas do not converge:\n{}", self.world.told());
         self.say("converged", String::new());
         self.world.core().blocks.drop_all_clean();

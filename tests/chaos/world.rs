@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use mirrorfs::config::{Config, Env, Layer, Raw};
 use mirrorfs::daemon::{Core, CoreOptions, Error};
+use mirrorfs::reconcile::{ScrubRequest, ScrubStatus};
 use mirrorfs::replica::fault::{Faults, Memory, Objects};
 use mirrorfs::replica::{Limits, ReplicaState, Tuning};
 use tokio::runtime::Runtime;
@@ -111,6 +112,8 @@ impl World {
         flags.set("block_size", "64KiB", "test");
         flags.set("cache_size", "64MiB", "test");
         flags.set("commit_interval", "100ms", "test");
+        flags.set("check_interval", "1s", "test");
+        flags.set("scrub_interval", "2s", "test");
         flags.set("read_only", if read_only { "true" } else { "false" }, "test");
         for site in self.sites.iter().filter(|s| with(&s.name)) {
             // The place is not used: stores are made by name.
@@ -144,6 +147,8 @@ impl World {
                 ..Tuning::default()
             },
             read_deadline: Duration::from_millis(if faulty { 400 } else { 20_000 }),
+            attention: (Duration::from_millis(50), Duration::from_millis(100)),
+            checkpoint_after: 3000,
         }
     }
 
@@ -169,6 +174,30 @@ impl World {
             std::thread::sleep(Duration::from_millis(2));
         }
         true
+    }
+
+    /// Has everything on every replica read and mended, until nothing is found any more; at most for [`PATIENCE`].
+    pub fn scrub(&self) {
+        let reconciler = self.core().reconciler.as_ref().unwrap();
+        let until = Instant::now() + PATIENCE;
+        loop {
+            reconciler.begin(&ScrubRequest { deep: true, ..ScrubRequest::default() }).unwrap();
+            let passes = loop {
+                let passes = reconciler.status();
+                if passes.iter().all(|p| p.done == p.asked) {
+                    break passes;
+                }
+                assert!(Instant::now() < until, "scrubs do not end: {passes:#?}\n{}", self.told());
+                std::thread::sleep(Duration::from_millis(2));
+            };
+            let is_clean = |p: &ScrubStatus| {
+                p.last.as_ref().is_some_and(|l| l.deep && l.error.is_none() && l.counters.bad == 0)
+            };
+            if passes.iter().all(is_clean) {
+                return;
+            }
+            assert!(Instant::now() < until, "scrubs mend not everything: {passes:#?}\n{}", self.told());
+        }
     }
 
     /// How the replicas do, for messages.
