@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::space::Disk;
 use crate::ids::Lsn;
 
 /// The slot file. Shared by every slot handed out.
@@ -125,10 +126,11 @@ impl SlotFile {
         Ok(ready.len())
     }
 
-    /// Bytes that this process may still write on the file's disk.
-    pub fn free_bytes(&self) -> io::Result<u64> {
+    /// The disk that the file lies on.
+    pub fn disk(&self) -> io::Result<Disk> {
         let fs = rustix::fs::fstatvfs(&self.file)?;
-        Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
+        let bytes = |blocks: u64| blocks.saturating_mul(fs.f_frsize);
+        Ok(Disk { free: bytes(fs.f_bavail), size: bytes(fs.f_blocks) })
     }
 
     /// Slots that wait in limbo.

@@ -3,7 +3,7 @@
 //! Owns the counters and the pure decision. Clean blocks never count against a writer: they are evicted for it. The
 //! allowance is a promise of the configuration; what the disk itself has left bounds it too, because others use it.
 
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -20,8 +20,23 @@ pub struct Space {
     free: AtomicU64,
     /// Bytes added since then.
     unmeasured: AtomicU64,
+    /// Share of the disk that stays free, as the bits of an `f64`.
+    free_ratio: AtomicU64,
+    /// What that was in bytes when the disk was measured last, at least [`RESERVE`].
+    keep_free: AtomicU64,
     /// Since when writers have been refused.
     full_since: Mutex<Option<Instant>>,
+    /// Whether somebody was told of it.
+    complained: AtomicBool,
+}
+
+/// A disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// What we may still take.
+    pub free: u64,
+    /// Its size.
+    pub size: u64,
 }
 
 /// May a writer go on?
@@ -58,18 +73,16 @@ pub fn admit(limit: u64, used: u64) -> Admission {
     Admission::After(SLOWEST.mul_f64((share - SLOW_FROM) / (1.0 - SLOW_FROM)))
 }
 
-/// Whether a writer may add bytes to a disk with `free` bytes, when `dirty` bytes have yet to be sealed (which takes as
-/// many again).
+/// Whether a writer may add bytes to a disk with `free` bytes, of which `keep` are to stay free, when `dirty` bytes have yet to be
+/// sealed (which takes as many again).
 #[must_use]
-pub fn admit_on_disk(free: u64, dirty: u64) -> Admission {
+pub fn admit_on_disk(free: u64, dirty: u64, keep: u64) -> Admission {
     let left = free.saturating_sub(dirty);
-    if left <= RESERVE {
-        return Admission::Full;
-    }
-    if left >= 2 * RESERVE {
+    let Some(above) = left.checked_sub(keep).filter(|a| *a > 0) else { return Admission::Full };
+    if above >= RESERVE {
         return Admission::Now;
     }
-    Admission::After(SLOWEST.mul_f64((2 * RESERVE - left) as f64 / RESERVE as f64))
+    Admission::After(SLOWEST.mul_f64((RESERVE - above) as f64 / RESERVE as f64))
 }
 
 impl Space {
@@ -82,8 +95,17 @@ impl Space {
             clean: AtomicI64::new(0),
             free: AtomicU64::new(u64::MAX),
             unmeasured: AtomicU64::new(0),
+            free_ratio: AtomicU64::new(0),
+            keep_free: AtomicU64::new(RESERVE),
             full_since: Mutex::new(None),
+            complained: AtomicBool::new(false),
         }
+    }
+
+    /// Sets the share of the disk, from 0 to 1, that is to stay free. It counts from the next measurement on.
+    pub fn set_free_ratio(&self, ratio: f64) {
+        self.free_ratio.store(ratio.to_bits(), Ordering::Relaxed);
+        self.note_written(MEASURE_EVERY);
     }
 
     /// The allowance in bytes.
@@ -116,13 +138,39 @@ impl Space {
         };
         if answer != Admission::Full {
             *self.full_since.lock() = None;
+            self.complained.store(false, Ordering::Relaxed);
         }
         answer
     }
 
+    /// Why there is no room, for the log; once for each time that it runs out.
+    pub fn complaint(&self) -> Option<String> {
+        if self.complained.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let waiting = self.dirty() + self.staged();
+        Some(if self.on_disk() == Admission::Full {
+            format!(
+                "writers get ENOSPC: the disk of the state folder has {} MiB left, of which {} MiB stay free (free_space_ratio) and {} \
+                 MiB are needed to seal what was written",
+                mib(self.free.load(Ordering::Relaxed)),
+                mib(self.keep_free.load(Ordering::Relaxed)),
+                mib(self.dirty())
+            )
+        } else {
+            format!(
+                "writers get ENOSPC: {} MiB that not every replica holds fill the allowance of {} MiB (cache_size)",
+                mib(waiting),
+                mib(self.limit())
+            )
+        })
+    }
+
     /// May content be added, as far as the disk goes?
     pub(super) fn on_disk(&self) -> Admission {
-        admit_on_disk(self.free.load(Ordering::Relaxed), self.dirty())
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        admit_on_disk(load(&self.free), self.dirty(), load(&self.keep_free))
     }
 
     /// Since when it has been full; from now on when it was not before.
@@ -140,10 +188,13 @@ impl Space {
         self.unmeasured.load(Ordering::Relaxed) >= MEASURE_EVERY || self.on_disk() != Admission::Now
     }
 
-    /// Tells how many bytes the disk has left.
-    pub fn measured(&self, free: u64) {
+    /// Tells what the disk is like.
+    pub fn measured(&self, disk: Disk) {
+        let ratio = f64::from_bits(self.free_ratio.load(Ordering::Relaxed));
+        let keep = (disk.size as f64 * ratio) as u64;
         self.unmeasured.store(0, Ordering::Relaxed);
-        self.free.store(free, Ordering::Relaxed);
+        self.keep_free.store(keep.max(RESERVE), Ordering::Relaxed);
+        self.free.store(disk.free, Ordering::Relaxed);
     }
 
     /// Tells that about `n` bytes were written that no counter here sees.
@@ -158,7 +209,8 @@ impl Space {
 
     /// Bytes of clean blocks to be given up so that the disk has room, `freeing` of them being on their way out already.
     pub fn shortage(&self, freeing: u64) -> u64 {
-        let wanted = self.dirty().saturating_add(2 * RESERVE);
+        let keep = self.keep_free.load(Ordering::Relaxed);
+        let wanted = self.dirty().saturating_add(keep).saturating_add(RESERVE);
         let coming = self.free.load(Ordering::Relaxed).saturating_add(freeing);
         wanted.saturating_sub(coming).min(self.clean())
     }
@@ -204,25 +256,52 @@ mod tests {
 
     #[test]
     fn the_disk_itself_bounds_writers() {
-        assert_eq!(admit_on_disk(u64::MAX, 1 << 40), Admission::Now);
-        assert_eq!(admit_on_disk(2 * RESERVE + 10, 10), Admission::Now);
-        assert!(matches!(admit_on_disk(2 * RESERVE, 10), Admission::After(_)));
-        assert_eq!(admit_on_disk(RESERVE + 10, 10), Admission::Full);
-        assert_eq!(admit_on_disk(5, 10), Admission::Full);
+        assert_eq!(admit_on_disk(u64::MAX, 1 << 40, RESERVE), Admission::Now);
+        assert_eq!(admit_on_disk(2 * RESERVE + 10, 10, RESERVE), Admission::Now);
+        assert!(matches!(admit_on_disk(2 * RESERVE, 10, RESERVE), Admission::After(_)));
+        assert_eq!(admit_on_disk(RESERVE + 10, 10, RESERVE), Admission::Full);
+        assert_eq!(admit_on_disk(5, 10, RESERVE), Admission::Full);
         let s = Space::new(u64::MAX);
         assert_eq!((s.admit(), s.shortage(0)), (Admission::Now, 0));
         s.add_clean(10 * RESERVE);
-        s.measured(RESERVE);
+        s.measured(Disk { free: RESERVE, size: 100 * RESERVE });
         assert_eq!(
             (s.admit(), s.shortage(0), s.shortage(RESERVE / 2)),
             (Admission::Full, RESERVE, RESERVE / 2)
         );
         assert!(s.is_measure_due() && !s.is_disk_full());
+        assert!(s.complaint().is_some_and(|c| c.contains("free_space_ratio")) && s.complaint().is_none());
         let since = s.full_since();
         assert_eq!(s.full_since(), since);
-        s.measured(4 * RESERVE);
+        s.measured(Disk { free: 4 * RESERVE, size: 100 * RESERVE });
         assert_eq!((s.admit(), s.shortage(0)), (Admission::Now, 0));
         assert!(s.full_since() > since, "a new shortage begins anew");
+    }
+
+    #[test]
+    fn a_share_of_the_disk_stays_free() {
+        let s = Space::new(u64::MAX);
+        s.set_free_ratio(0.1);
+        assert!(s.is_measure_due());
+        let size = 1000 * RESERVE;
+        s.add_clean(500 * RESERVE);
+        let mut last = Duration::ZERO;
+        // Clean blocks go as soon as writers are slowed, before they are refused.
+        for (free, full, short) in
+            [(102, false, 0), (101, false, 0), (100, true, RESERVE), (60, true, 41 * RESERVE)]
+        {
+            s.measured(Disk { free: free * RESERVE, size });
+            assert_eq!((s.admit() == Admission::Full, s.shortage(0)), (full, short), "{free}");
+        }
+        for part in [9, 5, 1] {
+            s.measured(Disk { free: 100 * RESERVE + part * RESERVE / 10, size });
+            let Admission::After(pause) = s.admit() else { panic!("not slowed") };
+            assert!(pause > last && pause <= SLOWEST);
+            last = pause;
+        }
+        assert!(!s.is_disk_full(), "names go on");
+        s.add_dirty(RESERVE);
+        assert_eq!(s.admit(), Admission::Full, "sealing takes as much again");
     }
 
     #[test]

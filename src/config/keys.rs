@@ -4,9 +4,12 @@
 //! environment.
 
 /// Keys at the top of the file.
-pub const VOLUME_KEYS: [&str; 11] = [
+pub const VOLUME_KEYS: [&str; 14] = [
     "state",
     "cache_size",
+    "free_space_ratio",
+    "space_wait",
+    "read_timeout",
     "block_size",
     "compression",
     "fsync",

@@ -111,6 +111,12 @@ pub struct Config {
     pub replicas: Vec<ReplicaSpec>,
     /// Bytes that blocks may take on local disk.
     pub cache_size: u64,
+    /// Share of the disk of the state folder that stays free, 0 to 0.9.
+    pub free_space_ratio: f64,
+    /// How long a writer waits for space before it gets `ENOSPC`.
+    pub space_wait: Duration,
+    /// How long a read waits for replicas before it gets `EIO`.
+    pub read_timeout: Duration,
     /// Bytes of a block, a power of two. Only for creating a volume: an existing one keeps its own.
     pub block_size: u32,
     /// Only for creating a volume.
@@ -216,6 +222,13 @@ impl Config {
             replicas,
             cache_size: merged
                 .get("cache_size", 10 << 30, |t| units::parse_size(t, CACHE_SIZES.0..=CACHE_SIZES.1))?,
+            free_space_ratio: merged.get("free_space_ratio", 0.05, free_space_ratio)?,
+            space_wait: merged.get("space_wait", Duration::from_secs(30), |t| {
+                units::parse_duration(t, Duration::ZERO..=Duration::from_secs(600))
+            })?,
+            read_timeout: merged.get("read_timeout", Duration::from_secs(30), |t| {
+                units::parse_duration(t, Duration::from_secs(1)..=Duration::from_secs(600))
+            })?,
             block_size: merged.get("block_size", 1 << 20, block_size)?,
             compression: merged.get("compression", Compression::default(), str::parse)?,
             fsync: merged.get("fsync", Fsync::default(), str::parse)?,
@@ -259,6 +272,15 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+/// The replicas that the sources name, for commands that can do without: none is no error.
+pub fn load_replicas(raw: &Raw, env: &Env) -> Result<Vec<ReplicaSpec>, ConfigError> {
+    let merged = Merged::read(raw, env)?;
+    match merged.replicas() {
+        [] => Ok(Vec::new()),
+        given => replicas::resolve(given, &merged.replica_options()),
     }
 }
 
@@ -344,6 +366,16 @@ fn block_size(text: &str) -> Result<u32, String> {
     match u32::try_from(size) {
         Ok(size) if size.is_power_of_two() => Ok(size),
         _ => Err(format!("{text:?} is not a power of two; use one, such as \"256KiB\" or \"1MiB\"")),
+    }
+}
+
+fn free_space_ratio(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(ratio) if (0.0..=0.9).contains(&ratio) => Ok(ratio),
+        Ok(_) => Err(format!("{text:?} is out of range; it must lie between 0 and 0.9")),
+        Err(_) => {
+            Err(format!("{text:?} is not a share of the disk; write a number from 0 to 0.9, such as 0.05"))
+        }
     }
 }
 

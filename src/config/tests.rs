@@ -24,6 +24,8 @@ fn defaults() {
     let config = load(&["/r/a"], &[]).unwrap();
     assert!(config.state.starts_with("/home/nobody-here/.local/state/mirrorfs"), "{:?}", config.state);
     assert_eq!(config.cache_size, 10 << 30);
+    assert!((config.free_space_ratio - 0.05).abs() < 1e-9);
+    assert_eq!((config.space_wait, config.read_timeout), (Duration::from_secs(30), Duration::from_secs(30)));
     assert_eq!(config.block_size, 1 << 20);
     assert_eq!(config.compression, Compression::Zstd);
     assert_eq!(config.fsync, Fsync::Local);
@@ -101,6 +103,22 @@ fn every_wrong_value_is_named_with_its_source() {
             "1000000",
             "--block-size: \"1000000\" is not a power of two; use one, such as \"256KiB\" or \"1MiB\"",
         ),
+        (
+            "free_space_ratio",
+            "0.95",
+            "--free-space-ratio: \"0.95\" is out of range; it must lie between 0 and 0.9",
+        ),
+        (
+            "free_space_ratio",
+            "5%",
+            "--free-space-ratio: \"5%\" is not a share of the disk; write a number from 0 to 0.9, such as 0.05",
+        ),
+        ("space_wait", "11m", "--space-wait: \"11m\" is out of range; it must lie between 0ms and 10m"),
+        (
+            "read_timeout",
+            "500ms",
+            "--read-timeout: \"500ms\" is out of range; it must lie between 1s and 10m",
+        ),
         ("compression", "gzip", "--compression: \"gzip\" is not a compression; use zstd or none"),
         ("fsync", "two", "--fsync: \"two\" is not a level of fsync; use local, one, quorum or all"),
         ("fsync_timeout", "0s", "--fsync-timeout: \"0s\" is out of range; it must lie between 1s and 1h"),
@@ -166,6 +184,16 @@ fn options_reach_the_replicas_of_any_source() {
     assert_eq!(config.replicas[0].options["region"], "strong");
     assert_eq!(config.replicas[0].options["endpoint"], "https://h:1");
     assert!(config.replicas[1].options.is_empty());
+
+    let environment2 = env(&[
+        ("MIRRORFS_REPLICA", "c=/r"),
+        ("MIRRORFS_REPLICA_OPTION", "upload_limit=08:00,1MiB;23:00,off reads_in_flight=3"),
+        ("MIRRORFS_FREE_SPACE_RATIO", "0"),
+    ]);
+    let limited = Config::load(&Raw::default(), &environment2).unwrap();
+    assert!(limited.free_space_ratio == 0.0 && limited.replicas[0].limits.reads_in_flight == 3);
+    let noon = crate::replica::limit::WeekMinute::new(2, 12, 0);
+    assert_eq!(limited.replicas[0].upload_limit.at(noon), Some(1 << 20));
 
     raw.flags.add_replica_option("aa.region=x", "--replica-option").unwrap();
     let error = Config::load(&raw, &environment).unwrap_err().to_string();

@@ -32,6 +32,7 @@ pub(crate) fn sample_status() -> Status {
         cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
         read_only: None,
+        fenced: None,
         sealing_error: None,
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
@@ -43,6 +44,8 @@ pub(crate) fn sample_status() -> Status {
             lag_seconds: 0.0,
             last_error: Some(LastError { text: "broken".into(), kind: None, at: 2.5 }),
             upload_rate: 0.5,
+            upload_limit: Some(1 << 20),
+            download_limit: None,
             uploaded_objects: 1,
             uploaded_bytes: 6,
             read_latency: None,

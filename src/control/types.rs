@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
 use crate::reconcile::ScrubStatus;
-use crate::replica::ReplicaStatus;
+use crate::replica::{FenceNote, ReplicaStatus};
 
 use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
 
@@ -45,6 +45,9 @@ pub struct Status {
     pub fsync: String,
     /// Why nobody can write; absent when one can.
     pub read_only: Option<String>,
+    /// Another writer was seen: what, where and when. Nothing more is sent then.
+    #[serde(default)]
+    pub fenced: Option<FenceNote>,
     /// Why the last attempt to seal failed, when it did; it is tried again.
     #[serde(default)]
     pub sealing_error: Option<String>,

@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::serve::Running;
+use super::tenure::Tenure;
 use crate::control::{
     Backend, CacheStatus, Failure, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest, Status,
     SyncProgress, SyncReplica, SyncRequest,
@@ -59,6 +60,7 @@ impl Control {
             },
             fsync: r.core.fsync.to_owned(),
             read_only: r.core.vfs.read_only(),
+            fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
             replicas: r.core.fleet.statuses(),
         }
@@ -176,12 +178,23 @@ impl Backend for Control {
             };
             // Replicas that are attached or detached meanwhile count as well.
             let needed_of = move |of| request.replicas.needed(of).unwrap_or(of);
-            let waiting = self.0.core.fleet.wait_for(segment, needed_of);
+            let (fleet, tenure) = (&self.0.core.fleet, &self.0.core.tenure);
+            let waiting = async {
+                fleet.wait_for(segment, needed_of).await;
+                // What is stored counts when nobody had taken over by then.
+                match tenure {
+                    Some(tenure) => tenure.confirm(&fleet.roster, segment, needed_of).await,
+                    None => Ok(()),
+                }
+            };
             tokio::pin!(waiting);
             loop {
                 progress.send_replace(self.progress(segment, needed_of(of())));
                 tokio::select! {
-                    () = &mut waiting => return Ok(self.progress(segment, needed_of(of()))),
+                    confirmed = &mut waiting => return match confirmed {
+                        Ok(()) => Ok(self.progress(segment, needed_of(of()))),
+                        Err(fenced) => Err(Failure::new(Exit::InUse, fenced.to_string())),
+                    },
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
                 }
             }

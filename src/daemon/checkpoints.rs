@@ -42,6 +42,11 @@ impl Checkpoints {
         if mark.segment.0 == 0 || !is_due(mark.log_bytes, self.least_log, self.last_len) {
             return Ok(());
         }
+        // It is worth no writer's space; the next group asks again.
+        if !self.staging.has_room(self.last_len.max(LEAST_LOG)) {
+            log::debug!("a checkpoint is due, and put off for want of space");
+            return Ok(());
+        }
         let commit = |number| -> Result<Lsn, String> {
             let value = self.journal.get(&segment_key(number)).map_err(|e| e.to_string())?;
             let value = value.ok_or_else(|| format!("segment {number} is not in the tables"))?;
@@ -55,7 +60,12 @@ impl Checkpoints {
         };
         let area = self.staging.checkpoints();
         let scan = |start: &[u8], end: &[u8], limit: usize| self.journal.scan(start, end, limit);
-        let dumped = dump(&scan, begin, &area.join("building")).map_err(|e| e.to_string())?;
+        let building = area.join("building");
+        let dumped = dump(&scan, begin, &building).map_err(|e| {
+            // What there is of it only takes space.
+            let _ = std::fs::remove_dir_all(&building);
+            e.to_string()
+        })?;
         let seen = self.journal.last_lsn();
         // What the scan saw may be newer than the last group: the next one, cut now, covers it.
         let cut = self.source.cut()?;

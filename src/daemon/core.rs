@@ -2,8 +2,8 @@
 //!
 //! Owns the order in which the parts start and stop. `serve` puts a mount before it; tests use it as it is.
 //!
-//! Order at the end: pending changes committed → last group sealed → shippers told to end → journal closed → lock released. Whatever
-//! is not shipped then waits in the state folder for the next time.
+//! Order at the end: pending changes committed → last group sealed → shipped as far as time allows → tenure released where all is →
+//! shippers told to end → journal closed → lock released. Whatever is not shipped then waits in the state folder for the next time.
 
 use std::path::Path;
 use std::sync::mpsc;
@@ -21,6 +21,7 @@ use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::Members;
 use super::parts::{self, Parts};
 use super::state::StateDir;
+use super::tenure::Tenure;
 use super::{Error, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::{Config, Fsync};
@@ -38,8 +39,6 @@ use crate::vfs::{self, Durability, Vfs};
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
-/// How long a writer waits for space.
-const SPACE_WAIT: Duration = Duration::from_secs(30);
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
@@ -50,15 +49,15 @@ const LEVEL: i32 = 1;
 /// Makes the store of a replica.
 pub type StoreMaker = Arc<dyn Fn(&ReplicaSpec) -> Result<Store, Error> + Send + Sync>;
 
-/// What tests do differently.
+/// How to open a volume, beside its configuration. All but the first is for tests.
 #[derive(Clone)]
 pub struct CoreOptions {
+    /// See [`super::MountArgs::takeover`].
+    pub takeover: bool,
     /// Makes the stores.
     pub stores: StoreMaker,
     /// Times and sizes of shippers.
     pub shipping: Tuning,
-    /// How long a fetch may take.
-    pub read_deadline: Duration,
     /// Least time between two looks at a replica that something met elsewhere calls for, and the wait before one that failed is
     /// tried again.
     pub attention: (Duration, Duration),
@@ -72,9 +71,9 @@ impl Default for CoreOptions {
             spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))
         };
         Self {
+            takeover: false,
             stores: Arc::new(make),
             shipping: Tuning::default(),
-            read_deadline: replica::DEADLINE,
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
             checkpoint_after: LEAST_LOG,
         }
@@ -105,6 +104,8 @@ pub struct Core {
     pub(super) engine: Option<Arc<Engine>>,
     /// Looks after the replicas; none in a read-only mount.
     pub reconciler: Option<Arc<Reconciler>>,
+    /// None in a read-only mount.
+    pub(super) tenure: Option<Tenure>,
     handle: Handle,
     closing: watch::Sender<bool>,
     tasks: Mutex<JoinSet<()>>,
@@ -175,9 +176,9 @@ impl Core {
         }
         let mut parts = runtime.block_on(async {
             let open = async {
-                let seen = open::look(&stores).await;
+                let seen = open::look(&stores, local.is_some()).await;
                 let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
-                parts::open(config, &state, &stores, &seen, local, decision).await
+                parts::open(config, &state, &stores, &seen, local, decision, options.takeover).await
             };
             tokio::select! {
                 parts = open => parts,
@@ -238,7 +239,12 @@ impl Core {
                 ));
             }
             engine.stop();
-            self.handle.block_on(ship);
+            self.handle.block_on(async {
+                ship.await;
+                if let Some(tenure) = self.tenure.as_ref().filter(|_| trouble.is_none()) {
+                    tenure.end(&self.fleet.roster.all(), self.fleet.staging.newest()).await;
+                }
+            });
         }
         self.stop_tasks();
         if let Err(e) = self.blocks.housekeep() {
@@ -291,17 +297,18 @@ fn assemble(
     let options = vfs::Options {
         clock: Arc::new(wall_clock),
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
-        space_wait: SPACE_WAIT,
+        space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
     let (closing, closing_seen) = watch::channel(false);
-    let shipping = (!config.read_only).then(|| {
-        let vfs = Arc::clone(&vfs);
-        Shipping {
-            identity: Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() }),
-            fence: Fence::new(move |fenced| vfs.set_read_only(&fenced.to_string())),
-            tuning: core_options.shipping,
-        }
+    let tenure = (!config.read_only).then(|| {
+        let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
+        Tenure::begin(identity, &vfs, state.path(), handle)
+    });
+    let shipping = tenure.as_ref().map(|tenure| Shipping {
+        identity: Arc::clone(&tenure.identity),
+        fence: Arc::clone(&tenure.fence),
+        tuning: core_options.shipping,
     });
     let fleet = Fleet::open(FleetParts {
         specs,
@@ -324,7 +331,7 @@ fn assemble(
         handle.clone(),
         closing_seen.clone(),
     );
-    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(core_options.read_deadline));
+    let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(config.read_timeout));
     blocks.set_source(reader);
     vfs.start_prefetch(4).map_err(|e| failure(&e))?;
 
@@ -425,6 +432,7 @@ fn assemble(
         journal,
         engine,
         reconciler,
+        tenure,
         handle: handle.clone(),
         closing,
         tasks: Mutex::new(tasks),

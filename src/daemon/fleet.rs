@@ -379,6 +379,8 @@ impl Fleet {
             let name = replica.name();
             let old = self.joining(name).flatten();
             replica.set_joining(false);
+            // What else the others have (checkpoints, above all) is copied by whoever looks after replicas.
+            replica.call_attention();
             self.roster.touch();
             log::info!("replica {name} is filled: it counts from now on");
             if let Some(old) = old
@@ -465,6 +467,11 @@ impl Fleet {
                 if let Err(e) = done {
                     log::error!("trimming the staging area: {e}");
                 }
+            }
+            let dumped = self.roster.voters().iter().map(|r| r.checkpoint()).min().unwrap_or_default();
+            let staging = Arc::clone(&self.staging);
+            if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
+                log::error!("trimming the staging area: {e}");
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}

@@ -124,7 +124,8 @@ fn start(
     mut signals: Signals,
 ) -> Result<Started, Error> {
     // To break off here does no harm; replicas may take long to answer.
-    let mut core = Core::open(config, runtime, CoreOptions::default(), asked_to_end(&mut signals))?;
+    let options = CoreOptions { takeover: mount.takeover, ..CoreOptions::default() };
+    let mut core = Core::open(config, runtime, options, asked_to_end(&mut signals))?;
     let notes = std::mem::take(&mut core.notes);
     let attached = attach(config, mount, runtime, &core);
     let (session, server) = match attached {

@@ -6,7 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::disk::free_space;
 use super::error::JournalError;
@@ -18,9 +18,13 @@ use crate::ids::Lsn;
 
 /// A table too small to be frozen at commit is applied after this long.
 const FREEZE_AGE: Duration = Duration::from_secs(2);
-/// sled must never meet a full disk (it would neither write nor open any more): a round needs this much free,
-/// and four times what it brings.
-const HEADROOM: u64 = 24 << 20;
+/// sled must never meet a full disk (it would neither write nor open any more): before a round this much is laid aside for its
+/// file, and four times what the round brings.
+const HEADROOM: u64 = 16 << 20;
+/// Free disk at which sled is opened anew after it has met a full one all the same.
+const REOPEN: u64 = 64 << 20;
+/// How long readers of sled are waited for then.
+const READERS: Duration = Duration::from_secs(5);
 
 /// Runs until stopped or poisoned. A panic poisons.
 pub(super) fn run(shared: &Arc<Shared>) {
@@ -44,7 +48,14 @@ fn serve(s: &Shared) {
         }
         let done = (|| {
             if verify {
-                let outcome = s.store().and_then(|store| prove(&store, &s.witness.lock().now));
+                let outcome = usable(s).and_then(|store| {
+                    let now = s.witness.lock().now;
+                    // In the middle of a round that waits for space nothing can be said.
+                    if now.after.applied.0 > s.applied.load(SeqCst) {
+                        return Err(JournalError::Full { path: s.dir.clone() });
+                    }
+                    prove(&store, &now)
+                });
                 let mut w = s.wishes.lock();
                 w.verified = w.verify;
                 w.outcome = outcome.as_ref().err().cloned();
@@ -96,25 +107,67 @@ fn due(s: &Shared) -> bool {
     !view.frozen.is_empty() || view.active.born.is_some_and(|t| t.elapsed() > FREEZE_AGE)
 }
 
+/// The store, opened anew when it met a full disk; not before there is space again, since then it could not be opened.
+fn usable(s: &Shared) -> Result<Arc<SledStore>, JournalError> {
+    let open = s.store.read().clone();
+    if let Some(store) = open.filter(|store| !store.is_stuck()) {
+        return Ok(store);
+    }
+    let full = || JournalError::Full { path: s.dir.clone() };
+    let free = free_space(&s.dir).map_err(|e| JournalError::io("look at the space of", &s.dir, e))?;
+    if free < REOPEN {
+        return Err(full());
+    }
+    let mut place = s.store.write();
+    if let Some(mut old) = place.take() {
+        let until = Instant::now() + READERS;
+        loop {
+            match Arc::try_unwrap(old) {
+                Ok(old) => break old.close(),
+                Err(read) if Instant::now() > until => {
+                    *place = Some(read);
+                    return Err(full());
+                }
+                Err(read) => old = read,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let store = Arc::new(SledStore::open(&s.dir.join("db"))?);
+    log::info!("journal in {}: there is space again", s.dir.display());
+    *place = Some(Arc::clone(&store));
+    Ok(store)
+}
+
 /// Applies the oldest frozen table, or else the active one.
 pub(super) fn round(s: &Shared) -> Result<(), JournalError> {
     let Some(table) = s.view.write().begin() else { return Ok(()) };
     s.barrier(table.last)?;
-    let store = s.store()?;
-    let free = free_space(&s.dir).map_err(|e| JournalError::io("look at the space of", &s.dir, e))?;
-    if free < HEADROOM + 4 * table.bytes as u64 {
-        return Err(JournalError::Full { path: s.dir.clone() });
-    }
+    let store = usable(s)?;
+    store.reserve(HEADROOM + 4 * table.bytes as u64)?;
     let mut witness = s.witness.lock();
-    let before = witness.now.after;
-    let after = Point { applied: table.last, sum: expected_sum(&store, before, &table)? };
-    let tail_seq = s.tail.newest_seq();
-    let announced = Statement { state: State::Open, before, after, tail_seq, last: table.last };
-    witness.say(announced)?;
+    let announced = if witness.now.after.applied.0 > s.applied.load(SeqCst) {
+        // It was announced before, and broken off for want of space: some of it may be in sled.
+        if witness.now.after.applied != table.last {
+            let why = format!(
+                "a round up to record {} was announced, but the next table ends with {}",
+                witness.now.after.applied, table.last
+            );
+            return Err(JournalError::Poisoned(why));
+        }
+        witness.now
+    } else {
+        let before = witness.now.after;
+        let after = Point { applied: table.last, sum: expected_sum(&store, before, &table)? };
+        let tail_seq = s.tail.newest_seq();
+        let announced = Statement { state: State::Open, before, after, tail_seq, last: table.last };
+        witness.say(announced)?;
+        announced
+    };
     apply(&store, &table, || {
         s.count.progress.fetch_add(1, SeqCst);
     })?;
-    witness.say(Statement { before: after, ..announced })?;
+    witness.say(Statement { before: announced.after, ..announced })?;
     drop(witness);
 
     let bytes = table.bytes;

@@ -83,5 +83,7 @@ impl JournalError {
 
 /// Whether an error says that disk or quota is exhausted.
 pub(super) fn is_full(e: &io::Error) -> bool {
+    // sled hands on copies of errors, which have lost the system's number.
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+        || matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

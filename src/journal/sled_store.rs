@@ -16,10 +16,12 @@ use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::disk::free_space;
 use super::error::{JournalError, is_full};
 use super::witness::{Point, Sum};
 use crate::ids::Lsn;
@@ -28,6 +30,10 @@ use crate::ids::Lsn;
 const STEP_BYTES: usize = 256 << 10;
 /// Changes between two syncs: small changes cost sled far more than their payload.
 const STEP_CHANGES: usize = 2_000;
+/// By how much sled's file may grow in one step, generously.
+const STEP_ROOM: u64 = 8 << 20;
+/// What sled's other files (its snapshots) may take; it is not laid aside.
+const BESIDE: u64 = 2 << 20;
 const SEGMENT: usize = 4 << 20;
 const CACHE: u64 = 48 << 20;
 const WRAP: usize = 12;
@@ -60,6 +66,8 @@ pub(super) struct SledStore {
     db: sled::Db,
     /// Our own descriptor of sled's file, for real syncs.
     file: File,
+    /// sled met a full disk. It takes no more changes until it is opened anew; what it holds can be read.
+    stuck: AtomicBool,
 }
 
 /// The checksum that is stored with a value.
@@ -92,7 +100,7 @@ impl SledStore {
             .write(true)
             .open(dir.join("db"))
             .map_err(|e| io("open sled's file in", e))?;
-        let store = Self { dir: dir.to_owned(), db, file };
+        let store = Self { dir: dir.to_owned(), db, file, stuck: AtomicBool::new(false) };
         store.guard("flush", || store.db.flush())?;
         sync_tree(dir)?;
         Ok(store)
@@ -100,10 +108,40 @@ impl SledStore {
 
     /// Runs a call into sled; a panic is damage. A sled call that panics leaves nothing locked that we rely on.
     fn guard<T>(&self, what: &str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, JournalError> {
-        match catch_unwind(AssertUnwindSafe(call)) {
-            Ok(Ok(t)) => Ok(t),
-            Ok(Err(e)) => Err(translate(&self.dir, what, e)),
-            Err(panic) => Err(damaged(&self.dir, what, &panic_text(&*panic))),
+        let error = match catch_unwind(AssertUnwindSafe(call)) {
+            Ok(Ok(t)) => return Ok(t),
+            Ok(Err(e)) => translate(&self.dir, what, e),
+            Err(panic) => of_panic(&self.dir, what, &panic_text(&*panic)),
+        };
+        if matches!(error, JournalError::Full { .. }) {
+            self.stuck.store(true, Ordering::Release);
+        }
+        Err(error)
+    }
+
+    /// Whether it must be opened anew before it takes changes.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Acquire)
+    }
+
+    /// Lays disk aside so that sled's file can grow by `bytes`, whoever fills the disk meanwhile. [`JournalError::Full`] when there
+    /// is not as much.
+    pub(super) fn reserve(&self, bytes: u64) -> Result<(), JournalError> {
+        use std::os::unix::fs::MetadataExt;
+        let io = |e| JournalError::io("lay space aside for", &self.dir, e);
+        let meta = self.file.metadata().map_err(io)?;
+        let wanted = meta.len().saturating_add(bytes);
+        let lacking = wanted.saturating_sub(meta.blocks().saturating_mul(512));
+        let free = free_space(&self.dir).map_err(io)?;
+        // Not only as the call's error: a failed attempt keeps what it got.
+        if free < lacking.saturating_add(BESIDE) {
+            return Err(JournalError::Full { path: self.dir.clone() });
+        }
+        use rustix::fs::FallocateFlags;
+        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, wanted) {
+            // Where it cannot be laid aside, having seen it must do.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            done => done.map_err(|e| io(e.into())),
         }
     }
 
@@ -194,6 +232,7 @@ impl SledStore {
     }
 
     fn step(&self, batch: sled::Batch) -> Result<(), JournalError> {
+        self.reserve(STEP_ROOM)?;
         self.guard("write", || self.db.apply_batch(batch))?;
         self.guard("flush", || self.db.flush())?;
         let path = self.dir.join("db");
@@ -225,7 +264,7 @@ impl SledStore {
 
     /// Closes the database and waits until its lock is free (sled lets go of it a little later).
     pub(super) fn close(self) {
-        let Self { dir, db, file } = self;
+        let Self { dir, db, file, .. } = self;
         if let Err(panic) = catch_unwind(AssertUnwindSafe(move || drop(db))) {
             log::warn!("closing sled in {}: {}", dir.display(), panic_text(&*panic));
         }
@@ -281,11 +320,7 @@ fn open_unlocked(dir: &Path) -> Result<sled::Db, JournalError> {
             }
             Ok(Err(e)) => return Err(translate(dir, "open", e)),
             Err(panic) => {
-                let text = panic_text(&*panic);
-                if text.contains("No space left") || text.contains("StorageFull") {
-                    return Err(JournalError::Full { path: dir.to_owned() });
-                }
-                return Err(damaged(dir, "open", &text));
+                return Err(of_panic(dir, "open", &panic_text(&*panic)));
             }
         }
     }
@@ -317,6 +352,14 @@ fn translate(dir: &Path, what: &str, e: sled::Error) -> JournalError {
 
 fn damaged(dir: &Path, what: &str, why: &str) -> JournalError {
     JournalError::Damaged(format!("sled in {} ({what}): {why}", dir.display()))
+}
+
+/// A panic of sled is damage, unless it speaks of a full disk.
+fn of_panic(dir: &Path, what: &str, text: &str) -> JournalError {
+    if text.contains("No space left") || text.contains("StorageFull") {
+        return JournalError::Full { path: dir.to_owned() };
+    }
+    damaged(dir, what, text)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

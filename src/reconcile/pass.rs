@@ -97,7 +97,7 @@ impl Pass {
             self.check_fence(Duration::ZERO).await?;
             self.check_volume(current.dry_run).await?;
             let cursor = replica.cursor();
-            let found = self.mender.insist(|| Inventory::take(replica.store())).await?;
+            let found = self.mender.insist(|| Inventory::take(&self.mender.store)).await?;
             let ground = self.ground(cursor, &found).await?;
             let plan = ground.expected.compare(&found.0);
             if plan.set_back && !current.dry_run && set_backs < SET_BACKS {

@@ -14,7 +14,7 @@ use crate::format::checkpoint::Manifest;
 use crate::format::names::{MANIFEST, ObjectName, part_file};
 use crate::format::segment::SegmentHash;
 use crate::replica::health::{self, Event, HealthState};
-use crate::replica::{ErrorKind, Identity, Replica, Roster, StoreError};
+use crate::replica::{ErrorKind, Identity, Replica, Roster, Store, StoreError};
 
 /// How often an object is asked for before it is given up, and the first wait in between.
 const TRIES: u32 = 4;
@@ -65,6 +65,8 @@ pub(super) enum Stop {
 /// Looks at objects of one replica.
 pub(super) struct Mender {
     pub replica: Arc<Replica>,
+    /// Its store, for work that nobody waits for.
+    pub store: Store,
     pub roster: Arc<Roster>,
     pub identity: Arc<Identity>,
 }
@@ -93,7 +95,7 @@ impl Mender {
             Err(why) => return Ok(Outcome::Left(what, Some(why))),
         };
         let len = bytes.len() as u64;
-        self.insist(|| self.replica.store().put(&path, bytes.clone())).await?;
+        self.insist(|| self.store.put(&path, bytes.clone())).await?;
         match self.verdict(target).await? {
             Verdict::Intact => {
                 log::info!(
@@ -112,7 +114,7 @@ impl Mender {
     /// What the replica holds under the target's name.
     async fn verdict(&self, target: &Target) -> Result<Verdict, Stop> {
         let path = target.name.path();
-        match self.insist(|| self.replica.store().get(&path)).await {
+        match self.insist(|| self.store.get(&path)).await {
             Ok(bytes) => self.check(target, bytes).await,
             Err(Stop::Replica(e)) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {
                 Ok(Verdict::Damaged(if e.kind == ErrorKind::Absent { "missing".into() } else { e.detail }))
@@ -142,7 +144,7 @@ impl Mender {
         }
         let path = target.name.path();
         for peer in self.peers(target.len) {
-            match peer.store().get(&path).await {
+            match peer.store().background().get(&path).await {
                 Ok(bytes) => match self.check(target, bytes.clone()).await? {
                     Verdict::Intact => return Ok(Ok((bytes, format!("replica {}", peer.name())))),
                     Verdict::Damaged(why) | Verdict::Other(why) => {

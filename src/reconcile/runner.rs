@@ -249,6 +249,7 @@ impl Worker {
         let pass = Pass {
             mender: Mender {
                 replica: Arc::clone(replica),
+                store: replica.store().background(),
                 roster: Arc::clone(&shared.roster),
                 identity: Arc::clone(&shared.identity),
             },
@@ -349,6 +350,9 @@ impl Worker {
                 }
                 (was_attached, attachments) = (true, seen);
             }
+            if self.replica().attention_called() {
+                self.attention.store(true, Ordering::Relaxed);
+            }
             let intervals = self.shared.settings.intervals();
             let attention = self.attention.load(Ordering::Relaxed);
             let next = self.memory.lock().next(unix_now(), &intervals, attention);
@@ -393,6 +397,7 @@ impl Worker {
             self.live.lock().findings.clear();
         }
         self.attention.store(false, Ordering::Relaxed);
+        self.replica().store().set_background_rate(self.shared.settings.rate);
         self.set(ScrubState::Running, None);
         self.live.lock().since = Some((Instant::now(), current.counters.examined_bytes));
         self.save().await;

@@ -89,6 +89,8 @@ pub struct Health {
     failures: u32,
     /// Class of the last failure while there was no success since.
     failing: Option<ErrorKind>,
+    /// Since when it has been offline or probing.
+    down_since: Option<Instant>,
     retry_at: Option<Instant>,
     latency: Option<f64>,
     rate: Option<f64>,
@@ -101,6 +103,7 @@ impl Default for Health {
             state: HealthState::Healthy,
             failures: 0,
             failing: None,
+            down_since: None,
             retry_at: None,
             latency: None,
             rate: None,
@@ -133,6 +136,9 @@ impl Health {
                 } else {
                     HealthState::Degraded
                 };
+                if self.state == HealthState::Offline {
+                    self.down_since.get_or_insert(now);
+                }
                 self.retry_at = Some(now + backoff(self.failures, random));
             }
         }
@@ -142,6 +148,7 @@ impl Health {
         self.state = HealthState::Healthy;
         self.failures = 0;
         self.failing = None;
+        self.down_since = None;
         self.retry_at = None;
     }
 
@@ -175,6 +182,12 @@ impl Health {
     #[must_use]
     pub fn state(&self) -> HealthState {
         self.state
+    }
+
+    /// How long it has been offline, probing included; `None` when it is not.
+    #[must_use]
+    pub fn down_for(&self, now: Instant) -> Option<Duration> {
+        self.down_since.map(|since| now.saturating_duration_since(since))
     }
 
     /// Why calls fail at present, when they do.
@@ -251,6 +264,7 @@ mod tests {
         h.apply(&transient, now);
         h.apply(&transient, now);
         assert_eq!(h.state(), HealthState::Degraded);
+        assert_eq!(h.down_for(now), None);
         h.apply(&transient, now);
         assert_eq!(h.state(), HealthState::Offline);
         let wait = h.wait(now);
@@ -263,7 +277,9 @@ mod tests {
             h.apply(&transient, later);
         }
         assert_eq!(h.wait(later), LONGEST_WAIT);
+        assert_eq!(h.down_for(later), Some(later - now), "since the first time");
         h.apply(&Event::Success, later);
+        assert_eq!(h.down_for(later), None);
         assert_eq!((h.wait(later), h.state(), h.failures()), (Duration::ZERO, HealthState::Healthy, 0));
     }
 

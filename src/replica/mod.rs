@@ -9,6 +9,7 @@ pub mod fault;
 mod fence;
 mod folder;
 pub mod health;
+pub mod limit;
 mod pace;
 pub mod read_plan;
 mod reader;
@@ -20,13 +21,14 @@ mod store;
 mod target;
 #[cfg(test)]
 mod testing;
+mod throttle;
 mod transfer;
 pub mod volume;
 
 pub use attach::Identity;
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};
-pub use fence::{Fence, FenceReason, Fenced, confirm, look_for_rivals};
+pub use fence::{Fence, FenceNote, FenceReason, Fenced, confirm, look_for_rivals, release};
 pub use reader::{DEADLINE, Local, Reader};
 pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};

@@ -7,8 +7,8 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use super::contract::{FetchError, FrameSource};
 use super::error::{ErrorKind, StoreError};
-use super::health::{self, Event, HealthState};
+use super::health::{self, Event, Health, HealthState};
 use super::read_plan::{Answer, Span, Verdict, verdict};
 use super::roster::Roster;
 use super::shared::{Damage, DamageKind, Replica, jitter};
@@ -30,9 +30,11 @@ use crate::format::tables::{BlockEntry, FrameLoc};
 use crate::ids::BlockHash;
 
 /// How long a fetch may take by default, all replicas and repetitions together.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(30);
 /// First and longest wait before all replicas are asked again.
-const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// A replica whose limits let nothing begin for longer than this is asked after the others.
+const NOTICEABLE: Duration = Duration::from_millis(50);
 
 /// Finds the local file of a segment that is still staged.
 pub type Local = Arc<dyn Fn(&FrameLoc) -> Option<PathBuf> + Send + Sync>;
@@ -49,6 +51,8 @@ struct Shared {
     replicas: Arc<Roster>,
     local: Option<Local>,
     closing: watch::Receiver<bool>,
+    /// What has been offline for longer is not waited for any more.
+    patience: Duration,
 }
 
 /// A fetch that others wait for.
@@ -79,14 +83,18 @@ impl Reader {
         runtime: Handle,
         closing: watch::Receiver<bool>,
     ) -> Self {
-        let shared = Arc::new(Shared { replicas, local, closing });
+        let shared = Arc::new(Shared { replicas, local, closing, patience: DEADLINE });
         Self { shared, runtime, deadline: DEADLINE, flights: Mutex::default() }
     }
 
-    /// The same with another deadline for each fetch.
+    /// The same with another deadline for each fetch. Replicas that have been offline for longer than that are tried once by each
+    /// fetch and not waited for. To be called before the reader is used.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.patience = deadline;
+        }
         self
     }
 
@@ -226,6 +234,8 @@ impl FrameSource for Reader {
 struct Miss {
     answer: Answer,
     text: String,
+    /// Nothing more is to be expected of it soon: it has been offline for long.
+    given_up: bool,
 }
 
 impl Shared {
@@ -265,7 +275,13 @@ impl Shared {
             }
             let answers: Vec<_> = misses.iter().map(|m| m.answer).collect();
             let detail = said(misses);
+            let given_up = misses.iter().all(|m| m.given_up || m.answer != Answer::Passing);
             match verdict(&answers) {
+                Verdict::Retry if given_up => {
+                    let detail = format!("{detail}; what cannot be reached has been offline for long");
+                    log::warn!("{what} cannot be had: {detail}");
+                    return Err(FetchError::Unavailable { what, detail });
+                }
                 Verdict::Retry => {
                     tokio::time::sleep(wait.mul_f64(1.0 - 0.5 * jitter())).await;
                     wait = (wait * 2).min(WAITS.1);
@@ -288,29 +304,40 @@ impl Shared {
         let healths: Vec<_> = replicas.iter().map(|r| r.health()).collect();
         let mut order = health::order(&healths, span.len, Instant::now());
         // Those that are known to be behind the segment come last, but they are asked: a cursor may lag the truth.
-        order.sort_by_key(|i| replicas.get(*i).is_none_or(|r| r.cursor() < span.segment));
+        let is_down = |h: &Health| matches!(h.state(), HealthState::Offline | HealthState::Probing);
+        order.sort_by_key(|i| match (replicas.get(*i), healths.get(*i)) {
+            (Some(r), Some(h)) => {
+                (r.cursor() < span.segment, is_down(h), r.store().download_wait() > NOTICEABLE)
+            }
+            _ => (true, true, true),
+        });
+        // A hedge must not wake those that are known to be down; they are asked when all others have failed.
+        let all_down = healths.iter().all(is_down);
         let mut order =
             order.into_iter().filter_map(|i| Some((replicas.get(i)?, healths.get(i)?))).peekable();
         let mut asked = FuturesUnordered::new();
-        let mut pending: Vec<(&Arc<Replica>, Instant)> = Vec::new();
+        let mut pending: Vec<(&Arc<Replica>, Arc<OnceLock<Instant>>)> = Vec::new();
         let mut misses = Vec::new();
         let mut late = Duration::ZERO;
         loop {
             if asked.is_empty() || late.is_zero() {
                 let Some((replica, health)) = order.next() else { return Err(misses) };
                 late = health.late(span.len);
-                pending.push((replica, Instant::now()));
-                asked.push(ask(replica, span));
+                let begun = Arc::new(OnceLock::new());
+                pending.push((replica, Arc::clone(&begun)));
+                asked.push(ask(replica, span, begun, self.patience));
             }
-            // A hedge must not wake those that are known to be down; they are asked when all others have failed.
-            let hedge = order.peek().is_some_and(|(_, h)| h.state() != HealthState::Offline);
+            let hedge = order.peek().is_some_and(|(_, h)| all_down || h.state() != HealthState::Offline);
             tokio::select! {
                 Some((replica, result)) = asked.next() => {
                     pending.retain(|(r, _)| r.name() != replica.name());
                     match result {
                         Ok(intact) => {
-                            for (slower, since) in pending {
-                                slower.note(&Event::Late { len: span.len, took: since.elapsed() });
+                            for (slower, begun) in pending {
+                                // Waiting for our own limits is not its fault.
+                                if let Some(begun) = begun.get() {
+                                    slower.note(&Event::Late { len: span.len, took: begun.elapsed() });
+                                }
                             }
                             return Ok(intact);
                         }
@@ -354,11 +381,16 @@ impl Shared {
     }
 }
 
-/// Asks one replica for a span and verifies what it gives.
-async fn ask<'a>(replica: &'a Arc<Replica>, span: &Span) -> (&'a Arc<Replica>, Result<Intact, Miss>) {
+/// Asks one replica for a span and verifies what it gives. `begun` is set when the request is on its way.
+async fn ask<'a>(
+    replica: &'a Arc<Replica>,
+    span: &Span,
+    begun: Arc<OnceLock<Instant>>,
+    patience: Duration,
+) -> (&'a Arc<Replica>, Result<Intact, Miss>) {
     let object = ObjectName::Segment(span.segment, span.epoch).path();
-    let started = Instant::now();
-    let miss = |answer, text| Miss { answer, text };
+    let long_down = || replica.health().down_for(Instant::now()).is_some_and(|d| d >= patience);
+    let miss = |answer, text| Miss { answer, text, given_up: long_down() };
     let damage = |kind, block: Option<&BlockEntry>| Damage {
         object: object.clone(),
         segment: span.segment,
@@ -367,7 +399,11 @@ async fn ask<'a>(replica: &'a Arc<Replica>, span: &Span) -> (&'a Arc<Replica>, R
         block: block.map(|b| b.hash),
         kind,
     };
-    let bytes = match replica.store().get_range(&object, span.offset, span.len).await {
+    let given = match if long_down() { probe(replica, &object).await } else { Ok(()) } {
+        Ok(()) => replica.store().get_range_begun(&object, span.offset, span.len, &begun).await,
+        Err(e) => Err(e),
+    };
+    let bytes = match given {
         Ok(bytes) => bytes,
         Err(e) => {
             let answer = answer_of(&e);
@@ -386,7 +422,8 @@ async fn ask<'a>(replica: &'a Arc<Replica>, span: &Span) -> (&'a Arc<Replica>, R
             return (replica, Err(miss(answer, e.to_string())));
         }
     };
-    replica.note(&Event::Read { len: span.len, took: started.elapsed() });
+    let took = begun.get().map_or(Duration::ZERO, Instant::elapsed);
+    replica.note(&Event::Read { len: span.len, took });
     let owned = span.clone();
     let Ok((intact, broken)) = tokio::task::spawn_blocking(move || decode(&owned, &bytes)).await else {
         return (replica, Err(miss(Answer::Passing, "decoding was interrupted".into())));
@@ -399,6 +436,22 @@ async fn ask<'a>(replica: &'a Arc<Replica>, span: &Span) -> (&'a Arc<Replica>, R
             (replica, Err(miss(Answer::Unusable, format!("replica {}: {why}", replica.name()))))
         }
         None => (replica, Ok(intact)),
+    }
+}
+
+/// Finds out by a small request, which need not take long, whether a replica that was offline for long answers again.
+async fn probe(replica: &Replica, object: &str) -> Result<(), StoreError> {
+    let (store, time) = (replica.store(), replica.store().limits().connect);
+    match tokio::time::timeout(time, store.head(object)).await {
+        Ok(Ok(_)) => {
+            replica.note(&Event::Success);
+            Ok(())
+        }
+        Ok(Err(e)) => Err(e),
+        Err(_) => {
+            let text = format!("offline, and gave no sign of life within {:.1} s", time.as_secs_f64());
+            Err(store.error("head", object, ErrorKind::Timeout, text))
+        }
     }
 }
 

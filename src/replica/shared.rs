@@ -78,6 +78,12 @@ pub struct ReplicaStatus {
     pub last_error: Option<LastError>,
     /// Bytes sent per second, averaged over the last seconds.
     pub upload_rate: f64,
+    /// Bytes per second that may be sent now; none is no limit.
+    #[serde(default)]
+    pub upload_limit: Option<u64>,
+    /// Bytes per second that may be received now; none is no limit.
+    #[serde(default)]
+    pub download_limit: Option<u64>,
     /// Objects shipped since the start.
     pub uploaded_objects: u64,
     /// Their bytes.
@@ -156,10 +162,13 @@ pub struct Replica {
     attachments: AtomicU64,
     /// Something failed since the last time that was asked.
     outage: AtomicBool,
+    attention: AtomicBool,
     /// It is being filled for the first time.
     joining: AtomicBool,
     recheck: Notify,
     damaged: Notify,
+    /// The newest checkpoint that it has, or will not be sent.
+    checkpoint: AtomicU64,
     /// Everything up to here was there when, later, no other writer was to be seen.
     confirmed: tokio::sync::Mutex<SegmentNo>,
 }
@@ -178,9 +187,11 @@ impl Replica {
             attached: AtomicBool::new(false),
             attachments: AtomicU64::new(0),
             outage: AtomicBool::new(false),
+            attention: AtomicBool::new(false),
             joining: AtomicBool::new(false),
             recheck: Notify::new(),
             damaged: Notify::new(),
+            checkpoint: AtomicU64::new(0),
             confirmed: tokio::sync::Mutex::default(),
         }
     }
@@ -259,6 +270,16 @@ impl Replica {
         self.outage.store(true, Ordering::Relaxed);
     }
 
+    /// Asks for a look at what it holds.
+    pub fn call_attention(&self) {
+        self.attention.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a look was asked for since the last call.
+    pub fn attention_called(&self) -> bool {
+        self.attention.swap(false, Ordering::Relaxed)
+    }
+
     /// Whether it failed since the last call.
     pub fn came_back(&self) -> bool {
         self.outage.swap(false, Ordering::Relaxed)
@@ -288,6 +309,16 @@ impl Replica {
     /// Returns when a damaged place is noted; at once when that happened since the last call.
     pub async fn damage_noted(&self) {
         self.damaged.notified().await;
+    }
+
+    /// The newest checkpoint that it has or does not wait for; 0 when none is known of.
+    #[must_use]
+    pub fn checkpoint(&self) -> SegmentNo {
+        SegmentNo(self.checkpoint.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_checkpoint(&self, number: SegmentNo) {
+        self.checkpoint.store(number.0, Ordering::Relaxed);
     }
 
     /// The mark of `fence::confirm`; held while looking, so that who waits shares the look.
@@ -429,6 +460,7 @@ impl Replica {
         prune(&mut told.uploads);
         let sent: u64 = told.uploads.iter().map(|(_, b)| b).sum();
         let (read_latency, read_rate) = health.speed();
+        let (upload_limit, download_limit) = self.store.rates();
         ReplicaStatus {
             name: self.name().clone(),
             url: self.store.url().to_owned(),
@@ -439,6 +471,8 @@ impl Replica {
             lag_seconds: if backlog.segments == 0 { 0.0 } else { (now - backlog.oldest_cut_at).max(0.0) },
             last_error: told.last_error.clone(),
             upload_rate: sent as f64 / METER.as_secs_f64(),
+            upload_limit,
+            download_limit,
             uploaded_objects: told.uploaded_objects,
             uploaded_bytes: told.uploaded_bytes,
             read_latency,

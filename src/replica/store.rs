@@ -5,8 +5,8 @@
 
 use std::future::Future;
 use std::path::Path as FsPath;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +21,9 @@ use parking_lot::Mutex;
 
 use super::error::{ErrorKind, StoreError, classify, one_line};
 use super::folder::Seat;
+use super::limit::Timetable;
 use super::pace::Pace;
+use super::throttle::Throttles;
 use crate::ids::ReplicaName;
 
 /// Files above this many bytes are sent in parts.
@@ -30,6 +32,7 @@ const SINGLE_PUT: u64 = 64 << 20;
 const CREATE_TRIES: u32 = 3;
 
 mod files;
+mod limits;
 
 /// How long calls may take and how many run at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +43,18 @@ pub struct Limits {
     pub call: Duration,
     /// Segments sent at a time.
     pub in_flight: usize,
+    /// Objects and ranges read at a time, at least one.
+    pub reads_in_flight: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(5), call: Duration::from_secs(15), in_flight: 4 }
+        Self {
+            connect: Duration::from_secs(5),
+            call: Duration::from_secs(15),
+            in_flight: 4,
+            reads_in_flight: 16,
+        }
     }
 }
 
@@ -123,7 +133,7 @@ struct Paces {
     down: Mutex<Pace>,
 }
 
-/// One replica's objects. Cheap to clone; clones share connections, counters and the speed seen.
+/// One replica's objects. Cheap to clone; clones share connections, counters, the speed seen and the limits of speed.
 #[derive(Clone)]
 pub struct Store {
     name: ReplicaName,
@@ -137,6 +147,9 @@ pub struct Store {
     limits: Limits,
     counters: Arc<Counters>,
     paces: Arc<Paces>,
+    throttles: Arc<Throttles>,
+    /// Whether this clone is for work that lets others pass.
+    background: bool,
 }
 
 impl std::fmt::Debug for Store {
@@ -165,6 +178,13 @@ impl Store {
             limits,
             counters: Arc::default(),
             paces: Arc::default(),
+            throttles: Arc::new(Throttles::new(
+                Timetable::default(),
+                Timetable::default(),
+                Timetable::default(),
+                limits.reads_in_flight,
+            )),
+            background: false,
         }
     }
 
@@ -201,6 +221,7 @@ impl Store {
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self.throttles = Arc::new(self.throttles.with_reads(limits.reads_in_flight));
         self
     }
 
@@ -275,23 +296,42 @@ impl Store {
     /// The whole object, whose size the caller knows to be reasonable.
     pub async fn get(&self, path: &str) -> Result<Bytes, StoreError> {
         let at = self.at("get", path)?;
+        let paid = self.pay_for_whole(path).await?;
+        let _place = self.throttles.place(self.background).await;
         bump(&self.counters.get);
-        let answer =
-            self.call("get", path, self.limits.call, self.backend.get_opts(&at, GetOptions::new())).await?;
+        let asked = self.backend.get_opts(&at, GetOptions::new());
+        let answer = self.call("get", path, self.limits.call, asked).await;
+        let answer = answer.inspect_err(|_| self.give_back_download(paid))?;
         let len = answer.meta.size;
+        self.charge_download(len.saturating_sub(paid));
         self.body("get", path, answer, len).await
     }
 
     /// Exactly `len` bytes from `offset` on; fewer is [`ErrorKind::Corrupt`].
     pub async fn get_range(&self, path: &str, offset: u64, len: u64) -> Result<Bytes, StoreError> {
+        self.get_range_begun(path, offset, len, &OnceLock::new()).await
+    }
+
+    /// As [`Store::get_range`]; `begun` is set when all limits let the request go.
+    pub(super) async fn get_range_begun(
+        &self,
+        path: &str,
+        offset: u64,
+        len: u64,
+        begun: &OnceLock<Instant>,
+    ) -> Result<Bytes, StoreError> {
         let at = self.at("get", path)?;
         if len == 0 {
             return Ok(Bytes::new());
         }
+        self.pay_download(len).await;
+        let _place = self.throttles.place(self.background).await;
+        let _ = begun.set(Instant::now());
         bump(&self.counters.get);
         let end = offset.saturating_add(len);
         let options = GetOptions { range: Some(GetRange::Bounded(offset..end)), ..GetOptions::new() };
-        let answer = self.call("get", path, self.limits.call, self.backend.get_opts(&at, options)).await?;
+        let answer = self.call("get", path, self.limits.call, self.backend.get_opts(&at, options)).await;
+        let answer = answer.inspect_err(|_| self.give_back_download(len))?;
         self.body("get", path, answer, len).await
     }
 
@@ -337,6 +377,7 @@ impl Store {
     /// Writes the object, whether or not it exists, and checks that it is there with its full size.
     pub async fn put(&self, path: &str, body: Bytes) -> Result<(), StoreError> {
         let len = body.len() as u64;
+        self.pay_upload(len).await;
         self.put_payload(path, body, PutMode::Overwrite).await?;
         self.verify_size(path, len).await
     }
@@ -346,6 +387,7 @@ impl Store {
     pub async fn put_new(&self, path: &str, body: Bytes) -> Result<(), StoreError> {
         let len = body.len() as u64;
         let mode = if self.conditional { PutMode::Create } else { PutMode::Overwrite };
+        self.pay_upload(len).await;
         self.put_payload(path, body, mode).await?;
         self.verify_size(path, len).await
     }
@@ -356,6 +398,7 @@ impl Store {
         if len > SINGLE_PUT {
             self.put_parts(path, file, len).await?;
         } else {
+            self.pay_upload(len).await;
             let body = self.read_local(path, file, 0, len).await?;
             self.put_payload(path, body, PutMode::Overwrite).await?;
         }
@@ -363,8 +406,9 @@ impl Store {
     }
 
     /// Writes the object only if there is none. An ambiguous answer is resolved by reading back: bytes equal to ours are
-    /// ours, so `body` should be unique to the caller where that matters.
+    /// ours, so `body` should be unique to the caller where that matters. It should be small, too: it waits for no limit.
     pub async fn put_if_absent(&self, path: &str, body: Bytes) -> Result<Created, StoreError> {
+        self.throttles.up.charge(body.len() as u64);
         let mut failure = None;
         for attempt in 0..CREATE_TRIES {
             if attempt > 0 {

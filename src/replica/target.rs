@@ -16,6 +16,7 @@ use object_store::gcp::GoogleConfigKey;
 use object_store::path::Path;
 
 use super::folder::Folder;
+use super::limit::Timetable;
 use super::store::{Limits, Store};
 use crate::ids::ReplicaName;
 
@@ -107,7 +108,8 @@ impl fmt::Display for Scheme {
     }
 }
 
-const COMMON: [&str; 3] = ["timeout", "connect_timeout", "in_flight"];
+const COMMON: [&str; 6] =
+    ["timeout", "connect_timeout", "in_flight", "reads_in_flight", "upload_limit", "download_limit"];
 
 impl Scheme {
     /// The options that mean something for this kind of replica.
@@ -181,6 +183,10 @@ pub struct ReplicaSpec {
     pub options: BTreeMap<String, String>,
     /// How long calls may take and how many run at once.
     pub limits: Limits,
+    /// Bytes per second that may be sent.
+    pub upload_limit: Timetable,
+    /// Bytes per second that may be received.
+    pub download_limit: Timetable,
     place: Place,
 }
 
@@ -213,8 +219,18 @@ impl ReplicaSpec {
                 return Err(TargetError::UnknownOption { name, option, scheme, nearest });
             }
         }
-        let mut spec = Self { url: place.to_string(), name, options, limits: Limits::default(), place };
+        let mut spec = Self {
+            url: place.to_string(),
+            name,
+            options,
+            limits: Limits::default(),
+            upload_limit: Timetable::default(),
+            download_limit: Timetable::default(),
+            place,
+        };
         spec.limits = spec.parse_limits()?;
+        spec.upload_limit = spec.parse_rates("upload_limit")?;
+        spec.download_limit = spec.parse_rates("download_limit")?;
         spec.check_values()?;
         Ok(spec)
     }
@@ -264,7 +280,8 @@ impl ReplicaSpec {
         };
         let over = |prefix: &str, backend: Arc<dyn ObjectStore>| {
             let root = Path::parse(prefix).map_err(|e| fail(e.into()))?;
-            Ok(Store::over(self.name.clone(), &self.url, root, backend, self.limits))
+            let store = Store::over(self.name.clone(), &self.url, root, backend, self.limits);
+            Ok(store.with_rates(self.upload_limit.clone(), self.download_limit.clone()))
         };
         match &self.place {
             Place::Folder(folder) => Ok(over("", Arc::new(Folder::new(folder.clone())))?.in_folder(folder)),
@@ -309,13 +326,22 @@ impl ReplicaSpec {
         };
         duration("timeout", &mut limits.call)?;
         duration("connect_timeout", &mut limits.connect)?;
-        if let Some(text) = self.option("in_flight") {
-            limits.in_flight = match text.parse() {
-                Ok(n) if (1..=64).contains(&n) => n,
-                _ => return Err(self.bad("in_flight", format!("{text:?} is not a number from 1 to 64"))),
+        let number = |option: &str, most: usize, into: &mut usize| {
+            let Some(text) = self.option(option) else { return Ok(()) };
+            *into = match text.parse() {
+                Ok(n) if (1..=most).contains(&n) => n,
+                _ => return Err(self.bad(option, format!("{text:?} is not a number from 1 to {most}"))),
             };
-        }
+            Ok(())
+        };
+        number("in_flight", 64, &mut limits.in_flight)?;
+        number("reads_in_flight", 256, &mut limits.reads_in_flight)?;
         Ok(limits)
+    }
+
+    fn parse_rates(&self, option: &str) -> Result<Timetable, TargetError> {
+        let Some(text) = self.option(option) else { return Ok(Timetable::default()) };
+        Timetable::parse(text).map_err(|why| self.bad(option, why))
     }
 
     /// Checks the values that the client library would misread or refuse late.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
 use crate::format::codec::FormatError;
@@ -59,8 +60,15 @@ struct State {
     /// Every published segment of the volume.
     known: BTreeMap<SegmentNo, Known>,
     checkpoints: BTreeMap<SegmentNo, Staged>,
-    /// Bytes of files.
+    /// Bytes of segments' files.
     bytes: u64,
+}
+
+impl State {
+    /// Bytes of all files.
+    fn total(&self) -> u64 {
+        self.bytes + self.checkpoints.values().map(|c| c.len).sum::<u64>()
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -180,7 +188,7 @@ impl Staging {
             let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: true };
             state.known.insert(*number, known);
         }
-        self.blocks.space.set_staged(state.bytes);
+        self.blocks.space.set_staged(state.total());
         if let Some((last, _)) = segments.last() {
             self.newest.send_replace(*last);
         }
@@ -195,8 +203,40 @@ impl Staging {
         for old in std::mem::replace(&mut state.checkpoints, kept).into_values() {
             let _ = fs::remove_dir_all(&old.path);
         }
+        self.blocks.space.set_staged(state.total());
         drop(state);
         self.newest.send_modify(|_| {});
+    }
+
+    /// Removes checkpoints up to `upto`, which no replica waits for any more; all of them when writers are refused for want of
+    /// space: a checkpoint only makes restores shorter, and another one will be made.
+    pub fn trim_checkpoints(&self, upto: SegmentNo) {
+        let full = || self.blocks.space.admit() == Admission::Full;
+        let gone = {
+            let mut state = self.state.lock();
+            let first = state.checkpoints.keys().next().copied();
+            let Some(first) = first else { return };
+            let kept = match (first > upto, full()) {
+                (true, false) => return,
+                (_, true) => BTreeMap::new(),
+                (false, false) => state.checkpoints.split_off(&upto.next()),
+            };
+            let gone = std::mem::replace(&mut state.checkpoints, kept);
+            self.blocks.space.set_staged(state.total());
+            gone
+        };
+        for (number, checkpoint) in gone {
+            if number > upto {
+                log::info!("the checkpoint of segment {number} is given up: there is no space for it");
+            }
+            let _ = fs::remove_dir_all(&checkpoint.path);
+        }
+    }
+
+    /// Whether the local disk and the allowance have room for another `bytes` that can be done without.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.blocks.admit() == Admission::Now
+            && self.blocks.space.dirty() + self.blocks.space.staged() + bytes <= self.blocks.space.limit()
     }
 
     /// Removes the files of all segments up to `upto`.
@@ -213,7 +253,7 @@ impl Staging {
                 }
             }
             state.bytes -= freed.min(state.bytes);
-            self.blocks.space.set_staged(state.bytes);
+            self.blocks.space.set_staged(state.total());
         }
         self.discard(&gone);
     }
@@ -221,7 +261,7 @@ impl Staging {
     /// Oldest segment that still has a file, and the bytes of all files.
     pub fn oldest(&self) -> (Option<SegmentNo>, u64) {
         let state = self.state.lock();
-        (state.known.iter().find(|(_, k)| k.on_disk).map(|(n, _)| *n), state.bytes)
+        (state.known.iter().find(|(_, k)| k.on_disk).map(|(n, _)| *n), state.total())
     }
 
     /// Whether every segment after `after` lies here.

@@ -116,7 +116,7 @@ impl Vfs {
 
     fn fetch(&self, ino: Ino, entry: &BlockEntry) -> Result<Bytes> {
         self.blocks.fetch(entry, &[]).map_err(|e| {
-            log::error!("inode {ino}: {e}");
+            self.pathfinder.report(&self.journal, ino, e.to_string());
             VfsError::Io(e.to_string())
         })
     }
@@ -226,6 +226,7 @@ impl Vfs {
                 std::thread::sleep(pause);
                 return Ok(());
             }
+            Admission::Full if self.blocks.give_way() => return Ok(()),
             Admission::Full => Duration::from_millis(5),
         };
         // From when it became full, not from this write: else a hundred writers, one behind the other, would wait a
@@ -234,9 +235,12 @@ impl Vfs {
         while Instant::now() < deadline {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(200));
-            if self.blocks.admit() != Admission::Full {
+            if self.blocks.admit() != Admission::Full || self.blocks.give_way() {
                 return Ok(());
             }
+        }
+        if let Some(why) = self.blocks.space.complaint() {
+            log::warn!("{why}");
         }
         Err(VfsError::NoSpace)
     }

@@ -13,6 +13,7 @@ mod content;
 mod copy;
 mod fs;
 mod names;
+mod pathfinder;
 mod readahead;
 mod reap;
 mod rename;
@@ -88,6 +89,7 @@ pub struct Vfs {
     refusing: AtomicBool,
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
+    pathfinder: pathfinder::Pathfinder,
     prefetch: OnceLock<std::sync::mpsc::SyncSender<Vec<crate::format::tables::BlockEntry>>>,
 }
 
@@ -182,6 +184,7 @@ impl Vfs {
             refusing: AtomicBool::new(false),
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
+            pathfinder: pathfinder::Pathfinder::default(),
             prefetch: OnceLock::new(),
         });
         vfs.make_root()?;

@@ -97,6 +97,8 @@ pub fn mirrorfs() -> Command {
             command.env_remove(name);
         }
     }
+    // The disk of the machine that tests may be as full as it likes.
+    command.env("MIRRORFS_FREE_SPACE_RATIO", "0");
     command
 }
 

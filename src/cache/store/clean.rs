@@ -78,6 +78,19 @@ impl BlockStore {
         self.space.admit()
     }
 
+    /// A writer is refused: clean blocks give way to it, when it is the disk that lacks room. Answers whether it may go on. Waits for
+    /// the local disk.
+    pub fn give_way(&self) -> bool {
+        let freeing = self.slots.in_limbo() as u64 * u64::from(self.block_size);
+        let short = self.space.shortage(freeing);
+        if self.space.on_disk() != Admission::Full || (short == 0 && freeing == 0) {
+            return false;
+        }
+        self.make_space(short);
+        self.measure();
+        self.space.admit() != Admission::Full
+    }
+
     /// Whether names may be added: they take little, but a full disk must keep room for the journal.
     pub fn has_room_for_names(&self) -> bool {
         self.space.note_written(4096);
@@ -88,8 +101,8 @@ impl BlockStore {
     }
 
     pub(super) fn measure(&self) {
-        match self.slots.free_bytes() {
-            Ok(free) => self.space.measured(free),
+        match self.slots.disk() {
+            Ok(disk) => self.space.measured(disk),
             Err(e) => log::debug!("the disk of the slot file cannot be measured: {e}"),
         }
     }

@@ -332,3 +332,76 @@ fn random_faults_never_give_wrong_bytes() {
     }
     assert!(failed < 15, "{failed} of 90");
 }
+
+#[test]
+fn nobody_waits_for_what_has_been_offline_for_long() {
+    let bench = bench(&["a", "b"], 2, 1000);
+    bench.faults.iter().for_each(|f| f.partition(true));
+    let reader = bench.reader();
+    // The first one waits in hope, as long as it may.
+    let started = Instant::now();
+    assert!(matches!(bench.get(&reader, 0), Err(FetchError::Unavailable { .. })));
+    assert!(started.elapsed() >= Duration::from_millis(1900), "{:?}", started.elapsed());
+    let both_down = || {
+        let long = |r: &Arc<Replica>| r.health().down_for(Instant::now()) >= Some(Duration::from_secs(2));
+        bench.replicas.iter().all(long)
+    };
+    while !both_down() {
+        assert!(started.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let started = Instant::now();
+    let Err(FetchError::Unavailable { detail, .. }) = bench.get(&reader, 0) else {
+        panic!("there is nobody")
+    };
+    assert!(started.elapsed() < Duration::from_millis(1500), "{:?}", started.elapsed());
+    assert!(
+        detail.contains("replica a") && detail.contains("replica b") && detail.contains("long"),
+        "{detail}"
+    );
+    // One that hangs costs no more than the time for a connection, whatever else is wrong; and who is back is found at once.
+    bench.faults[0].clear();
+    bench.faults[0].add(Rule::always(Fault::Hang, &[Op::Get, Op::Head]));
+    bench.faults[1].clear();
+    let started = Instant::now();
+    assert_eq!(bench.get(&reader, 1).unwrap(), bench.blocks[1]);
+    assert!(started.elapsed() < Duration::from_millis(1500), "{:?}", started.elapsed());
+    assert_eq!(bench.replicas[1].health().state(), HealthState::Healthy);
+}
+
+#[test]
+fn who_must_wait_for_a_limit_is_not_called_slow_and_others_are_asked() {
+    let bench = bench(&["a", "b"], 2, 100_000);
+    bench.prefer(0);
+    let limited = bench.replicas[0].store().clone().with_rates(
+        crate::replica::limit::Timetable::default(),
+        crate::replica::limit::Timetable::parse("40KiB").unwrap(),
+    );
+    let replicas = vec![Arc::new(Replica::new(limited)), Arc::clone(&bench.replicas[1])];
+    replicas.iter().for_each(|r| r.set_cursor(SegmentNo(1)));
+    let handle = bench.runtime.handle().clone();
+    let reader = Reader::new(Roster::new(replicas.clone()), None, handle, bench.closing.subscribe());
+    for _ in 0..2 {
+        for i in 0..2 {
+            let started = Instant::now();
+            assert_eq!(bench.get(&reader, i).unwrap(), bench.blocks[i]);
+            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        }
+    }
+    assert!(replicas[1].store().requests().get >= 2, "the other one stepped in");
+    let (latency, rate) = replicas[0].health().speed();
+    assert!(latency.is_none_or(|l| l < 0.5) && rate.is_none_or(|r| r > 1e5), "{latency:?} {rate:?}");
+    // Alone it is waited for: two blocks are paid for in some five seconds, of which one was free.
+    let reader = Reader::new(
+        Roster::new(replicas[..1].to_vec()),
+        None,
+        bench.runtime.handle().clone(),
+        bench.closing.subscribe(),
+    );
+    let started = Instant::now();
+    for i in 0..2 {
+        assert_eq!(bench.get(&reader, i).unwrap(), bench.blocks[i]);
+    }
+    assert!(started.elapsed() > Duration::from_secs(1), "{:?}", started.elapsed());
+    assert_eq!(replicas[0].health().failures(), 0);
+}

@@ -300,7 +300,9 @@ async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
         bench.outbox.seal(1, 10);
         tokio::time::timeout(SOON, task).await.unwrap().unwrap();
         let fenced = bench.fenced.lock().clone();
-        let reason = FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())) };
+        let first_segment = Some(by.first_segment);
+        let reason =
+            FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())), first_segment };
         assert_eq!((fenced.len(), &fenced[0].reason), (1, &reason));
         assert_eq!(bench.status(0).state, ReplicaState::Fenced);
         let newest = segment_path(bench.outbox.watch().borrow().0, 1);

@@ -29,7 +29,11 @@ impl Store {
                     let n = PART.min(len - offset);
                     let body = self.read_local(path, file, offset, n).await?;
                     offset += n;
-                    parts.push(self.upload("put", path, n, upload.put_part(PutPayload::from_bytes(body))));
+                    let part = upload.put_part(PutPayload::from_bytes(body));
+                    parts.push(async move {
+                        self.pay_upload(n).await;
+                        self.upload("put", path, n, part).await
+                    });
                 } else {
                     parts.try_next().await?;
                 }

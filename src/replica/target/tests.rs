@@ -64,6 +64,9 @@ fn options_are_checked_by_name_and_value() {
         ("s3://b", "conditional_put", "no", "etag, disabled"),
         ("/a", "timeout", "1h", "between"),
         ("/a", "in_flight", "0", "1 to 64"),
+        ("/a", "reads_in_flight", "257", "1 to 256"),
+        ("/a", "upload_limit", "12:00,slow", "option upload_limit: \"slow\" is not a rate"),
+        ("s3://b", "download_limit", "25:00,1M", "option download_limit: \"25:00\" is no time"),
     ] {
         let text = bad(url, &[(option, value)]);
         assert!(text.contains(part), "{text}");
