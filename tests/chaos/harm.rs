@@ -78,13 +78,32 @@ pub fn sicken(site: &Site, rng: &mut ChaCha8Rng) -> &'static str {
     }
 }
 
-/// Damages what a replica holds: all of it, or also single objects. `past` is what it held once.
-pub fn damage(site: &Site, past: &Objects, single: bool, rng: &mut ChaCha8Rng) -> &'static str {
+/// Whether each of a replica's small objects is that of the keeper, as far as both have it.
+pub fn is_plain(objects: &Objects, keeper: &Objects) -> bool {
+    let small = |p: &String| !p.starts_with("segments/");
+    objects.iter().filter(|(p, _)| small(p)).all(|(p, b)| keeper.get(p).is_none_or(|k| k == b))
+}
+
+/// Damages what a replica holds: all of it, or also single objects. `past` is what it held once. Of `volume.json` and the claims only
+/// the one or the other are spoiled: without both nothing says whose the replica is, and only a person may decide.
+pub fn damage(
+    site: &Site,
+    past: &Objects,
+    keeper: &Objects,
+    single: bool,
+    rng: &mut ChaCha8Rng,
+) -> &'static str {
     let objects = site.memory.objects();
     let paths: Vec<&String> = objects.keys().collect();
+    let is_head = |p: &String| p == "volume.json" || p.starts_with("epochs/");
     let some = |rng: &mut ChaCha8Rng| -> Vec<String> {
         let n = rng.random_range(1..=3);
-        (0..n).filter_map(|_| paths.choose(rng).map(|p| (*p).clone())).collect()
+        let mut some: Vec<String> = (0..n).filter_map(|_| paths.choose(rng).map(|p| (*p).clone())).collect();
+        let may = is_plain(&objects, keeper) && objects.keys().any(|p| p.starts_with("epochs/"));
+        let one = some.iter().find(|p| is_head(p)).filter(|_| may).cloned();
+        some.retain(|p| !is_head(p));
+        some.extend(one);
+        some
     };
     match rng.random_range(0..if single { 5 } else { 2 }) {
         0 => {
@@ -104,9 +123,9 @@ pub fn damage(site: &Site, past: &Objects, single: bool, rng: &mut ChaCha8Rng) -
             "rots"
         }
         _ => {
-            some(rng)
-                .iter()
-                .for_each(|p| _ = site.memory.cut(p, rng.random_range(0..objects[p].len().max(1))));
+            for p in some(rng) {
+                site.memory.cut(&p, rng.random_range(0..objects[&p].len().max(1)));
+            }
             "loses ends"
         }
     }

@@ -127,13 +127,16 @@ impl Run {
                 self.world.core().blocks.drop_all_clean();
             }
             2 => {
-                self.say("seal", String::new());
-                self.world.seal();
+                let sealed = self.world.try_seal();
+                self.say(if sealed { "seal" } else { "seal fails" }, String::new());
             }
             3..6 => std::thread::sleep(Duration::from_millis(self.rng.random_range(1..40))),
             6 => {
                 let i = self.rng.random_range(0..self.past.len());
-                self.past[i] = self.world.sites[i].memory.objects();
+                let (objects, keeper) = (self.world.sites[i].memory.objects(), self.kept());
+                if harm::is_plain(&objects, &keeper) {
+                    self.past[i] = objects;
+                }
             }
             7 if REPAIRED => self.harm(),
             8 => self.heal(),
@@ -141,11 +144,17 @@ impl Run {
         }
     }
 
+    /// What the keeper holds.
+    fn kept(&self) -> Objects {
+        self.world.sites[self.keeper].memory.objects()
+    }
+
     /// Damages a replica that is not the keeper.
     fn harm(&mut self) {
         let others: Vec<_> = (0..self.past.len()).filter(|i| *i != self.keeper).collect();
         let i = *others.choose(&mut self.rng).unwrap();
-        let how = harm::damage(&self.world.sites[i], &self.past[i], REPAIRED, &mut self.rng);
+        let keeper = self.kept();
+        let how = harm::damage(&self.world.sites[i], &self.past[i], &keeper, REPAIRED, &mut self.rng);
         self.troubled = true;
         self.say(how, format!("r{i}"));
     }
@@ -191,7 +200,7 @@ impl Run {
 
     /// Loses the local state once the keeper holds everything.
     fn lose_machine(&mut self) {
-        self.world.sites[self.keeper].faults.clear();
+        self.heal();
         self.world.seal();
         let keeper = self.world.sites[self.keeper].name.clone();
         let core = self.world.core();

@@ -30,6 +30,7 @@ pub struct World {
     pub sites: Vec<Site>,
     runtime: Option<Runtime>,
     core: Option<Core>,
+    /// How many machines were lost.
     states: u32,
 }
 
@@ -112,6 +113,7 @@ impl World {
         flags.set("block_size", "64KiB", "test");
         flags.set("cache_size", "64MiB", "test");
         flags.set("commit_interval", "100ms", "test");
+        flags.set("read_timeout", "1s", "test");
         flags.set("check_interval", "1s", "test");
         flags.set("scrub_interval", "2s", "test");
         flags.set("read_only", if read_only { "true" } else { "false" }, "test");
@@ -146,15 +148,23 @@ impl World {
                 recheck_every: Duration::from_millis(200),
                 ..Tuning::default()
             },
-            read_deadline: Duration::from_millis(if faulty { 400 } else { 20_000 }),
             attention: (Duration::from_millis(50), Duration::from_millis(100)),
             checkpoint_after: 3000,
+            // The machine that had it is gone.
+            takeover: self.states > 0 && !self.state().join("state.json").exists(),
+            ..CoreOptions::default()
         }
     }
 
-    /// Seals what there is.
+    /// Seals what there is; replicas must be well.
     pub fn seal(&self) {
-        self.core().seal(Instant::now() + PATIENCE).unwrap();
+        let sealed = self.core().seal(Instant::now() + PATIENCE);
+        sealed.unwrap_or_else(|e| panic!("{e}\n{}", self.told()));
+    }
+
+    /// Seals if that is possible soon: what was partly overwritten may have to come from a replica that does not answer.
+    pub fn try_seal(&self) -> bool {
+        self.core().seal(Instant::now() + Duration::from_millis(300)).is_ok()
     }
 
     /// Whether every replica is well and holds everything that is sealed.
