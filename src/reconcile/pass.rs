@@ -293,7 +293,7 @@ impl Pass {
     }
 
     /// Sees that the replica is ours; writes a damaged `volume.json` again where our own claim proves that.
-    async fn check_volume(&self, dry_run: bool) -> Result<(), Broken> {
+    pub async fn check_volume(&self, dry_run: bool) -> Result<(), Broken> {
         let (replica, identity) = (&self.mender.replica, &self.mender.identity);
         match volume::expect(replica.store(), identity.volume.volume).await {
             Ok(Found::Volume(_) | Found::Empty | Found::Headless) => Ok(()),
@@ -331,6 +331,22 @@ impl Pass {
                 Err(Broken::Never(e.to_string()))
             }
         }
+    }
+
+    /// Writes claims again that cannot be read: a replica is not written to while the one of our own epoch is damaged.
+    pub async fn check_claims(&self, dry_run: bool) -> Result<(), Broken> {
+        let (replica, identity) = (&self.mender.replica, &self.mender.identity);
+        for claim in &identity.claims {
+            match volume::read_claim(replica.store(), claim.epoch, claim.volume).await {
+                Err(e) if e.is_damage() && !dry_run => {
+                    let name = ObjectName::Claim(claim.epoch);
+                    let target = Target { name, len: 0, hash: None, manifest: None, local: None };
+                    self.repair(&target, e.to_string()).await?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Gathers what the replica should hold.

@@ -382,16 +382,7 @@ impl Worker {
 
     async fn run(self: &Arc<Self>) {
         if let Some(why) = self.obstacle() {
-            let foreign = self.replica().status(crate::replica::Backlog::default(), 0.0);
-            if matches!(foreign.state, ReplicaState::Foreign | ReplicaState::Fenced) {
-                let why = foreign.last_error.map_or(why, |e| e.text);
-                self.set(ScrubState::Idle, Some(why.clone()));
-                self.finish(Some(why));
-                return;
-            }
-            self.set(ScrubState::Waiting, Some(why));
-            self.nap(TICK / 5).await;
-            return;
+            return self.wait_or_give_up(why).await;
         }
         let Some(mut current) = self.memory.lock().current.clone() else { return };
         // Sizes and positions count from here: what is behind the position stays counted.
@@ -423,6 +414,8 @@ impl Worker {
             Err(Broken::Never(why)) => {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
                 self.finish(Some(why));
+                // It may be due again at once.
+                self.nap(self.shared.settings.retry).await;
             }
             Err(Broken::Later(why)) => {
                 log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
@@ -437,6 +430,43 @@ impl Worker {
             }
         }
         self.save().await;
+    }
+
+    /// What to do while the replica cannot be looked at, for the reason `why`. Nobody waits for a replica of somebody else; but one whose
+    /// `volume.json` or claim is damaged passes for such a one, until it is mended.
+    async fn wait_or_give_up(self: &Arc<Self>, why: String) {
+        let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
+        let dry_run = self.memory.lock().current.as_ref().is_some_and(|c| c.dry_run);
+        let given_up = match status.state {
+            ReplicaState::Fenced => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+            ReplicaState::Foreign => match self.mend_head(dry_run).await {
+                Ok(()) if dry_run => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+                Ok(()) => {
+                    self.replica().recheck();
+                    None
+                }
+                Err(Broken::Never(why)) => Some(why),
+                Err(Broken::Later(_)) => None,
+            },
+            _ => None,
+        };
+        match given_up {
+            Some(why) => {
+                self.finish(Some(why));
+                // It may be due again at once.
+                self.nap(self.shared.settings.retry).await;
+            }
+            None => {
+                self.set(ScrubState::Waiting, Some(why));
+                self.nap(TICK / 5).await;
+            }
+        }
+    }
+
+    /// Mends what says whose the replica is.
+    async fn mend_head(&self, dry_run: bool) -> Result<(), Broken> {
+        self.pass.check_volume(dry_run).await?;
+        self.pass.check_claims(dry_run).await
     }
 
     /// Ends the current pass.
