@@ -79,6 +79,9 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
+        let started = Instant::now();
+        struct T(Instant); impl Drop for T { fn drop(&mut self) { println!("DROP disk {:?}", self.0.elapsed()); } }
+        let _t = T(started);
         for _ in 0..50 {
             if Command::new("umount").arg(&self.0).output().is_ok_and(|o| o.status.success()) {
                 return;

@@ -1,6 +1,7 @@
 //! Tests of the journal as a whole; those of its parts stand beside the parts.
 
 mod damage;
+mod full;
 
 use std::collections::BTreeMap;
 use std::fs;
