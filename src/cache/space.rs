@@ -287,7 +287,9 @@ mod tests {
         s.add_clean(500 * RESERVE);
         let mut last = Duration::ZERO;
         // Clean blocks go as soon as writers are slowed, before they are refused.
-        for (free, full, short) in [(102, false, 0), (101, false, 0), (100, true, RESERVE), (60, true, 41 * RESERVE)] {
+        for (free, full, short) in
+            [(102, false, 0), (101, false, 0), (100, true, RESERVE), (60, true, 41 * RESERVE)]
+        {
             s.measured(Disk { free: free * RESERVE, size });
             assert_eq!((s.admit() == Admission::Full, s.shortage(0)), (full, short), "{free}");
         }

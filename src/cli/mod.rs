@@ -49,7 +49,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Init(init::Args),
-    Mount(mount::Args),
+    Mount(Box<mount::Args>),
     Umount(umount::Args),
     Sync(sync::Args),
     Status(status::Args),
@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command, arguments: &[OsString]) -> Outcome {
     match command {
         Command::Init(args) => init::run(args),
-        Command::Mount(args) => mount::run(args, arguments),
+        Command::Mount(args) => mount::run(*args, arguments),
         Command::Umount(args) => umount::run(&args),
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),

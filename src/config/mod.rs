@@ -335,7 +335,9 @@ fn free_space_ratio(text: &str) -> Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(ratio) if (0.0..=0.9).contains(&ratio) => Ok(ratio),
         Ok(_) => Err(format!("{text:?} is out of range; it must lie between 0 and 0.9")),
-        Err(_) => Err(format!("{text:?} is not a share of the disk; write a number from 0 to 0.9, such as 0.05")),
+        Err(_) => {
+            Err(format!("{text:?} is not a share of the disk; write a number from 0 to 0.9, such as 0.05"))
+        }
     }
 }
 

@@ -114,7 +114,11 @@ fn every_wrong_value_is_named_with_its_source() {
             "--free-space-ratio: \"5%\" is not a share of the disk; write a number from 0 to 0.9, such as 0.05",
         ),
         ("space_wait", "11m", "--space-wait: \"11m\" is out of range; it must lie between 0ms and 10m"),
-        ("read_timeout", "500ms", "--read-timeout: \"500ms\" is out of range; it must lie between 1s and 10m"),
+        (
+            "read_timeout",
+            "500ms",
+            "--read-timeout: \"500ms\" is out of range; it must lie between 1s and 10m",
+        ),
         ("compression", "gzip", "--compression: \"gzip\" is not a compression; use zstd or none"),
         ("fsync", "two", "--fsync: \"two\" is not a level of fsync; use local, one, quorum or all"),
         ("fsync_timeout", "0s", "--fsync-timeout: \"0s\" is out of range; it must lie between 1s and 1h"),

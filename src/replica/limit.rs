@@ -119,7 +119,8 @@ pub fn parse_rate(text: &str) -> Result<Option<u64>, String> {
 
 fn parse_day(text: &str) -> Result<u32, String> {
     let day = DAYS.iter().position(|d| text.eq_ignore_ascii_case(d));
-    day.map(|d| d as u32).ok_or_else(|| format!("{text:?} is no day; write Mon, Tue, Wed, Thu, Fri, Sat or Sun"))
+    day.map(|d| d as u32)
+        .ok_or_else(|| format!("{text:?} is no day; write Mon, Tue, Wed, Thu, Fri, Sat or Sun"))
 }
 
 fn parse_time(text: &str) -> Result<u32, String> {

@@ -235,8 +235,7 @@ mod tests {
 
     #[tokio::test]
     async fn reads_of_applications_find_a_place_beside_background_work() {
-        let throttles =
-            Throttles::new(Timetable::default(), Timetable::default(), Timetable::default(), 2);
+        let throttles = Throttles::new(Timetable::default(), Timetable::default(), Timetable::default(), 2);
         let _one = throttles.place(true).await;
         let wait = Duration::from_millis(20);
         assert!(tokio::time::timeout(wait, throttles.place(true)).await.is_err());

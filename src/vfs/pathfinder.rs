@@ -30,7 +30,9 @@ impl Pathfinder {
     /// Logs that `ino` cannot be read and `why`, with a path of the file or the reason why there is none to be told. Returns at once.
     pub fn report(&self, journal: &Arc<Journal>, ino: Ino, why: String) {
         if self.searching.swap(true, Ordering::AcqRel) {
-            log::error!("inode {ino} cannot be read (its path is not looked for: another search is under way): {why}");
+            log::error!(
+                "inode {ino} cannot be read (its path is not looked for: another search is under way): {why}"
+            );
             return;
         }
         let (journal, busy, text) = (Arc::clone(journal), Busy(Arc::clone(&self.searching)), why.clone());
@@ -185,7 +187,10 @@ mod tests {
         assert_eq!(path_of(&journal, Ino(999), until).unwrap_err(), "it has no name any more");
         journal
             .transact::<_, JournalError>(|tx| {
-                tx.put(dirent_key(Ino(500), b"x"), Dirent { ino: Ino(501), kind: FileKind::Regular }.encode());
+                tx.put(
+                    dirent_key(Ino(500), b"x"),
+                    Dirent { ino: Ino(501), kind: FileKind::Regular }.encode(),
+                );
                 Ok(())
             })
             .unwrap();

@@ -350,9 +350,14 @@ fn nobody_waits_for_what_has_been_offline_for_long() {
         std::thread::sleep(Duration::from_millis(20));
     }
     let started = Instant::now();
-    let Err(FetchError::Unavailable { detail, .. }) = bench.get(&reader, 0) else { panic!("there is nobody") };
+    let Err(FetchError::Unavailable { detail, .. }) = bench.get(&reader, 0) else {
+        panic!("there is nobody")
+    };
     assert!(started.elapsed() < Duration::from_millis(1500), "{:?}", started.elapsed());
-    assert!(detail.contains("replica a") && detail.contains("replica b") && detail.contains("long"), "{detail}");
+    assert!(
+        detail.contains("replica a") && detail.contains("replica b") && detail.contains("long"),
+        "{detail}"
+    );
     // One that hangs costs no more than the time for a connection, whatever else is wrong; and who is back is found at once.
     bench.faults[0].clear();
     bench.faults[0].add(Rule::always(Fault::Hang, &[Op::Get, Op::Head]));
