@@ -62,6 +62,7 @@ pub mod txg;
 pub mod cache;
 pub mod journal;
 
+pub mod reconcile;
 pub mod restore;
 pub mod checkpoint;
 pub mod replica;

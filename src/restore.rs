@@ -1,7 +1,7 @@
 //! Bringing a volume back from its replicas alone.
 //!
 //! Owns the way from a list of stores to metadata tables (*survey* → *plan* → *load*) and from tables to a folder of files
-//! (*tree*, *write*). Knows no mount and no local state; writes nothing to replicas.
+//! (*tree*, *write*; *salvage* writes only what some records changed). Knows no mount and no local state; writes nothing to replicas.
 //!
 //! ```text
 //! stores ─ survey ─▶ inventories ─ plan (pure) ─▶ plan ─ load ─▶ sink: tables ─ tree ─▶ list of entries
@@ -25,6 +25,7 @@ pub use plan::{Place, Plan, PlanError, Start, plan, valid_epoch};
 pub use survey::{Found, Inventory, SurveyError, survey};
 pub use tables::Tables;
 pub use tree::{Entry, Filter, Listed, TreeError, list, walk};
+pub use write::salvage::{BlockContent, Changes, Incomplete, MissingPiece, Saved, Wanted, save};
 pub use write::{Options, Problem, ProblemKind, Progress, Report, RestoreError, restore};
 
 use crate::ids::ReplicaName;

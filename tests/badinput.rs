@@ -240,19 +240,25 @@ fn the_newer_writer_wins_and_the_older_says_so() {
     let old = v.mount();
     fs::write(old.path("f"), b"1").unwrap();
     old.sync();
-    let new = v.mount_as(&fresh());
+    // It may be at work, so nobody takes over by mistake; and nothing is changed by asking.
+    let before = bytes_of(&v.path("replica-a"));
+    let pid = old.pid().to_string();
+    refused(&v, &fresh(), IN_USE, &["in use", &format!("process {pid}"), "--takeover", "Unmount it there"]);
+    assert!(bytes_of(&v.path("replica-a")) == before);
+    v.mount_as(&How::usual().state("reader").arg("--read-only")).unmount();
+    let new = v.mount_as(&fresh().arg("--takeover"));
     assert_eq!(fs::read(new.path("f")).unwrap(), b"1");
     fs::write(new.path("g"), b"2").unwrap();
     new.sync();
     let until = Instant::now() + Duration::from_secs(60);
-    let refused = loop {
+    let error = loop {
         match fs::write(old.path("late"), b"3") {
             Err(e) => break e,
             Ok(()) => assert!(Instant::now() < until, "the older writer never notices"),
         }
         std::thread::sleep(Duration::from_millis(200));
     };
-    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
     let status = old.status();
     assert!(
         status["read_only"].as_str().is_some_and(|why| why.contains("epoch") || why.contains("writer")),
@@ -262,6 +268,12 @@ fn the_newer_writer_wins_and_the_older_says_so() {
     assert_eq!(fs::read(new.path("g")).unwrap(), b"2");
     new.sync();
     new.unmount();
+    // Its state is refused for good, with a way out; the one that ended well is let go on anywhere.
+    old.unmount();
+    let state = v.path("state");
+    refused(&v, &How::usual(), IN_USE, &["claimed by", "mirrorfs salvage --state", state.to_str().unwrap()]);
+    refused(&v, &How::usual().arg("--takeover"), IN_USE, &["mirrorfs salvage"]);
+    v.mount_as(&fresh().state("next")).unmount();
 }
 
 #[test]

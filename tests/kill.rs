@@ -362,7 +362,11 @@ fn killed_while_it_is_brought_back() {
     m.unmount();
     // Again and again into the same state folder, as a machine would that fails while it starts; then on from there.
     for life in 0..3 {
-        let how = How::usual().state(&format!("life{life}"));
+        let mut how = How::usual().state(&format!("life{life}"));
+        if life > 0 {
+            // The one before was killed; the first one had ended in good order.
+            how = how.arg("--takeover");
+        }
         for _ in 0..5 {
             let coming = v.start(&how);
             thread::sleep(Duration::from_millis(rng.random_range(0..250)));

@@ -218,7 +218,8 @@ fn random_operations_do_what_a_local_directory_does() {
                 m.kill9();
                 life += 1;
                 let only = if life % 2 == 0 { "a" } else { "b" };
-                m = v.mount_as(&How::usual().state(&format!("state{life}")).only(&[only]));
+                let how = How::usual().state(&format!("state{life}")).only(&[only]);
+                m = v.mount_as(&how.arg("--takeover"));
                 picture(&plain).assert_same(&picture(m.root()), &format!("from {only} alone, seed {seed}"));
                 m.unmount();
                 m = v.mount_as(&How::usual().state(&format!("state{life}")));

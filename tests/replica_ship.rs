@@ -16,8 +16,8 @@ use mirrorfs::format::tables::{BlockEntry, Time};
 use mirrorfs::format::volume::{Claim, Compression, Volume};
 use mirrorfs::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo, VolumeId};
 use mirrorfs::replica::{
-    Backlog, CursorStore, Fence, FrameSource, Identity, Outbox, Reader, Replica, ReplicaState, Shipper,
-    Staged, StagedKind, Store, Tuning, status, volume,
+    Backlog, CursorStore, Fence, FrameSource, Identity, Outbox, Reader, Replica, ReplicaState, Roster,
+    Shipper, Staged, StagedKind, Store, Tuning, status, volume,
 };
 use support::azurite::Azurite;
 use support::gcs::GcsDouble;
@@ -124,7 +124,7 @@ impl World {
         for replica in &replicas {
             let shipper = Shipper {
                 replica: Arc::clone(replica),
-                peers: replicas.clone(),
+                peers: Roster::new(replicas.clone()),
                 outbox: outbox.clone(),
                 cursors: cursors.clone(),
                 identity: Arc::clone(&identity),
@@ -190,7 +190,8 @@ impl World {
     /// Reads everything from the given replicas.
     fn read_all(&self, names: &[&str]) {
         let replicas = names.iter().map(|n| Arc::clone(self.replica(n))).collect();
-        let reader = Reader::new(replicas, None, self.runtime.handle().clone(), self.closing.subscribe());
+        let reader =
+            Reader::new(Roster::new(replicas), None, self.runtime.handle().clone(), self.closing.subscribe());
         for (raw, entry) in &self.blocks {
             assert_eq!(reader.fetch(entry, &[], &|_, _| {}).unwrap(), raw);
         }

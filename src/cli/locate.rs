@@ -86,6 +86,28 @@ pub(super) fn find(given: &Path, within: bool) -> Result<Located, CommandError> 
     }
 }
 
+/// The mount at or around `given`; without it the one around the working directory, else the only one there is.
+pub(super) fn one(given: Option<&Path>) -> Result<Located, CommandError> {
+    if let Some(given) = given {
+        return find(given, true);
+    }
+    if let Ok(here) = find(Path::new("."), true) {
+        return Ok(here);
+    }
+    let mut all = all()?;
+    match all.len() {
+        1 => Ok(all.remove(0)),
+        0 => Err(CommandError::new(Exit::NotMounted, "no mirrorfs volume is mounted")),
+        _ => {
+            let names: Vec<_> = all.iter().map(|l| l.mountpoint.display().to_string()).collect();
+            Err(CommandError::new(
+                Exit::Usage,
+                format!("several volumes are mounted, name one: {}", names.join(", ")),
+            ))
+        }
+    }
+}
+
 fn located(mount: &Mount, registry: &Registry) -> Located {
     Located { mountpoint: mount.mountpoint.clone(), entry: registry.find(&mount.mountpoint) }
 }

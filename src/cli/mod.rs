@@ -22,7 +22,10 @@ mod mount;
 mod mountpoint;
 mod output;
 mod progress;
+mod replica;
 mod restore;
+mod scrub;
+mod salvage;
 mod status;
 mod sync;
 mod umount;
@@ -53,7 +56,10 @@ enum Command {
     Umount(umount::Args),
     Sync(sync::Args),
     Status(status::Args),
+    Replica(replica::Args),
+    Scrub(scrub::Args),
     Restore(restore::Args),
+    Salvage(salvage::Args),
     Version(version::Args),
 }
 
@@ -127,7 +133,10 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Umount(args) => umount::run(&args),
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Replica(args) => replica::run(args),
+        Command::Scrub(args) => scrub::run(args),
         Command::Restore(args) => restore::run(&args),
+        Command::Salvage(args) => salvage::run(&args),
         Command::Version(args) => version::run(&args),
     }
 }
@@ -177,7 +186,9 @@ mod tests {
                 let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
                 let name = argument.get_long().unwrap_or_default();
                 let named = argument.get_env().is_some() || help.contains("[env: MIRRORFS_");
-                assert!(named || name == "help", "{} --{name}", command.get_name());
+                // To take over is a decision of one moment.
+                let never = matches!(name, "help" | "takeover");
+                assert!(named || never, "{} --{name}", command.get_name());
             }
         }
     }

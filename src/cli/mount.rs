@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use super::args::{self, ReplicaArgs, VolumeArgs};
 use super::background::{self, Report};
 use super::{CommandError, Outcome, mountpoint, output};
-use crate::config::{Config, Env, Raw, state};
+use crate::config::{Config, Env, Raw, layer, state};
 use crate::daemon::{self, MountArgs, Ready, ReadyInfo};
 use crate::exit::Exit;
 
 /// Mount a volume
 ///
 /// Returns once the mount is live; the daemon goes on in the background and logs to daemon.log in its state folder. An
-/// empty set of replicas becomes a new volume. With an empty state folder the volume is brought back from the replicas.
+/// empty set of replicas becomes a new volume. With an empty state folder the volume is brought back from the replicas;
+/// when the machine that wrote last has not unmounted in good order, that needs --takeover.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   mirrorfs mount ~/files --replica /mnt/disk/mirror --replica off=s3://bucket/mirror
@@ -60,12 +61,29 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME")]
     commit_interval: Option<String>,
 
+    /// Time between two deep scrubs of a replica, or off [env: MIRRORFS_SCRUB_INTERVAL] [default: 7d]
+    #[arg(long, value_name = "TIME")]
+    scrub_interval: Option<String>,
+
+    /// Time between two comparisons of a replica's names and sizes, or off [env: MIRRORFS_CHECK_INTERVAL] [default: 6h]
+    #[arg(long, value_name = "TIME")]
+    check_interval: Option<String>,
+
+    /// Bytes per second, per replica, of scrubs and repairs, or off [env: MIRRORFS_SCRUB_RATE] [default: off]
+    #[arg(long, value_name = "RATE")]
+    scrub_rate: Option<String>,
+
     #[command(flatten)]
     volume: VolumeArgs,
 
     /// Nobody may write [env: MIRRORFS_READ_ONLY]
     #[arg(long)]
     read_only: bool,
+
+    /// With an empty state folder: take the volume over from a machine that is gone without having unmounted it.
+    /// What it has not sent is no part of the volume then
+    #[arg(long)]
+    takeover: bool,
 
     /// Other users may enter, subject to permissions [env: MIRRORFS_ALLOW_OTHER]
     #[arg(long)]
@@ -98,6 +116,9 @@ impl Args {
             ("fsync", &self.fsync),
             ("fsync_timeout", &self.fsync_timeout),
             ("commit_interval", &self.commit_interval),
+            ("scrub_interval", &self.scrub_interval),
+            ("check_interval", &self.check_interval),
+            ("scrub_rate", &self.scrub_rate),
         ] {
             args::set(&mut raw.flags, key, value.as_deref());
         }
@@ -105,13 +126,25 @@ impl Args {
         args::set(&mut raw.flags, "allow_other", self.allow_other.then_some("true"));
         Ok(raw)
     }
+
+    /// Whether `--takeover` or `-o takeover` is given. It is a decision of one moment, so a variable, which would make it
+    /// at every mount, cannot give it.
+    fn takeover(&self, env: &Env, arguments: &[OsString]) -> Result<bool, CommandError> {
+        let listed = layer::mount_list(&self.options, &env.cwd)?.takeover;
+        let said = |a: &OsString| a.to_string_lossy().contains("takeover");
+        if listed && !arguments.iter().any(said) {
+            let message = "MIRRORFS_OPTIONS: takeover must be given on the command line, when it is needed";
+            return Err(CommandError::new(Exit::Usage, message));
+        }
+        Ok(self.takeover || listed)
+    }
 }
 
 pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
     if args.ready_on_stdout {
-        return run_in_background(&args);
+        return run_in_background(&args, arguments);
     }
-    let Prepared { config, checked, made } = prepare(&args)?;
+    let Prepared { config, checked, made, takeover } = prepare(&args, arguments)?;
     if let Some(warning) = &checked.warning {
         output::note(&format!("mirrorfs: warning: {warning}"));
     }
@@ -123,7 +156,7 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
             }
         });
         let state = config.state.clone();
-        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path }, ready);
+        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path, takeover }, ready);
         if let (Err(_), Some(made)) = (&outcome, made) {
             state::discard(&state, &made);
         }
@@ -139,10 +172,12 @@ struct Prepared {
     checked: mountpoint::Checked,
     /// What was made for the state folder: it goes away again when there will be no mount.
     made: Option<PathBuf>,
+    takeover: bool,
 }
 
-fn prepare(args: &Args) -> Result<Prepared, CommandError> {
+fn prepare(args: &Args, arguments: &[OsString]) -> Result<Prepared, CommandError> {
     let env = Env::current()?;
+    let takeover = args.takeover(&env, arguments)?;
     let config = Config::load(&args.raw(&env)?, &env)?;
     let checked = mountpoint::check(&args.mountpoint, &env.cwd, &config)?;
     mountpoint::check_fuse()?;
@@ -150,13 +185,13 @@ fn prepare(args: &Args) -> Result<Prepared, CommandError> {
         let message = format!("cannot create the state folder {}: {error}", config.state.display());
         CommandError::new(Exit::Failure, message)
     })?;
-    Ok(Prepared { config, checked, made })
+    Ok(Prepared { config, checked, made, takeover })
 }
 
 /// The process that [`background::start`] started: reports once on what was its standard output, then serves.
-fn run_in_background(args: &Args) -> Outcome {
+fn run_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
     let report = Report::take()?;
-    let Prepared { config, checked, .. } = match prepare(args) {
+    let Prepared { config, checked, takeover, .. } = match prepare(args, arguments) {
         Ok(prepared) => prepared,
         Err(error) => {
             report.failed(error.exit, &error.message);
@@ -171,7 +206,7 @@ fn run_in_background(args: &Args) -> Outcome {
         Ok(info) => report.ready(&info),
         Err(error) => report.failed(error.exit_code(), &error.to_string()),
     });
-    Ok(daemon::run(config, MountArgs { mountpoint: checked.path }, ready)?)
+    Ok(daemon::run(config, MountArgs { mountpoint: checked.path, takeover }, ready)?)
 }
 
 fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {

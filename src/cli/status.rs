@@ -138,7 +138,7 @@ fn row(replica: &ReplicaStatus) -> Vec<String> {
 }
 
 /// The word under which the state also stands in JSON.
-fn state(state: ReplicaState) -> String {
+pub(super) fn state(state: ReplicaState) -> String {
     let word = serde_json::to_value(state).ok();
     word.as_ref().and_then(serde_json::Value::as_str).unwrap_or("?").to_owned()
 }

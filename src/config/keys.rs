@@ -4,7 +4,7 @@
 //! environment.
 
 /// Keys at the top of the file.
-pub const VOLUME_KEYS: [&str; 11] = [
+pub const VOLUME_KEYS: [&str; 14] = [
     "state",
     "cache_size",
     "free_space_ratio",
@@ -15,6 +15,9 @@ pub const VOLUME_KEYS: [&str; 11] = [
     "fsync",
     "fsync_timeout",
     "commit_interval",
+    "scrub_interval",
+    "check_interval",
+    "scrub_rate",
     "read_only",
 ];
 

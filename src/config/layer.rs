@@ -163,6 +163,8 @@ pub struct MountList {
     pub layer: Layer,
     /// `config=FILE`.
     pub config: Option<PathBuf>,
+    /// `takeover`.
+    pub takeover: bool,
 }
 
 /// Words of fstab that concern whoever reads fstab, not us.
@@ -203,6 +205,7 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             _ if word.starts_with("x-") || word.starts_with("comment=") => {}
             ("ro", None) => found.layer.set("read_only", "true", "-o ro"),
             ("rw", None) => found.layer.set("read_only", "false", "-o rw"),
+            ("takeover", None) => found.takeover = true,
             ("config", Some(path)) => found.config = Some(cwd.join(path)),
             ("replica", Some(replica)) => found.layer.add_replica(replica, source, cwd),
             ("replica_option", Some(option)) => found.layer.add_replica_option(option, &source)?,
@@ -216,7 +219,7 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             }
             (word, None) if IGNORED.contains(&word) => {}
             (unknown, _) => {
-                let known = ["ro", "rw"]
+                let known = ["ro", "rw", "takeover"]
                     .into_iter()
                     .chain(TAKES_VALUE)
                     .chain(keys::VOLUME_KEYS)
@@ -288,7 +291,7 @@ mod tests {
             list("cachesize=1").unwrap_err(),
             "-o cachesize: unknown option; did you mean \"cache_size\"?"
         );
-        assert!(list("big_writes").unwrap_err().contains("known are ro, rw, config"));
+        assert!(list("big_writes").unwrap_err().contains("known are ro, rw, takeover, config"));
         assert_eq!(list("cache_size").unwrap_err(), "-o cache_size: needs a value: cache_size=…");
         assert_eq!(list("config").unwrap_err(), "-o config: needs a value: config=…");
     }

@@ -127,6 +127,12 @@ pub struct Config {
     pub fsync_timeout: Duration,
     /// Longest time between two cuts while something was written.
     pub commit_interval: Duration,
+    /// Between two deep scrubs; `None` for never.
+    pub scrub_interval: Option<Duration>,
+    /// Between two comparisons of names and sizes; `None` for never.
+    pub check_interval: Option<Duration>,
+    /// Bytes per second, per replica, that scrubs and repairs may move; `None` for as fast as it goes.
+    pub scrub_rate: Option<u64>,
     /// Nobody may write; no epoch is claimed.
     pub read_only: bool,
     /// Options of the kernel's mount.
@@ -193,6 +199,7 @@ pub struct Raw {
 }
 
 const BLOCK_SIZES: (u64, u64) = (MIN_BLOCK_SIZE as u64, MAX_BLOCK_SIZE as u64);
+const SCRUB_RATES: (u64, u64) = (16 << 10, 1 << 40);
 const CACHE_SIZES: (u64, u64) = (16 << 20, 1 << 50);
 
 impl Config {
@@ -231,6 +238,13 @@ impl Config {
             commit_interval: merged.get("commit_interval", Duration::from_secs(5), |t| {
                 units::parse_duration(t, Duration::from_millis(100)..=Duration::from_secs(3600))
             })?,
+            scrub_interval: merged.get("scrub_interval", Some(Duration::from_secs(7 * 86400)), interval)?,
+            check_interval: merged.get("check_interval", Some(Duration::from_secs(6 * 3600)), interval)?,
+            scrub_rate: merged.get("scrub_rate", None, |t| match t {
+                "off" => Ok(None),
+                t => units::parse_size(t.strip_suffix("/s").unwrap_or(t), SCRUB_RATES.0..=SCRUB_RATES.1)
+                    .map(Some),
+            })?,
             read_only: merged.get("read_only", false, yes_or_no)?,
             mount: MountOptions {
                 allow_other: merged.get("allow_other", false, yes_or_no)?,
@@ -249,7 +263,7 @@ impl Config {
         for replica in &self.replicas {
             let Place::Folder(folder) = replica.place() else { continue };
             let folder = real_path(folder);
-            if state.starts_with(&folder) || folder.starts_with(&state) {
+            if overlap(&state, &folder) {
                 return Err(ConfigError::StateInReplica {
                     state: self.state.clone(),
                     replica: replica.name.to_string(),
@@ -261,6 +275,15 @@ impl Config {
     }
 }
 
+/// The replicas that the sources name, for commands that can do without: none is no error.
+pub fn load_replicas(raw: &Raw, env: &Env) -> Result<Vec<ReplicaSpec>, ConfigError> {
+    let merged = Merged::read(raw, env)?;
+    match merged.replicas() {
+        [] => Ok(Vec::new()),
+        given => replicas::resolve(given, &merged.replica_options()),
+    }
+}
+
 /// One replica, for commands that need no volume's configuration (`restore`): `from` is the name of a replica in the
 /// sources, or `[NAME=]URL`.
 pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, ConfigError> {
@@ -269,6 +292,13 @@ pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, Con
     wanted.add_replica(from, "--from", &env.cwd);
     let wanted = wanted.replicas.pop().ok_or(ConfigError::NoReplica)?;
     replicas::find(&wanted, merged.replicas(), &merged.replica_options())?.ok_or(ConfigError::NoReplica)
+}
+
+/// Whether two places are one, or lie one within the other.
+#[must_use]
+pub fn overlap(a: &Path, b: &Path) -> bool {
+    let (a, b) = (real_path(a), real_path(b));
+    a.starts_with(&b) || b.starts_with(&a)
 }
 
 /// The path with as many symbolic links resolved as exist, for comparing places.
@@ -320,6 +350,14 @@ impl Merged {
 
     fn replicas(&self) -> &[layer::GivenReplica] {
         self.layers.iter().map(|l| l.replicas.as_slice()).find(|r| !r.is_empty()).unwrap_or_default()
+    }
+}
+
+fn interval(text: &str) -> Result<Option<Duration>, String> {
+    match text {
+        "off" => Ok(None),
+        text => units::parse_duration(text, Duration::from_secs(1)..=Duration::from_secs(10 * 365 * 86400))
+            .map(Some),
     }
 }
 

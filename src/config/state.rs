@@ -56,6 +56,32 @@ pub fn remember(dir: &Path, replicas: &[ReplicaSpec]) -> std::io::Result<()> {
     std::fs::rename(&temporary, &path)
 }
 
+/// The replicas that `dir` was last used with, as far as that can be told: options beside the server are not noted, and
+/// secrets must come from the environment.
+#[must_use]
+pub fn remembered(dir: &Path) -> Vec<ReplicaSpec> {
+    let text = std::fs::read_to_string(dir.join(MEMORY)).unwrap_or_default();
+    let spec = |(n, line): (usize, &str)| {
+        let name = format!("remembered-{}", n + 1).parse().ok()?;
+        let (url, option) = match line.split_once(' ') {
+            Some((url, server)) if !line.starts_with("file:") => (url, Some(server)),
+            _ => (line, None),
+        };
+        let key = |server: &str| match url.split("://").next() {
+            Some("gs") => "base_url",
+            Some("az") if !server.starts_with("http") => "account",
+            _ => "endpoint",
+        };
+        let server = option.map(|server| (key(server).to_owned(), server.to_owned()));
+        // It was allowed before, or it would not be noted.
+        let plain = option.filter(|server| server.starts_with("http://"));
+        let plain = plain.map(|_| ("allow_http".to_owned(), "true".to_owned()));
+        let options = server.into_iter().chain(plain).collect();
+        ReplicaSpec::parse(name, url, options, Path::new("/")).ok()
+    };
+    text.lines().enumerate().filter_map(spec).collect()
+}
+
 /// Creates the folder, for its owner only, with all folders above it. Answers the topmost folder that was missing.
 pub fn create(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     let made = dir.ancestors().take_while(|folder| folder.symlink_metadata().is_err()).last();
@@ -66,8 +92,9 @@ pub fn create(dir: &Path) -> std::io::Result<Option<PathBuf>> {
 /// Takes away a folder that was created for a mount which then failed, with those above it up to `made`, unless they
 /// hold something of value or somebody uses them. Answers whether the folder is gone.
 pub fn discard(dir: &Path, made: &Path) -> bool {
-    // Written last when a state is built: without it there is nothing that the replicas lack.
-    if dir.join("state.json").symlink_metadata().is_ok() {
+    // The first is written last when a state is built: without it there is nothing that the replicas lack. By the second
+    // the next mount knows the claim that this one has made.
+    if ["state.json", "claiming.json"].iter().any(|name| dir.join(name).symlink_metadata().is_ok()) {
         return false;
     }
     if let Ok(lock) = std::fs::File::open(dir.join("LOCK")) {
@@ -139,6 +166,13 @@ mod tests {
         create(&ab).unwrap();
         remember(&ab, &specs(&["/r/a", "/r/b"])).unwrap();
         assert_eq!(default_dir(&env, &specs(&["/r/b", "/r/c"])).unwrap(), ab);
+        let urls = |specs: &[ReplicaSpec]| specs.iter().map(|s| s.url.clone()).collect::<Vec<_>>();
+        assert_eq!(urls(&remembered(&ab)), urls(&specs(&["/r/a", "/r/b"])));
+        std::fs::write(ab.join(MEMORY), "file:///r/a b\ns3://b/p http://h:1\ngs://b\nnonsense://\n").unwrap();
+        let found = remembered(&ab);
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert_eq!(found[1].options.get("endpoint").map(String::as_str), Some("http://h:1"));
+        remember(&ab, &specs(&["/r/a", "/r/b"])).unwrap();
         let d = default_dir(&env, &specs(&["/r/d"])).unwrap();
         assert_ne!(d, ab);
         create(&d).unwrap();

@@ -12,13 +12,17 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
+use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
 use super::server::SOCKET;
 use super::socket;
 use super::types::{Failure, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncRequest};
 use crate::exit::Exit;
+use crate::reconcile::ScrubStatus;
 
 /// An answer that needs no network is expected within this time.
 const QUICK: Duration = Duration::from_secs(10);
+/// A new replica is tried out, with the deadlines of its own calls.
+const CHANGE: Duration = Duration::from_secs(180);
 /// A shutdown flushes and seals, which may take its time on a slow disk, and may wait for replicas.
 const SHUTDOWN: Duration = Duration::from_secs(600);
 /// The longest silence within a sync; the server sends a sign of life every two seconds.
@@ -80,6 +84,32 @@ impl Client {
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let bytes = self.whole(Method::GET, "/metrics", Vec::new(), QUICK).await?;
         String::from_utf8(bytes.to_vec()).map_err(broken)
+    }
+
+    /// The replicas, in their order.
+    pub async fn replicas(&self) -> Result<Vec<ReplicaEntry>, ClientError> {
+        let bytes = self.whole(Method::GET, "/replicas", Vec::new(), QUICK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    /// Changes the list of replicas; the list as it is then.
+    pub async fn change_replicas(&self, request: &ReplicaRequest) -> Result<Vec<ReplicaEntry>, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        let bytes = self.whole(Method::POST, "/replicas", body, CHANGE).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    /// What is done to look after the replicas.
+    pub async fn scrubs(&self) -> Result<Vec<ScrubStatus>, ClientError> {
+        let bytes = self.whole(Method::GET, "/scrub", Vec::new(), QUICK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    /// Begins, pauses, resumes or stops passes over replicas.
+    pub async fn scrub(&self, command: &ScrubCommand) -> Result<Vec<ScrubStatus>, ClientError> {
+        let body = serde_json::to_vec(command).map_err(broken)?;
+        let bytes = self.whole(Method::POST, "/scrub", body, QUICK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
     }
 
     /// Asks for a flush, seal and unmount; the last status when it is done.

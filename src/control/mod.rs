@@ -6,12 +6,14 @@
 mod client;
 pub mod mounts;
 mod registry;
+mod replicas;
 mod server;
 mod socket;
 mod types;
 
 pub use client::{Client, ClientError};
 pub use registry::{Entry, Registration, Registry};
+pub use replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
 pub use server::{SOCKET, Server};
 pub use types::{
     Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,

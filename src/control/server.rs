@@ -20,6 +20,7 @@ use futures::{FutureExt, StreamExt};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
+use super::replicas::{ReplicaRequest, ScrubCommand};
 use super::socket;
 use super::types::{Backend, Failure, ShutdownRequest, SyncEvent, SyncProgress, SyncRequest, reason};
 use crate::exit::Exit;
@@ -72,6 +73,8 @@ fn router(backend: Arc<dyn Backend>) -> Router {
         .route("/status", get(status))
         .route("/sync", post(sync))
         .route("/shutdown", post(shutdown))
+        .route("/replicas", get(replicas).post(change_replicas))
+        .route("/scrub", get(scrubs).post(scrub))
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .with_state(backend)
@@ -88,6 +91,37 @@ async fn shutdown(State(backend): State<Arc<dyn Backend>>, request: axum::Json<S
         Ok(Err(failure)) => refuse(StatusCode::CONFLICT, &failure),
         Err(error) => {
             let failure = Failure::new(Exit::Failure, format!("shutting down broke off: {error}"));
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, &failure)
+        }
+    }
+}
+
+async fn replicas(State(backend): State<Arc<dyn Backend>>) -> Response {
+    axum::Json(backend.replicas().await).into_response()
+}
+
+async fn change_replicas(
+    State(backend): State<Arc<dyn Backend>>,
+    request: axum::Json<ReplicaRequest>,
+) -> Response {
+    // In a task of its own: what was begun is finished when the command that asked for it is interrupted.
+    answer(tokio::spawn(async move { backend.change_replicas(request.0).await }).await)
+}
+
+async fn scrubs(State(backend): State<Arc<dyn Backend>>) -> Response {
+    answer(Ok(backend.scrubs().await))
+}
+
+async fn scrub(State(backend): State<Arc<dyn Backend>>, command: axum::Json<ScrubCommand>) -> Response {
+    answer(tokio::spawn(async move { backend.scrub(command.0).await }).await)
+}
+
+fn answer<T: serde::Serialize>(outcome: Result<Result<T, Failure>, tokio::task::JoinError>) -> Response {
+    match outcome {
+        Ok(Ok(value)) => axum::Json(value).into_response(),
+        Ok(Err(failure)) => refuse(StatusCode::CONFLICT, &failure),
+        Err(error) => {
+            let failure = Failure::new(Exit::Failure, format!("it broke off: {error}"));
             refuse(StatusCode::INTERNAL_SERVER_ERROR, &failure)
         }
     }

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::reconcile::ScrubStatus;
 use crate::replica::{LastError, ReplicaState, ReplicaStatus, Requests};
 
 pub(crate) fn sample_status() -> Status {
@@ -31,6 +32,7 @@ pub(crate) fn sample_status() -> Status {
         cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
         read_only: None,
+        fenced: None,
         sealing_error: None,
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
@@ -49,6 +51,7 @@ pub(crate) fn sample_status() -> Status {
             read_latency: None,
             read_rate: None,
             damages: 0,
+            joining: false,
             requests: Requests::default(),
         }],
     }
@@ -121,6 +124,41 @@ impl Backend for Fake {
                     }
                     Ok(progress(0, None))
                 }
+            }
+        }
+        .boxed()
+    }
+
+    fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>> {
+        async {
+            sample_status()
+                .replicas
+                .into_iter()
+                .map(|status| ReplicaEntry { status, replaces: None })
+                .collect()
+        }
+        .boxed()
+    }
+
+    fn change_replicas(&self, request: ReplicaRequest) -> BoxFuture<'_, Result<Vec<ReplicaEntry>, Failure>> {
+        async move {
+            match request {
+                ReplicaRequest::Detach { name, .. } => Err(Failure::new(Exit::Usage, format!("no {name}"))),
+                _ => Ok(self.replicas().await),
+            }
+        }
+        .boxed()
+    }
+
+    fn scrubs(&self) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async { Ok(Vec::new()) }.boxed()
+    }
+
+    fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async move {
+            match command {
+                ScrubCommand::Start(request) if request.deep => Ok(Vec::new()),
+                _ => Err(Failure::new(Exit::Failure, "not that")),
             }
         }
         .boxed()

@@ -7,7 +7,10 @@ use tokio::sync::watch;
 
 use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
-use crate::replica::ReplicaStatus;
+use crate::reconcile::ScrubStatus;
+use crate::replica::{FenceNote, ReplicaStatus};
+
+use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
 
 /// State of a mounted volume at one moment.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -42,6 +45,9 @@ pub struct Status {
     pub fsync: String,
     /// Why nobody can write; absent when one can.
     pub read_only: Option<String>,
+    /// Another writer was seen: what, where and when. Nothing more is sent then.
+    #[serde(default)]
+    pub fenced: Option<FenceNote>,
     /// Why the last attempt to seal failed, when it did; it is tried again.
     #[serde(default)]
     pub sealing_error: Option<String>,
@@ -233,6 +239,18 @@ pub trait Backend: Send + Sync + 'static {
     /// Flushes, unmounts, seals. Answers with the last status once everything is closed and the process is about to
     /// end; with a failure when the mount is busy (then everything goes on as before) or when not all could be sealed.
     fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>>;
+
+    /// The replicas, in their order.
+    fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>>;
+
+    /// Changes the list of replicas, durably. Answers the list as it is then; filling a new one goes on in the background.
+    fn change_replicas(&self, request: ReplicaRequest) -> BoxFuture<'_, Result<Vec<ReplicaEntry>, Failure>>;
+
+    /// What is done to look after the replicas.
+    fn scrubs(&self) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>>;
+
+    /// Begins, pauses, resumes or stops passes over replicas. Answers at once.
+    fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>>;
 
     /// The numbers in the text form that Prometheus reads.
     fn metrics(&self) -> BoxFuture<'_, String>;

@@ -10,12 +10,15 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::serve::Running;
+use super::tenure::Tenure;
 use crate::control::{
-    Backend, CacheStatus, Failure, ShutdownRequest, Status, SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest, Status,
+    SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
 use crate::ids::{Epoch, SegmentNo};
-use crate::replica::{Outbox, ReplicaState, ReplicaStatus};
+use crate::reconcile::{Reconciler, ScrubStatus};
+use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
@@ -28,50 +31,51 @@ pub(super) struct Control(pub Arc<Running>);
 impl Control {
     fn status_now(&self) -> Status {
         let r = &self.0;
-        let space = &r.blocks.space;
-        let progress = r.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
+        let space = &r.core.blocks.space;
+        let progress = r.core.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
         let (staged_segments, staged_bytes) = {
-            let (oldest, bytes) = r.fleet.staging.oldest();
-            (oldest.map_or(0, |o| r.fleet.staging.newest().0.saturating_sub(o.0) + 1), bytes)
+            let (oldest, bytes) = r.core.fleet.staging.oldest();
+            (oldest.map_or(0, |o| r.core.fleet.staging.newest().0.saturating_sub(o.0) + 1), bytes)
         };
         let load = |n: &std::sync::atomic::AtomicU64| n.load(std::sync::atomic::Ordering::Relaxed);
         Status {
-            volume: r.volume.volume,
+            volume: r.core.volume.volume,
             mountpoint: r.mountpoint.display().to_string(),
-            state: r.state.path().display().to_string(),
+            state: r.core.state.path().display().to_string(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            started_at: r.started_at,
-            epoch: r.epoch,
-            lsn: r.journal.last_lsn(),
-            sealed_lsn: if r.engine.is_some() { progress.sealed } else { r.opened_at },
+            started_at: r.core.started_at,
+            epoch: r.core.epoch,
+            lsn: r.core.journal.last_lsn(),
+            sealed_lsn: if r.core.engine.is_some() { progress.sealed } else { r.core.opened_at },
             dirty_bytes: space.dirty(),
             staged_bytes,
             staged_segments,
             cache: CacheStatus {
                 used_bytes: space.dirty() + space.clean(),
                 limit_bytes: space.limit(),
-                hits: load(&r.blocks.counters.hits),
-                misses: load(&r.blocks.counters.misses),
-                corrupt: load(&r.blocks.counters.corrupt),
+                hits: load(&r.core.blocks.counters.hits),
+                misses: load(&r.core.blocks.counters.misses),
+                corrupt: load(&r.core.blocks.counters.corrupt),
             },
-            fsync: r.fsync.to_owned(),
-            read_only: r.vfs.read_only(),
+            fsync: r.core.fsync.to_owned(),
+            read_only: r.core.vfs.read_only(),
+            fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
-            replicas: r.fleet.statuses(),
+            replicas: r.core.fleet.statuses(),
         }
     }
 
     /// Refuses to sync what cannot become more: a mount that was made read-only, or has become it.
     fn check_writable(&self) -> Result<(), Failure> {
         let r = &self.0;
-        let Some(why) = r.vfs.read_only() else { return Ok(()) };
-        if r.engine.is_some() {
-            let fenced = r.fleet.statuses().iter().any(|s| s.state == ReplicaState::Fenced);
+        let Some(why) = r.core.vfs.read_only() else { return Ok(()) };
+        if r.core.engine.is_some() {
+            let fenced = r.core.fleet.statuses().iter().any(|s| s.state == ReplicaState::Fenced);
             return Err(Failure::new(if fenced { Exit::InUse } else { Exit::Failure }, why));
         }
         // Without an epoch the local state was built from the replicas, and has nothing that they lack.
-        if r.epoch == Epoch(0) {
+        if r.core.epoch == Epoch(0) {
             return Ok(());
         }
         let message =
@@ -79,21 +83,40 @@ impl Control {
         Err(Failure::new(Exit::Failure, message))
     }
 
+    fn reconciler(&self) -> Result<&Reconciler, Failure> {
+        self.0.core.reconciler.as_deref().ok_or_else(|| {
+            Failure::new(
+                Exit::Failure,
+                "mounted read-only: replicas are looked after only by a writable mount",
+            )
+        })
+    }
+
+    fn entries(&self) -> Vec<ReplicaEntry> {
+        let fleet = &self.0.core.fleet;
+        let entry = |status: ReplicaStatus| {
+            let replaces = fleet.joining(&status.name).flatten();
+            ReplicaEntry { status, replaces }
+        };
+        fleet.statuses().into_iter().map(entry).collect()
+    }
+
     /// How far a sync is before there is a segment to wait for.
     fn sealing(&self, needed: usize) -> SyncProgress {
         let r = &self.0;
         SyncProgress {
             needed,
-            bytes_left: r.blocks.space.dirty() * needed as u64,
-            error: r.engine.as_ref().and_then(|e| e.progress().error),
+            bytes_left: r.core.blocks.space.dirty() * needed as u64,
+            error: r.core.engine.as_ref().and_then(|e| e.progress().error),
             ..SyncProgress::default()
         }
     }
 
     fn progress(&self, segment: SegmentNo, needed: usize) -> SyncProgress {
-        let fleet = &self.0.fleet;
+        let fleet = &self.0.core.fleet;
         let mut replicas: Vec<SyncReplica> = fleet
-            .replicas
+            .roster
+            .all()
             .iter()
             .map(|r| {
                 let (cursor, backlog) = (r.cursor(), fleet.staging.backlog(r.cursor()));
@@ -116,7 +139,7 @@ impl Control {
         let mut nearest: Vec<(u64, u64)> = replicas.iter().map(|r| (r.bytes_left, r.segments_left)).collect();
         nearest.sort_unstable();
         SyncProgress {
-            lsn: self.0.engine.as_ref().map_or(self.0.opened_at, |e| e.progress().sealed),
+            lsn: self.0.core.engine.as_ref().map_or(self.0.core.opened_at, |e| e.progress().sealed),
             sealed: true,
             error: None,
             needed,
@@ -139,7 +162,8 @@ impl Backend for Control {
         progress: watch::Sender<SyncProgress>,
     ) -> BoxFuture<'_, Result<SyncProgress, Failure>> {
         async move {
-            let needed = request.replicas.needed(self.0.fleet.replicas.len())?;
+            let of = || self.0.core.fleet.roster.all().len();
+            let needed = request.replicas.needed(of())?;
             self.check_writable()?;
             let sealing = self.0.seal(Instant::now() + SEAL_DEADLINE);
             tokio::pin!(sealing);
@@ -152,15 +176,79 @@ impl Backend for Control {
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
                 }
             };
-            let waiting = self.0.fleet.wait_for(segment, needed);
+            // Replicas that are attached or detached meanwhile count as well.
+            let needed_of = move |of| request.replicas.needed(of).unwrap_or(of);
+            let (fleet, tenure) = (&self.0.core.fleet, &self.0.core.tenure);
+            let waiting = async {
+                fleet.wait_for(segment, needed_of).await;
+                // What is stored counts when nobody had taken over by then.
+                match tenure {
+                    Some(tenure) => tenure.confirm(&fleet.roster, segment, needed_of).await,
+                    None => Ok(()),
+                }
+            };
             tokio::pin!(waiting);
             loop {
-                progress.send_replace(self.progress(segment, needed));
+                progress.send_replace(self.progress(segment, needed_of(of())));
                 tokio::select! {
-                    () = &mut waiting => return Ok(self.progress(segment, needed)),
+                    confirmed = &mut waiting => return match confirmed {
+                        Ok(()) => Ok(self.progress(segment, needed_of(of()))),
+                        Err(fenced) => Err(Failure::new(Exit::InUse, fenced.to_string())),
+                    },
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
                 }
             }
+        }
+        .boxed()
+    }
+
+    fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>> {
+        async { self.entries() }.boxed()
+    }
+
+    fn change_replicas(&self, request: ReplicaRequest) -> BoxFuture<'_, Result<Vec<ReplicaEntry>, Failure>> {
+        async move {
+            let fleet = &self.0.core.fleet;
+            match request {
+                ReplicaRequest::Attach { name, url, options, replaces } => {
+                    let spec = ReplicaSpec::parse(name, &url, options, std::path::Path::new("/"))
+                        .map_err(|e| Failure::new(Exit::Usage, e.to_string()))?;
+                    if let Place::Folder(folder) = spec.place()
+                        && crate::config::overlap(self.0.core.state(), folder)
+                    {
+                        let text = format!(
+                            "replica {} and the state folder lie one within the other: choose another place",
+                            spec.name
+                        );
+                        return Err(Failure::new(Exit::Usage, text));
+                    }
+                    fleet.attach(spec, replaces).await?;
+                }
+                ReplicaRequest::Detach { name, force } => fleet.detach(&name, force).await?,
+                ReplicaRequest::Pause { name } => fleet.pause(&name, true).await?,
+                ReplicaRequest::Resume { name } => fleet.pause(&name, false).await?,
+            }
+            Ok(self.entries())
+        }
+        .boxed()
+    }
+
+    fn scrubs(&self) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async { Ok(self.reconciler()?.status()) }.boxed()
+    }
+
+    fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>> {
+        async move {
+            let reconciler = self.reconciler()?;
+            let done = match &command {
+                ScrubCommand::Start(request) => reconciler.begin(request),
+                ScrubCommand::Pause { replica } => reconciler.pause(replica.as_ref(), true),
+                ScrubCommand::Resume { replica } => reconciler.pause(replica.as_ref(), false),
+                ScrubCommand::Stop { replica } => reconciler.stop(replica.as_ref()),
+            };
+            done.map_err(|e| Failure::new(Exit::Usage, e))?;
+            reconciler.save().await;
+            Ok(reconciler.status())
         }
         .boxed()
     }

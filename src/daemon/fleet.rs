@@ -1,25 +1,44 @@
-//! All replicas of a mounted volume together: who has what, and waiting for them.
+//! All replicas of a mounted volume together: who they are, who has what, and waiting for them.
 //!
-//! Owns the rule when staged segments may go. Each replica ships for itself.
+//! Owns the rules when staged segments may go and when a replica may, the tasks that ship, and the memory of commands that change the
+//! list (`members`). Each replica ships for itself.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use parking_lot::{Mutex, RwLock};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
+use super::core::StoreMaker;
+use super::members::Members;
+use crate::control::Failure;
+use crate::exit::Exit;
 use crate::format::tables::cursor_key;
 use crate::ids::{ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{CursorStore, Outbox, Replica, ReplicaState, ReplicaStatus};
+use crate::replica::volume::{self, Found};
+use crate::replica::{
+    CursorStore, Fence, Identity, Outbox, Replica, ReplicaSpec, ReplicaState, ReplicaStatus, Roster, Shipper,
+    Tuning, check_distinct,
+};
 use crate::txg::Staging;
+
+/// A replica that lacks no more segments than this counts as filled: what is sealed all the time must not keep it from that.
+const NEARLY: u64 = 4;
+/// How long a shipper may take to end when its replica is detached.
+const END: Duration = Duration::from_secs(10);
 
 /// Cursors in the local tables, by name and place: a name given to another place begins anew.
 pub(super) struct Cursors {
     pub journal: Arc<Journal>,
-    pub places: BTreeMap<ReplicaName, String>,
+    pub places: RwLock<BTreeMap<ReplicaName, String>>,
 }
 
 /// Key of a replica's cursor.
@@ -33,12 +52,24 @@ fn filesystem_of(name: &ReplicaName, url: &str) -> Bytes {
 }
 
 impl Cursors {
-    fn url(&self, replica: &ReplicaName) -> &str {
-        self.places.get(replica).map_or("", String::as_str)
+    fn url(&self, replica: &ReplicaName) -> String {
+        self.places.read().get(replica).cloned().unwrap_or_default()
     }
 
     fn key(&self, replica: &ReplicaName) -> Bytes {
-        cursor_of(replica, self.url(replica))
+        cursor_of(replica, &self.url(replica))
+    }
+
+    /// Forgets a replica: when it comes back it is looked at from the beginning.
+    fn forget(&self, replica: &ReplicaName) -> Result<(), String> {
+        let url = self.url(replica);
+        let forgotten = self.journal.transact::<_, JournalError>(|tx| {
+            tx.delete(cursor_of(replica, &url));
+            tx.delete(filesystem_of(replica, &url));
+            Ok(())
+        });
+        self.places.write().remove(replica);
+        forgotten.map(|_| ()).map_err(|e| e.to_string())
     }
 }
 
@@ -61,13 +92,13 @@ impl CursorStore for Cursors {
     }
 
     fn load_filesystem(&self, replica: &ReplicaName) -> Result<Option<String>, String> {
-        let value = self.journal.get(&filesystem_of(replica, self.url(replica)));
+        let value = self.journal.get(&filesystem_of(replica, &self.url(replica)));
         let value = value.map_err(|e| e.to_string())?;
         Ok(value.map(|v| String::from_utf8_lossy(&v).into_owned()))
     }
 
     fn save_filesystem(&self, replica: &ReplicaName, filesystem: &str) -> Result<(), String> {
-        let key = filesystem_of(replica, self.url(replica));
+        let key = filesystem_of(replica, &self.url(replica));
         let saved = self.journal.transact::<_, JournalError>(|tx| {
             tx.put(key, filesystem.as_bytes().to_vec());
             Ok(())
@@ -76,10 +107,42 @@ impl CursorStore for Cursors {
     }
 }
 
+/// What shippers need that is the same for all.
+#[derive(Clone)]
+pub(super) struct Shipping {
+    pub identity: Arc<Identity>,
+    pub fence: Arc<Fence>,
+    pub tuning: Tuning,
+}
+
+/// One replica's shipper.
+struct Task {
+    stop: watch::Sender<bool>,
+    handle: JoinHandle<()>,
+}
+
+/// What is known of the list besides the replicas themselves.
+struct Listed {
+    specs: Vec<ReplicaSpec>,
+    members: Members,
+    tasks: BTreeMap<ReplicaName, Task>,
+}
+
 /// The replicas of a mounted volume, in the order of the configuration.
-pub(super) struct Fleet {
-    pub replicas: Vec<Arc<Replica>>,
-    pub staging: Arc<Staging>,
+pub struct Fleet {
+    /// The list that reader, shippers and reconciler share.
+    pub(super) roster: Arc<Roster>,
+    pub(super) staging: Arc<Staging>,
+    pub(super) cursors: Arc<Cursors>,
+    make: StoreMaker,
+    /// The state folder.
+    state: PathBuf,
+    handle: Handle,
+    /// None in a read-only mount.
+    shipping: Option<Shipping>,
+    listed: Mutex<Listed>,
+    /// Held while the list changes, so that two commands do not meet.
+    changing: tokio::sync::Mutex<()>,
 }
 
 /// Up to which segment staged files may go: what every replica has, or, when `short` of space, what any one has
@@ -89,13 +152,268 @@ fn trimmable(cursors: impl Iterator<Item = SegmentNo> + Clone, short: bool) -> S
     if short { cursors.max().unwrap_or_default() } else { every }
 }
 
+/// What [`Fleet::open`] is given.
+pub(super) struct FleetParts {
+    pub specs: Vec<ReplicaSpec>,
+    pub replicas: Vec<Arc<Replica>>,
+    pub members: Members,
+    pub staging: Arc<Staging>,
+    pub journal: Arc<Journal>,
+    pub make: StoreMaker,
+    pub state: PathBuf,
+    pub handle: Handle,
+    pub shipping: Option<Shipping>,
+}
+
 impl Fleet {
-    /// Waits until `needed` replicas hold everything up to `segment`. Waits as long as it takes: bound it from outside.
-    pub async fn wait_for(&self, segment: SegmentNo, needed: usize) {
-        let mut waiting: FuturesUnordered<_> = self.replicas.iter().map(|r| r.wait_for(segment)).collect();
-        for _ in 0..needed {
-            if waiting.next().await.is_none() {
+    /// The fleet of a volume; nothing is shipped before [`Fleet::start`].
+    pub(super) fn open(parts: FleetParts) -> Arc<Self> {
+        let FleetParts { specs, replicas, members, staging, journal, make, state, handle, shipping } = parts;
+        for replica in &replicas {
+            replica.set_joining(members.joining.contains_key(replica.name()));
+            replica.pause(members.paused.contains(replica.name()));
+        }
+        let places = specs.iter().map(|s| (s.name.clone(), s.url.clone())).collect();
+        Arc::new(Self {
+            roster: Roster::new(replicas),
+            staging,
+            cursors: Arc::new(Cursors { journal, places: RwLock::new(places) }),
+            make,
+            state,
+            handle,
+            shipping,
+            listed: Mutex::new(Listed { specs, members, tasks: BTreeMap::new() }),
+            changing: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// Begins to ship to every replica; a read-only mount only recalls how far each is.
+    pub fn start(&self) {
+        for replica in self.roster.all().iter() {
+            self.ship_to(replica);
+        }
+    }
+
+    fn ship_to(&self, replica: &Arc<Replica>) {
+        let Some(shipping) = &self.shipping else {
+            if let Ok(cursor) = self.cursors.load(replica.name()) {
+                replica.set_cursor(cursor);
+            }
+            return;
+        };
+        let (stop, closing) = watch::channel(false);
+        let shipper = Shipper {
+            replica: Arc::clone(replica),
+            peers: Arc::clone(&self.roster),
+            outbox: Arc::clone(&self.staging) as Arc<dyn Outbox>,
+            cursors: Arc::clone(&self.cursors) as Arc<dyn CursorStore>,
+            identity: Arc::clone(&shipping.identity),
+            fence: Arc::clone(&shipping.fence),
+            closing,
+            tuning: shipping.tuning,
+        };
+        let task = Task { stop, handle: self.handle.spawn(shipper.run()) };
+        self.listed.lock().tasks.insert(replica.name().clone(), task);
+    }
+
+    /// Ends all shippers. Beyond `patience` they are dropped; what they sent and did not note is sent again.
+    pub async fn stop(&self, patience: Duration) {
+        let tasks = std::mem::take(&mut self.listed.lock().tasks);
+        for task in tasks.values() {
+            task.stop.send_replace(true);
+        }
+        let until = tokio::time::Instant::now() + patience;
+        for task in tasks.into_values() {
+            let abort = task.handle.abort_handle();
+            if tokio::time::timeout_at(until, task.handle).await.is_err() {
+                abort.abort();
+            }
+        }
+    }
+
+    /// Descriptions of all replicas, with their secrets.
+    pub fn specs(&self) -> Vec<ReplicaSpec> {
+        self.listed.lock().specs.clone()
+    }
+
+    /// Whether a replica is being filled for the first time, and which one goes when that is done.
+    pub fn joining(&self, name: &ReplicaName) -> Option<Option<ReplicaName>> {
+        self.listed.lock().members.joining.get(name).cloned()
+    }
+
+    /// Takes a replica into the volume, which stays in use. It is filled in the background; `replaces` is detached when that is done.
+    pub async fn attach(&self, spec: ReplicaSpec, replaces: Option<ReplicaName>) -> Result<(), Failure> {
+        let _one = self.changing.lock().await;
+        let shipping = self.shipping.as_ref().ok_or_else(read_only)?;
+        let usage = |e: &dyn std::fmt::Display| Failure::new(Exit::Usage, e.to_string());
+        let mut specs = self.specs();
+        if let Some(old) = &replaces {
+            self.known(old)?;
+        }
+        specs.push(spec.clone());
+        check_distinct(&specs).map_err(|e| usage(&e))?;
+        let store = (self.make)(&spec).map_err(|e| usage(&e))?;
+        let of_volume = |e: volume::VolumeError| Failure::new(super::open::exit_of(&e), e.to_string());
+        store.prepare().await.map_err(|e| of_volume(e.into()))?;
+        let found = volume::expect(&store, shipping.identity.volume.volume).await.map_err(of_volume)?;
+        let unique = super::random().map_err(|e| Failure::new(e.exit_code(), e.to_string()))?;
+        volume::require_conditions(&store, u128::from_le_bytes(unique)).await.map_err(of_volume)?;
+        // The rest (volume.json, claims, everything sealed) is the shipper's, as at every other start.
+        let replica = Arc::new(Replica::new(store));
+        replica.set_joining(true);
+        self.change(|members| members.attach(&spec, replaces.clone())).await?;
+        log::info!(
+            "replica {} ({}) is attached{}",
+            spec.name,
+            spec.url,
+            if found == Found::Empty { "" } else { "; it holds something of this volume already" }
+        );
+        self.cursors.places.write().insert(spec.name.clone(), spec.url.clone());
+        self.listed.lock().specs = specs;
+        self.roster.add(Arc::clone(&replica));
+        self.remember();
+        self.ship_to(&replica);
+        Ok(())
+    }
+
+    /// Lets a replica go; what it holds stays there. The last one stays, and so does one that alone holds something, unless `force`.
+    pub async fn detach(&self, name: &ReplicaName, force: bool) -> Result<(), Failure> {
+        let _one = self.changing.lock().await;
+        self.shipping.as_ref().ok_or_else(read_only)?;
+        let spec = self.known(name)?;
+        let others: Vec<_> = self.roster.voters().into_iter().filter(|r| r.name() != name).collect();
+        let Some(furthest) = others.iter().map(|r| r.cursor()).max() else {
+            return Err(Failure::new(
+                Exit::Usage,
+                format!(
+                    "replica {name} cannot go: no other one holds the volume (attach another, and wait until it is filled)"
+                ),
+            ));
+        };
+        if !force && !self.staging.holds_all_after(furthest) {
+            return Err(Failure::new(
+                Exit::InUse,
+                format!(
+                    "replica {name} cannot go yet: it alone holds segments after {furthest}; wait until another has them (mirrorfs                      status), or give them up with --force"
+                ),
+            ));
+        }
+        self.change(|members| members.detach(&spec)).await?;
+        self.roster.remove(name);
+        let task = self.listed.lock().tasks.remove(name);
+        if let Some(task) = task {
+            task.stop.send_replace(true);
+            let abort = task.handle.abort_handle();
+            if tokio::time::timeout(END, task.handle).await.is_err() {
+                abort.abort();
+            }
+        }
+        self.listed.lock().specs.retain(|s| s.name != *name);
+        if let Err(e) = self.cursors.forget(name) {
+            log::warn!("replica {name}: its cursor is not forgotten: {e}");
+        }
+        self.remember();
+        log::info!("replica {name} ({}) is detached", spec.url);
+        Ok(())
+    }
+
+    /// Stops or resumes shipping to a replica, also for later mounts.
+    pub async fn pause(&self, name: &ReplicaName, paused: bool) -> Result<(), Failure> {
+        let _one = self.changing.lock().await;
+        self.known(name)?;
+        self.change(|members| {
+            if paused {
+                members.paused.insert(name.clone());
+            } else {
+                members.paused.remove(name);
+            }
+        })
+        .await?;
+        if let Some(replica) = self.roster.get(name) {
+            replica.pause(paused);
+        }
+        Ok(())
+    }
+
+    fn known(&self, name: &ReplicaName) -> Result<ReplicaSpec, Failure> {
+        let listed = self.listed.lock();
+        listed.specs.iter().find(|s| s.name == *name).cloned().ok_or_else(|| {
+            let names: Vec<_> = listed.specs.iter().map(|s| s.name.as_str()).collect();
+            Failure::new(Exit::Usage, format!("no replica is called {name}; there are {}", names.join(", ")))
+        })
+    }
+
+    /// Changes what is remembered; first on disk, then here.
+    async fn change(&self, edit: impl FnOnce(&mut Members)) -> Result<(), Failure> {
+        let mut members = self.listed.lock().members.clone();
+        edit(&mut members);
+        let (state, written) = (self.state.clone(), members.clone());
+        let done = tokio::task::spawn_blocking(move || written.write(&state)).await;
+        match done {
+            Ok(Ok(())) => {
+                self.listed.lock().members = members;
+                Ok(())
+            }
+            Ok(Err(e)) => {
+                let file = self.state.join(super::members::FILE);
+                Err(Failure::new(Exit::Failure, format!("cannot write {}: {e}", file.display())))
+            }
+            Err(e) => Err(Failure::new(Exit::Failure, e.to_string())),
+        }
+    }
+
+    /// Notes the places for whoever looks for the state folder by its replicas.
+    fn remember(&self) {
+        if let Err(e) = crate::config::state::remember(&self.state, &self.specs()) {
+            log::warn!("cannot note the replicas in {}: {e}", self.state.display());
+        }
+    }
+
+    /// Replicas that were attached and are filled count from now on, and those that they replace go.
+    async fn settle(&self) {
+        let newest = self.staging.newest();
+        for replica in self.roster.all().iter().filter(|r| r.is_joining() && r.is_attached()) {
+            if replica.cursor().0.saturating_add(NEARLY) < newest.0 {
+                continue;
+            }
+            let name = replica.name();
+            let old = self.joining(name).flatten();
+            replica.set_joining(false);
+            // What else the others have (checkpoints, above all) is copied by whoever looks after replicas.
+            replica.call_attention();
+            self.roster.touch();
+            log::info!("replica {name} is filled: it counts from now on");
+            if let Some(old) = old
+                && let Err(e) = self.detach(&old, false).await
+            {
+                // Tried again at the next look.
+                log::info!("replica {old}, which {name} replaces, is not detached yet: {e}");
+                replica.set_joining(true);
+                continue;
+            }
+            let _one = self.changing.lock().await;
+            if let Err(e) = self.change(|members| drop(members.joining.remove(name))).await {
+                log::warn!("replica {name}: {e}");
+            }
+        }
+    }
+
+    /// Waits until as many replicas as `needed` says, out of how many there are, hold everything up to `segment`. Waits as long as it
+    /// takes: bound it from outside.
+    pub async fn wait_for(&self, segment: SegmentNo, needed: impl Fn(usize) -> usize) {
+        loop {
+            let all = self.roster.all();
+            if all.iter().filter(|r| r.cursor() >= segment).count() >= needed(all.len()) {
                 return;
+            }
+            let mut moved: FuturesUnordered<_> =
+                all.iter().filter(|r| r.cursor() < segment).map(|r| r.wait_for(segment)).collect();
+            let mut list = self.roster.watch();
+            tokio::select! {
+                Some(()) = moved.next() => {}
+                _ = list.changed() => {}
+                // A change between the look and the wait, and cursors that went back.
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
             }
         }
     }
@@ -105,7 +423,9 @@ impl Fleet {
     pub async fn last_call(&self, until: Instant, all: bool) {
         let newest = self.staging.newest();
         while Instant::now() < until {
-            let works = |s: &ReplicaStatus| matches!(s.state, ReplicaState::Healthy | ReplicaState::Degraded);
+            let works = |s: &ReplicaStatus| {
+                matches!(s.state, ReplicaState::Healthy | ReplicaState::Degraded) && !s.joining
+            };
             if !self.statuses().iter().any(|s| s.cursor < newest && (all || works(s))) {
                 return;
             }
@@ -116,7 +436,8 @@ impl Fleet {
     /// Names of those that do not, with what keeps them.
     pub fn lacking(&self, segment: SegmentNo) -> String {
         let now = super::unix_now();
-        let late = self.replicas.iter().filter(|r| r.cursor() < segment).map(|r| {
+        let all = self.roster.all();
+        let late = all.iter().filter(|r| r.cursor() < segment).map(|r| {
             let status = r.status(self.staging.backlog(r.cursor()), now);
             let why = status.last_error.map_or_else(String::new, |e| format!(" ({})", e.text));
             format!("{} lacks {} segments{why}", r.name(), status.lag_segments)
@@ -127,7 +448,7 @@ impl Fleet {
     /// What `status` shows of each.
     pub fn statuses(&self) -> Vec<ReplicaStatus> {
         let now = super::unix_now();
-        self.replicas.iter().map(|r| r.status(self.staging.backlog(r.cursor()), now)).collect()
+        self.roster.all().iter().map(|r| r.status(self.staging.backlog(r.cursor()), now)).collect()
     }
 
     /// Removes staged files as replicas take them over; ends when `stop` resolves.
@@ -138,7 +459,8 @@ impl Fleet {
     ) {
         let mut stop = std::pin::pin!(stop);
         loop {
-            let upto = trimmable(self.replicas.iter().map(|r| r.cursor()), short());
+            self.settle().await;
+            let upto = trimmable(self.roster.voters().iter().map(|r| r.cursor()), short());
             if self.staging.oldest().0.is_some_and(|oldest| oldest <= upto) {
                 let staging = Arc::clone(&self.staging);
                 let done = tokio::task::spawn_blocking(move || staging.trim(upto)).await;
@@ -146,7 +468,7 @@ impl Fleet {
                     log::error!("trimming the staging area: {e}");
                 }
             }
-            let dumped = self.replicas.iter().map(|r| r.checkpoint()).min().unwrap_or_default();
+            let dumped = self.roster.voters().iter().map(|r| r.checkpoint()).min().unwrap_or_default();
             let staging = Arc::clone(&self.staging);
             if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
                 log::error!("trimming the staging area: {e}");
@@ -157,6 +479,10 @@ impl Fleet {
             }
         }
     }
+}
+
+fn read_only() -> Failure {
+    Failure::new(Exit::Failure, "mounted read-only: its replicas can be changed only in a writable mount")
 }
 
 #[cfg(test)]

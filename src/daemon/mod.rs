@@ -3,14 +3,24 @@
 //! Owns the order in which things start and stop. The parts know nothing of each other but the traits they are given.
 
 mod backend;
+mod catalog;
 mod checkpoints;
+mod core;
 mod fleet;
+mod members;
 mod open;
 mod parts;
 mod rebuild;
 mod restore;
+mod salvage;
 mod serve;
 mod state;
+mod tenure;
+
+pub use self::core::{Core, CoreOptions, StoreMaker};
+pub use fleet::Fleet;
+
+pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,6 +72,9 @@ impl From<JournalError> for Error {
 pub struct MountArgs {
     /// Absolute path of the mountpoint, an existing directory.
     pub mountpoint: PathBuf,
+    /// With an empty state folder: go on although another machine has not said that it is done, or a replica that may
+    /// hold more does not answer.
+    pub takeover: bool,
 }
 
 /// A volume that was just created.
@@ -129,7 +142,7 @@ pub fn init(config: &Config) -> Result<VolumeInfo, Error> {
     let stores = stores(config)?;
     runtime()?
         .block_on(async {
-            let seen = open::look(&stores).await;
+            let seen = open::look(&stores, false).await;
             match open::decide(None, &seen, false)? {
                 open::Decision::Create => create(config, &stores).await,
                 _ => {

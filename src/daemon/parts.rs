@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::sync::{Arc, OnceLock};
 
+use futures::future::join_all;
+
 use super::fleet::cursor_of;
 use super::open::{self, Decision};
 use super::rebuild::rebuild;
@@ -22,8 +24,9 @@ use crate::format::tables::local_key;
 use crate::format::volume::Claim;
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 use crate::journal::{self, Journal, JournalError, Opened};
-use crate::replica::Store;
-use crate::replica::volume::{self, Found};
+use crate::replica::volume::{self, Found, Tenures, VolumeError};
+use crate::replica::{FenceNote, Store};
+use crate::restore::SurveyError;
 
 /// The open local state.
 pub(super) struct Parts {
@@ -84,7 +87,8 @@ pub(super) fn open_with_ballast(
     opened
 }
 
-/// Opens, builds or rebuilds the local state as `decision` says, and claims the epoch of this mount.
+/// Opens, builds or rebuilds the local state as `decision` says, and claims the epoch of this mount. `takeover`: see
+/// [`open::permit`].
 pub(super) async fn open(
     config: &Config,
     state: &StateDir,
@@ -92,6 +96,7 @@ pub(super) async fn open(
     seen: &[open::Seen],
     local: Option<Local>,
     decision: Decision,
+    takeover: bool,
 ) -> Result<Parts, Error> {
     let slots = SlotCell::default();
     let mut notes = Vec::new();
@@ -116,15 +121,22 @@ pub(super) async fn open(
             ));
             let mut local = Local::new(volume, Vec::new(), false);
             let intended = intend(&mut local, Epoch(0), SegmentNo(1))?;
+            state.intend(&intended)?;
             put_claim(&local, &intended, stores).await?;
             let (journal, _) = open_with_ballast(state, &slots)?;
             complete(state, &local)?;
             (local, journal)
         }
-        (Decision::Restore { warnings }, _) | (Decision::GoOn { warnings }, None) => {
-            notes.extend(warnings);
+        (decision, _) => {
+            let without = match decision {
+                Decision::Restore { warnings, without } => {
+                    notes.extend(warnings);
+                    without
+                }
+                Decision::GoOn { .. } | Decision::Create => Vec::new(),
+            };
             set_aside(state, &mut notes)?;
-            let (local, restored) = take_over(config, seen).await?;
+            let (local, restored) = take_over(config, state, seen, &without, takeover, &mut notes).await?;
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &restored)?;
@@ -143,7 +155,7 @@ pub(super) async fn open(
     Ok(Parts { local, journal, blocks, mark, notes })
 }
 
-fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
+pub(super) fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
     match journal.get(&local_key(SEALED_MARK))? {
         Some(value) => {
             SealedMark::decode(&value).map_err(|e| Error::new(Exit::Damaged, format!("local journal: {e}")))
@@ -161,14 +173,25 @@ async fn go_on(
     mut local: Local,
     notes: &mut Vec<String>,
 ) -> Result<(Local, Arc<Journal>), Error> {
+    if let Some(note) = &local.fenced {
+        return Err(open::refuse(note, state.path()));
+    }
     let reachable: Vec<Store> = seen.iter().filter(|s| s.found.is_ok()).map(|s| s.store.clone()).collect();
-    for store in &reachable {
-        match volume::tenures(store, local.volume.volume).await {
+    let asked = tenures(&reachable, &local).await;
+    // Those that have not answered by now are left to their shippers.
+    let mut answering = Vec::new();
+    for (store, tenures) in reachable.iter().zip(asked) {
+        match tenures {
             Ok(tenures) => {
-                open::check_tenures(&local, store, &tenures)?;
+                if let Some(fenced) = open::overtaken(&local, store, &tenures) {
+                    let note = FenceNote::new(&fenced, unix_now() as u64);
+                    StateDir::note_fence(state.path(), &note)?;
+                    return Err(open::refuse(&note, state.path()));
+                }
                 notes.extend(tenures.damaged.iter().map(|e| format!("needs repair: {e}")));
+                answering.push(store.clone());
             }
-            Err(volume::VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
+            Err(VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
             Err(e) => return Err(e.into()),
         }
     }
@@ -199,16 +222,26 @@ async fn go_on(
         let mark = sealed_mark(&journal)?;
         // A rebuilt state knows all that the replicas have committed; what was only begun there is a lost branch.
         if !rebuilt {
-            refuse_older_state(state, &reachable, local.epoch(), mark.segment).await?;
+            refuse_older_state(state, &answering, local.epoch(), mark.segment).await?;
         }
         let highest = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
         let intended = intend(&mut local, highest, mark.segment.next())?;
         // Written down first: after a crash in between, the next mount knows the claim as its own.
         complete(state, &local)?;
         // The shippers put it where it could not be put now, before anything else.
-        put_claim(&local, &intended, &holders(seen)).await?;
+        let holders = holders(seen).into_iter().filter(|h| answering.iter().any(|a| a.name() == h.name()));
+        put_claim(&local, &intended, &holders.collect::<Vec<_>>()).await?;
     }
     Ok((local, journal))
+}
+
+/// The tenures that replicas show, asked for at once and without much patience.
+async fn tenures(stores: &[Store], local: &Local) -> Vec<Result<Tenures, VolumeError>> {
+    let ask = |store: &Store| {
+        let store = open::quick(store);
+        async move { volume::tenures(&store, local.volume.volume).await }
+    };
+    join_all(stores.iter().map(ask)).await
 }
 
 /// Segments looked for behind our newest one; those of a group in flight may arrive out of order.
@@ -222,22 +255,23 @@ async fn refuse_older_state(
     epoch: Epoch,
     newest: SegmentNo,
 ) -> Result<(), Error> {
-    for store in stores {
-        for number in newest.0 + 1..=newest.0 + LOOK_BEHIND {
-            let object = ObjectName::Segment(SegmentNo(number), epoch).path();
-            if store.head(&object).await.is_ok() {
-                return Err(Error::new(
-                    Exit::InUse,
-                    format!(
-                        "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy of \
+    let look = |store: &Store, number: u64| {
+        let (store, object) = (open::quick(store), ObjectName::Segment(SegmentNo(number), epoch).path());
+        async move { store.head(&object).await.is_ok().then_some((store, object)) }
+    };
+    let numbers = || newest.0 + 1..=newest.0 + LOOK_BEHIND;
+    let looks = stores.iter().flat_map(|store| numbers().map(move |number| look(store, number)));
+    if let Some((store, object)) = join_all(looks).await.into_iter().flatten().next() {
+        return Err(Error::new(
+            Exit::InUse,
+            format!(
+                "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy of \
                          this folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
-                        state.path().display(),
-                        store.name(),
-                        store.url()
-                    ),
-                ));
-            }
-        }
+                state.path().display(),
+                store.name(),
+                store.url()
+            ),
+        ));
     }
     Ok(())
 }
@@ -283,23 +317,50 @@ async fn put_claim(local: &Local, claim: &Claim, stores: &[Store]) -> Result<(),
 /// How often a restore begins anew because the former writer was still writing.
 const TAKE_OVER_TRIES: usize = 5;
 
-/// Reads the volume back and claims the next epoch. What the former writer stored between the reading and the claim
-/// would be lost, so then it begins anew: behind the claim he writes nothing more that he acknowledges.
-async fn take_over(config: &Config, seen: &[open::Seen]) -> Result<(Local, Restored), Error> {
+/// Reads the volume back and claims the next epoch, when [`open::permit`] allows it. What the former writer stored between
+/// the reading and the claim would be lost, so then it begins anew: behind the claim he writes nothing more that he
+/// acknowledges.
+async fn take_over(
+    config: &Config,
+    state: &StateDir,
+    seen: &[open::Seen],
+    without: &[String],
+    takeover: bool,
+    notes: &mut Vec<String>,
+) -> Result<(Local, Restored), Error> {
     let holders = holders(seen);
     for _ in 0..TAKE_OVER_TRIES {
-        let restored = restore::fetch(&holders).await?;
+        let own = state.intended();
+        let (mut last, mut without) = (open::LastTenure::default(), without.to_vec());
+        let restored = restore::fetch(&holders, |inventories, plan| {
+            let silent = inventories.iter().filter_map(|i| match &i.found {
+                Err(e @ SurveyError::Unreachable(_)) => Some(e.to_string()),
+                _ => None,
+            });
+            without.extend(silent);
+            let reached = plan.starts.first().map_or(SegmentNo(0), |s| s.last);
+            last = open::last_tenure(inventories.iter().filter_map(|i| i.found.as_ref().ok()), &own);
+            // Before much is read: by the listings alone.
+            if config.read_only {
+                return Ok(());
+            }
+            open::permit(&last, &own, &without, reached, takeover).map(|_| ())
+        })
+        .await?;
         let loaded = &restored.loaded;
         let mut local = Local::new(loaded.volume.clone(), restored.claims.clone(), config.read_only);
         if config.read_only {
             return Ok((local, restored));
         }
+        let warnings = open::permit(&last, &own, &without, loaded.last_segment, takeover)?;
         let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
         let intended = intend(&mut local, highest, loaded.last_segment.next())?;
+        state.intend(&intended)?;
         put_claim(&local, &intended, &holders).await?;
         let newer = restore::listed(&holders).await;
         let overtaken = newer.difference(&restored.listed).any(|(n, _)| *n > loaded.last_segment);
         if !overtaken {
+            notes.extend(warnings);
             return Ok((local, restored));
         }
         log::info!("the former writer stored more meanwhile; reading again");

@@ -89,7 +89,7 @@ pub(super) async fn rebuild(
         Ok(store) => sources.push(store),
         Err(e) => log::warn!("staged segments cannot be used for the rebuild: {e}"),
     }
-    let restored = restore::fetch(&sources).await?;
+    let restored = restore::fetch(&sources, |_, _| Ok(())).await?;
     describe(&restored, notes);
 
     let name = match &local.rebuild {

@@ -54,10 +54,14 @@ impl From<PlanError> for Error {
     }
 }
 
-/// Reads the volume's tables from `stores`.
-pub(super) async fn fetch(stores: &[Store]) -> Result<Restored, Error> {
+/// Reads the volume's tables from `stores`, unless `permit` refuses by what they list.
+pub(super) async fn fetch(
+    stores: &[Store],
+    permit: impl FnOnce(&[Inventory], &Plan) -> Result<(), Error>,
+) -> Result<Restored, Error> {
     let inventories = restore::survey(stores).await;
     let plan = restore::plan(&inventories, None)?;
+    permit(&inventories, &plan)?;
     let mut tables = Tables::default();
     let loaded = restore::load(&plan, stores, &mut tables).await?;
     let cursors = stores

@@ -1,6 +1,6 @@
 //! The local state folder: its lock, and the file that says whose state it is.
 //!
-//! Owns `LOCK` and `state.json`, and the names of everything else in the folder. Knows no content of it.
+//! Owns `LOCK`, `state.json` and `claiming.json`, and the names of everything else in the folder. Knows no content of it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -12,9 +12,13 @@ use super::Error;
 use crate::exit::Exit;
 use crate::format::volume::{Claim, Volume};
 use crate::ids::Epoch;
+use crate::replica::FenceNote;
 
 /// Version of the state folder's layout.
 const VERSION: u32 = 1;
+
+/// Name of the file with claims that are being made while there is no `state.json` yet.
+const CLAIMING: &str = "claiming.json";
 
 /// What `state.json` says. It is written last when a state is built, so a folder without it holds nothing of value.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -33,11 +37,14 @@ pub(super) struct Local {
     /// A rebuild of the tables is under way; its name is that of the folder with the damaged ones.
     #[serde(default)]
     pub rebuild: Option<String>,
+    /// Another writer ended our tenure: nothing may be written with this state any more.
+    #[serde(default)]
+    pub fenced: Option<FenceNote>,
 }
 
 impl Local {
     pub fn new(volume: Volume, claims: Vec<Claim>, borrowed: bool) -> Self {
-        Self { version: VERSION, volume, claims, own_since: Epoch(0), borrowed, rebuild: None }
+        Self { version: VERSION, volume, claims, own_since: Epoch(0), borrowed, rebuild: None, fenced: None }
     }
 
     /// Our claim.
@@ -59,6 +66,16 @@ pub(super) struct StateDir {
 
 fn failed(what: &str, path: &Path, e: &io::Error) -> Error {
     Error::new(Exit::Failure, format!("cannot {what} {}: {e}", path.display()))
+}
+
+/// Replaces a small file of a state folder, for its owner only, so that a crash leaves the old one or the new one.
+pub(super) fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
 }
 
 impl StateDir {
@@ -112,7 +129,11 @@ impl StateDir {
 
     /// What the folder is the state of; `None` when nothing was completed here.
     pub fn read(&self) -> Result<Option<Local>, Error> {
-        let path = self.dir.join("state.json");
+        Self::read_in(&self.dir)
+    }
+
+    fn read_in(dir: &Path) -> Result<Option<Local>, Error> {
+        let path = dir.join("state.json");
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -125,7 +146,7 @@ impl StateDir {
                     "{} is damaged ({e}): move the state folder {} away and mount again to rebuild it from the \
                      replicas; what they lack is then missing",
                     path.display(),
-                    self.dir.display()
+                    dir.display()
                 ),
             )
         })?;
@@ -135,7 +156,7 @@ impl StateDir {
                 format!(
                     "the state folder {} has layout version {}, this mirrorfs knows {VERSION}: use the version that \
                      made it, or unmount there and rebuild with an empty folder",
-                    self.dir.display(),
+                    dir.display(),
                     local.version
                 ),
             ));
@@ -143,25 +164,56 @@ impl StateDir {
         Ok(Some(local))
     }
 
-    /// Completes or changes the state: from now on the folder counts.
+    /// Completes or changes the state: from now on the folder counts, and claims noted before it are in it.
     pub fn write(&self, local: &Local) -> Result<(), Error> {
-        let path = self.dir.join("state.json");
-        let write = || -> io::Result<()> {
-            let temporary = self.dir.join("state.json.new");
-            let mut file =
-                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(&serde_json::to_vec_pretty(local)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(&self.dir)?.sync_all()
-        };
-        write().map_err(|e| failed("write", &path, &e))
+        write_json(&self.dir, "state.json", local)?;
+        match fs::remove_file(self.dir.join(CLAIMING)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(failed("remove", &self.dir.join(CLAIMING), &e))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes a claim that is about to be made while there is no `state.json` yet: after a crash in between, the next
+    /// mount knows it as its own.
+    pub fn intend(&self, claim: &Claim) -> Result<(), Error> {
+        let mut claims = self.intended();
+        claims.push(claim.clone());
+        write_json(&self.dir, CLAIMING, &claims)
+    }
+
+    /// The claims of earlier mounts with this folder that did not complete it.
+    pub fn intended(&self) -> Vec<Claim> {
+        let bytes = fs::read(self.dir.join(CLAIMING)).unwrap_or_default();
+        // Damaged, it is only missing: then the person who mounts is asked.
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    /// Notes that another writer ended this state's tenure, unless that was noted before. `dir` is locked by this
+    /// process.
+    pub fn note_fence(dir: &Path, note: &FenceNote) -> Result<(), Error> {
+        match Self::read_in(dir)? {
+            Some(mut local) if local.fenced.is_none() => {
+                local.fenced = Some(note.clone());
+                write_json(dir, "state.json", &local)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Moves everything but the lock aside into `quarantine-LABEL`; answers that folder, or `None` when there was nothing.
     pub fn set_aside(&self, label: &str) -> Result<Option<PathBuf>, Error> {
-        const KEEP: [&str; 6] =
-            ["LOCK", "replicas", "daemon.log", "daemon.log.old", "ballast", crate::control::SOCKET];
+        const KEEP: [&str; 8] = [
+            "LOCK",
+            CLAIMING,
+            "replicas",
+            super::members::FILE,
+            "daemon.log",
+            "daemon.log.old",
+            "ballast",
+            crate::control::SOCKET,
+        ];
         let free = |n: u32| {
             let suffix = if n == 0 { String::new() } else { format!("-{n}") };
             self.dir.join(format!("quarantine-{label}{suffix}"))
@@ -205,6 +257,14 @@ impl StateDir {
     }
 }
 
+/// Replaces a file by a value, durably and all at once.
+fn write_json<T: serde::Serialize>(dir: &Path, name: &str, value: &T) -> Result<(), Error> {
+    let written = serde_json::to_vec_pretty(value)
+        .map_err(io::Error::from)
+        .and_then(|bytes| write_durably(dir, name, &bytes));
+    written.map_err(|e| failed("write", &dir.join(name), &e))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -234,13 +294,52 @@ mod tests {
     }
 
     #[test]
+    fn claims_are_known_again_until_the_state_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::lock(dir.path()).unwrap();
+        let claim = |epoch| Claim {
+            volume: volume().volume,
+            epoch: Epoch(epoch),
+            claim_id: [epoch as u8; 16],
+            host: "h".into(),
+            pid: 1,
+            claimed_at: 1,
+            first_segment: crate::ids::SegmentNo(1),
+            mirrorfs: "test".into(),
+        };
+        assert!(state.intended().is_empty());
+        state.intend(&claim(3)).unwrap();
+        fs::write(dir.path().join("witness"), "x").unwrap();
+        state.set_aside("x").unwrap().unwrap();
+        state.intend(&claim(4)).unwrap();
+        assert_eq!(state.intended(), [claim(3), claim(4)]);
+        state.write(&Local::new(volume(), vec![claim(4)], false)).unwrap();
+        assert!(state.intended().is_empty());
+    }
+
+    #[test]
     fn state_round_trips_and_damage_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::lock(dir.path()).unwrap();
         assert_eq!(state.read().unwrap(), None);
         let local = Local::new(volume(), Vec::new(), true);
         state.write(&local).unwrap();
-        assert_eq!(state.read().unwrap(), Some(local));
+        assert_eq!(state.read().unwrap(), Some(local.clone()));
+        let note = FenceNote {
+            at: 7,
+            replica: "a".parse().unwrap(),
+            epoch: Epoch(2),
+            claim: None,
+            first_segment: None,
+            text: "taken over".into(),
+        };
+        StateDir::note_fence(dir.path(), &note).unwrap();
+        StateDir::note_fence(dir.path(), &FenceNote { at: 8, ..note.clone() }).unwrap();
+        assert_eq!(
+            state.read().unwrap(),
+            Some(Local { fenced: Some(note), ..local }),
+            "the first one is kept"
+        );
         fs::write(dir.path().join("state.json"), b"{").unwrap();
         assert_eq!(state.read().unwrap_err().exit_code(), Exit::Damaged);
         let aside = state.set_aside("x").unwrap().unwrap();

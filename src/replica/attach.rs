@@ -164,10 +164,8 @@ async fn claimed(replica: &Replica, identity: &Identity) -> Result<Vec<Epoch>, A
         _ => None,
     });
     let there: Vec<Epoch> = claims.collect();
-    match there.iter().copied().filter(|e| *e > identity.epoch()).max() {
-        Some(higher) => Err(taken_over(replica, identity, higher).await),
-        None => Ok(there),
-    }
+    let higher: Vec<Epoch> = there.iter().copied().filter(|e| *e > identity.epoch()).collect();
+    if higher.is_empty() { Ok(there) } else { Err(taken_over(replica, identity, &higher).await) }
 }
 
 /// Sees that all known claims stand on the replica, where `there` are already.
@@ -181,7 +179,8 @@ async fn put_claims(replica: &Replica, identity: &Identity, there: &[Epoch]) -> 
         match volume::put_claim(store, claim).await {
             Ok(()) => {}
             Err(VolumeError::Held { claim, replica }) if ours => {
-                let reason = FenceReason::TakenOver { epoch: claim.epoch, claim: Some(claim) };
+                let first_segment = Some(claim.first_segment);
+                let reason = FenceReason::TakenOver { epoch: claim.epoch, claim: Some(claim), first_segment };
                 return Err(AttachError::Fenced(Box::new(Fenced { replica, reason })));
             }
             Err(e) => return Err(e.into()),

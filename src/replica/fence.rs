@@ -1,7 +1,7 @@
 //! Whether somebody else writes to the volume, known to all shippers at once.
 //!
-//! Owns the signal, its texts, and the look at a replica's claims. Decides nothing else: whoever sees another writer raises the signal,
-//! everybody who writes ends by it.
+//! Owns the signal, its texts, the look at a replica's claims, and the mark of an orderly end. Decides nothing else: whoever sees another
+//! writer raises the signal, everybody who writes ends by it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,10 +12,11 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 use super::attach::{AttachError, Identity};
+use super::roster::Roster;
 use super::shared::Replica;
 use super::volume::{self, VolumeError};
 use crate::format::names::{EPOCHS, ObjectName};
-use crate::format::volume::Claim;
+use crate::format::volume::{Claim, Release};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Wait after a look that failed.
@@ -39,6 +40,8 @@ pub enum FenceReason {
         epoch: Epoch,
         /// Its claim; `None` when it cannot be read.
         claim: Option<Box<Claim>>,
+        /// Where its branch leaves ours: the lowest first segment of all claims above ours; `None` when one cannot be read.
+        first_segment: Option<SegmentNo>,
     },
     /// The replica holds a segment of our epoch that we have not sealed: the local state is older than it should be.
     Ahead {
@@ -62,16 +65,16 @@ impl fmt::Display for Fenced {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let replica = &self.replica;
         match &self.reason {
-            FenceReason::TakenOver { epoch, claim: Some(claim) } => write!(
+            FenceReason::TakenOver { epoch, claim: Some(claim), .. } => write!(
                 f,
                 "replica {replica}: epoch {epoch} was claimed by {} (process {}): it took the volume over, nothing more is \
-                 written from here",
+                 written from here; {SAVE}",
                 claim.host, claim.pid
             ),
-            FenceReason::TakenOver { epoch, claim: None } => write!(
+            FenceReason::TakenOver { epoch, claim: None, .. } => write!(
                 f,
                 "replica {replica}: epoch {epoch} was claimed by somebody else (the claim cannot be read): nothing more is \
-                 written from here"
+                 written from here; {SAVE}"
             ),
             FenceReason::Ahead { segment, epoch, newest } => write!(
                 f,
@@ -86,8 +89,40 @@ impl fmt::Display for Fenced {
     }
 }
 
+const SAVE: &str = "unmount, and save what was not sent with `mirrorfs salvage`";
 const OLD_STATE: &str = "it was copied, or set back to an older state (backup, snapshot), and nothing is written from here; mount \
                          with an empty --state folder to go on from the replicas";
+
+/// [`Fenced`] as it is kept in the state folder and shown: what was seen, where and when.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct FenceNote {
+    /// Seconds since 1970.
+    pub at: u64,
+    /// The replica on which it was seen.
+    pub replica: ReplicaName,
+    /// The epoch that was seen: another writer's, or ours with contents that are not ours.
+    pub epoch: Epoch,
+    /// The other writer's claim, when that is what was seen and it can be read.
+    pub claim: Option<Claim>,
+    /// The first segment that is not ours any more, when that is known.
+    pub first_segment: Option<SegmentNo>,
+    /// The same as a sentence.
+    pub text: String,
+}
+
+impl FenceNote {
+    /// The note of what was seen at `at`, in seconds since 1970.
+    #[must_use]
+    pub fn new(fenced: &Fenced, at: u64) -> Self {
+        let (epoch, claim, first_segment) = match &fenced.reason {
+            FenceReason::TakenOver { epoch, claim, first_segment } => {
+                (*epoch, claim.as_deref().cloned(), *first_segment)
+            }
+            FenceReason::Ahead { epoch, .. } | FenceReason::Contradicts { epoch, .. } => (*epoch, None, None),
+        };
+        Self { at, replica: fenced.replica.clone(), epoch, claim, first_segment, text: fenced.to_string() }
+    }
+}
 
 /// The signal that all shippers of a volume share. Once raised it stays.
 pub struct Fence {
@@ -143,42 +178,130 @@ pub(super) async fn look(replica: &Replica, identity: &Identity) -> Result<(), A
         Some(ObjectName::Claim(epoch)) => Some(epoch),
         _ => None,
     });
-    match higher.max() {
-        Some(epoch) => Err(taken_over(replica, identity, epoch).await),
-        None => Ok(()),
+    let higher: Vec<Epoch> = higher.collect();
+    if higher.is_empty() { Ok(()) } else { Err(taken_over(replica, identity, &higher).await) }
+}
+
+/// Looks, with one request, for another writer, and raises the signal when there is one. The error says why nothing can be said.
+pub async fn look_for_rivals(
+    replica: &Replica,
+    identity: &Identity,
+    fence: &Fence,
+) -> Result<Option<Fenced>, String> {
+    match look(replica, identity).await {
+        Ok(()) => Ok(None),
+        Err(AttachError::Fenced(fenced)) => {
+            fence.raise((*fenced).clone());
+            Ok(Some(*fenced))
+        }
+        Err(AttachError::Store(e)) => Err(e.to_string()),
+        Err(AttachError::Foreign(e)) => Err(e.to_string()),
+        Err(AttachError::Local(text)) => Err(text),
     }
 }
 
-/// The error for a claim that is listed: its name alone is enough to stop.
-pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epoch: Epoch) -> AttachError {
-    let claim = match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
-        Ok(claim) => Some(Box::new(claim)),
-        Err(e @ VolumeError::WrongVolume { .. }) => return e.into(),
-        Err(_) => None,
-    };
-    let reason = FenceReason::TakenOver { epoch, claim };
+/// The most claims above ours that are read; there is hardly ever more than one.
+const READ_CLAIMS: usize = 16;
+
+/// The error for claims above ours that are listed: their names alone are enough to stop.
+pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epochs: &[Epoch]) -> AttachError {
+    let mut epochs = epochs.to_vec();
+    epochs.sort_unstable();
+    let epoch = epochs.last().copied().unwrap_or_default();
+    // The first segments of later claims are hardly ever lower, but it is not impossible.
+    let mut first_segment = (epochs.len() <= READ_CLAIMS).then_some(SegmentNo(u64::MAX));
+    let mut newest = None;
+    for epoch in epochs.into_iter().rev().take(READ_CLAIMS).rev() {
+        match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
+            Ok(claim) => {
+                first_segment = first_segment.map(|first| first.min(claim.first_segment));
+                newest = Some(Box::new(claim));
+            }
+            Err(e @ VolumeError::WrongVolume { .. }) => return e.into(),
+            Err(_) => first_segment = None,
+        }
+    }
+    let claim = newest.filter(|c| c.epoch == epoch);
+    let reason = FenceReason::TakenOver { epoch, claim, first_segment };
     AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason }))
 }
 
-/// Returns when at least `needed` of `replicas` hold everything up to `segment` and each of them, looked at *after* it had stored that,
-/// showed no other writer. Whoever takes over later therefore finds the segment. One small request per replica and group of segments,
-/// shared by all who wait. Waits as long as it takes: bound it from outside.
-pub async fn confirm(
+/// Marks our tenure as ended in good order, on those replicas that hold everything up to `newest`, the newest segment there is, and
+/// show no other writer. Answers those on which the mark stands now. Nothing is marked once somebody else was seen. What fails is only
+/// logged: without the mark the next writer has to say that he takes over. Bound it from outside.
+pub async fn release(
     replicas: &[Arc<Replica>],
     identity: &Identity,
     fence: &Fence,
+    newest: SegmentNo,
+    released_at: u64,
+) -> Vec<ReplicaName> {
+    let Some(claim) = identity.claims.last() else { return Vec::new() };
+    let mark = Release {
+        volume: claim.volume,
+        epoch: claim.epoch,
+        claim_id: claim.claim_id,
+        released_at,
+        last_segment: newest,
+    };
+    let complete = |r: &&Arc<Replica>| r.is_attached() && !r.is_paused() && r.cursor() >= newest;
+    let each = replicas.iter().filter(complete).map(|replica| {
+        let mark = &mark;
+        async move {
+            match look(replica, identity).await {
+                Ok(()) if fence.seen().is_none() => {}
+                Ok(()) => return None,
+                Err(AttachError::Fenced(fenced)) => {
+                    fence.raise(*fenced);
+                    return None;
+                }
+                Err(e) => {
+                    log::debug!("replica {}: not released there: {e:?}", replica.name());
+                    return None;
+                }
+            }
+            let failed = volume::release(std::slice::from_ref(replica.store()), mark).await;
+            failed.iter().for_each(|e| log::warn!("the end of this tenure is not marked there: {e}"));
+            failed.is_empty().then(|| replica.name().clone())
+        }
+    });
+    futures::future::join_all(each).await.into_iter().flatten().collect()
+}
+
+/// Returns when enough replicas hold everything up to `segment` and each of them, looked at *after* it had stored that, showed no
+/// other writer. `needed` says how many out of how many (those that are being filled for the first time not counted) that is; it is asked
+/// again when the list changes. Whoever takes over later therefore finds the segment. One small request per replica and group of
+/// segments, shared by all who wait. Waits as long as it takes: bound it from outside.
+pub async fn confirm(
+    roster: &Roster,
+    identity: &Identity,
+    fence: &Fence,
     segment: SegmentNo,
-    needed: usize,
+    needed: impl Fn(usize) -> usize,
 ) -> Result<(), Fenced> {
-    let mut waiting: FuturesUnordered<_> =
-        replicas.iter().map(|r| confirm_one(r, identity, fence, segment)).collect();
-    for _ in 0..needed {
-        match waiting.next().await {
-            Some(confirmed) => confirmed?,
-            None => break,
+    let mut changes = roster.watch();
+    loop {
+        changes.mark_unchanged();
+        let voters = roster.voters();
+        let enough = async {
+            let mut waiting: FuturesUnordered<_> =
+                voters.iter().map(|r| confirm_one(r, identity, fence, segment)).collect();
+            for _ in 0..needed(voters.len()) {
+                match waiting.next().await {
+                    Some(confirmed) => confirmed?,
+                    None => break,
+                }
+            }
+            Ok(())
+        };
+        tokio::select! {
+            done = enough => {
+                done?;
+                return fence.seen().map_or(Ok(()), Err);
+            }
+            _ = changes.changed() => {}
         }
     }
-    fence.seen().map_or(Ok(()), Err)
 }
 
 async fn confirm_one(

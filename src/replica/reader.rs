@@ -22,6 +22,7 @@ use super::contract::{FetchError, FrameSource};
 use super::error::{ErrorKind, StoreError};
 use super::health::{self, Event, Health, HealthState};
 use super::read_plan::{Answer, Span, Verdict, verdict};
+use super::roster::Roster;
 use super::shared::{Damage, DamageKind, Replica, jitter};
 use crate::format::frame;
 use crate::format::names::ObjectName;
@@ -47,7 +48,7 @@ pub struct Reader {
 }
 
 struct Shared {
-    replicas: Vec<Arc<Replica>>,
+    replicas: Arc<Roster>,
     local: Option<Local>,
     closing: watch::Receiver<bool>,
     /// What has been offline for longer is not waited for any more.
@@ -77,7 +78,7 @@ impl Reader {
     /// A reader over `replicas`; `local` finds segments that are still on local disk.
     #[must_use]
     pub fn new(
-        replicas: Vec<Arc<Replica>>,
+        replicas: Arc<Roster>,
         local: Option<Local>,
         runtime: Handle,
         closing: watch::Receiver<bool>,
@@ -299,11 +300,12 @@ impl Shared {
 
     /// Asks the replicas for a span, best first: the next one when one fails, and one more when the last is late.
     async fn ask_all(&self, span: &Span) -> Result<Intact, Vec<Miss>> {
-        let healths: Vec<_> = self.replicas.iter().map(|r| r.health()).collect();
+        let replicas = self.replicas.all();
+        let healths: Vec<_> = replicas.iter().map(|r| r.health()).collect();
         let mut order = health::order(&healths, span.len, Instant::now());
         // Those that are known to be behind the segment come last, but they are asked: a cursor may lag the truth.
         let is_down = |h: &Health| matches!(h.state(), HealthState::Offline | HealthState::Probing);
-        order.sort_by_key(|i| match (self.replicas.get(*i), healths.get(*i)) {
+        order.sort_by_key(|i| match (replicas.get(*i), healths.get(*i)) {
             (Some(r), Some(h)) => {
                 (r.cursor() < span.segment, is_down(h), r.store().download_wait() > NOTICEABLE)
             }
@@ -312,7 +314,7 @@ impl Shared {
         // A hedge must not wake those that are known to be down; they are asked when all others have failed.
         let all_down = healths.iter().all(is_down);
         let mut order =
-            order.into_iter().filter_map(|i| Some((self.replicas.get(i)?, healths.get(i)?))).peekable();
+            order.into_iter().filter_map(|i| Some((replicas.get(i)?, healths.get(i)?))).peekable();
         let mut asked = FuturesUnordered::new();
         let mut pending: Vec<(&Arc<Replica>, Arc<OnceLock<Instant>>)> = Vec::new();
         let mut misses = Vec::new();

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::contract::Backlog;
 use super::error::{ErrorKind, StoreError};
@@ -94,6 +94,9 @@ pub struct ReplicaStatus {
     pub read_rate: Option<f64>,
     /// Damaged or missing places met while reading.
     pub damages: u64,
+    /// Whether it is being filled for the first time.
+    #[serde(default)]
+    pub joining: bool,
     /// What was asked of it.
     pub requests: Requests,
 }
@@ -155,6 +158,15 @@ pub struct Replica {
     told: Mutex<Told>,
     damage_count: AtomicU64,
     attached: AtomicBool,
+    /// How often it was found to be what it should be.
+    attachments: AtomicU64,
+    /// Something failed since the last time that was asked.
+    outage: AtomicBool,
+    attention: AtomicBool,
+    /// It is being filled for the first time.
+    joining: AtomicBool,
+    recheck: Notify,
+    damaged: Notify,
     /// The newest checkpoint that it has, or will not be sent.
     checkpoint: AtomicU64,
     /// Everything up to here was there when, later, no other writer was to be seen.
@@ -173,6 +185,12 @@ impl Replica {
             told: Mutex::default(),
             damage_count: AtomicU64::new(0),
             attached: AtomicBool::new(false),
+            attachments: AtomicU64::new(0),
+            outage: AtomicBool::new(false),
+            attention: AtomicBool::new(false),
+            joining: AtomicBool::new(false),
+            recheck: Notify::new(),
+            damaged: Notify::new(),
             checkpoint: AtomicU64::new(0),
             confirmed: tokio::sync::Mutex::default(),
         }
@@ -236,7 +254,61 @@ impl Replica {
     }
 
     pub(super) fn set_attached(&self, attached: bool) {
+        if attached {
+            self.attachments.fetch_add(1, Ordering::Relaxed);
+        }
         self.attached.store(attached, Ordering::Relaxed);
+    }
+
+    /// How often the shipper has looked at it from the beginning and found it in order.
+    #[must_use]
+    pub fn attachments(&self) -> u64 {
+        self.attachments.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_outage(&self) {
+        self.outage.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks for a look at what it holds.
+    pub fn call_attention(&self) {
+        self.attention.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a look was asked for since the last call.
+    pub fn attention_called(&self) -> bool {
+        self.attention.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether it failed since the last call.
+    pub fn came_back(&self) -> bool {
+        self.outage.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether it is being filled for the first time. Until that is over, `fsync` does not count it, and nothing is kept on the local
+    /// disk for its sake.
+    #[must_use]
+    pub fn is_joining(&self) -> bool {
+        self.joining.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is being filled for the first time.
+    pub fn set_joining(&self, joining: bool) {
+        self.joining.store(joining, Ordering::Relaxed);
+    }
+
+    /// Has the shipper look at the replica anew, as after a failure: something there is not as it was.
+    pub fn recheck(&self) {
+        self.recheck.notify_one();
+    }
+
+    pub(super) async fn recheck_asked(&self) {
+        self.recheck.notified().await;
+    }
+
+    /// Returns when a damaged place is noted; at once when that happened since the last call.
+    pub async fn damage_noted(&self) {
+        self.damaged.notified().await;
     }
 
     /// The newest checkpoint that it has or does not wait for; 0 when none is known of.
@@ -350,6 +422,8 @@ impl Replica {
         if told.damages.len() < MOST_DAMAGES {
             told.damages.push_back(damage);
         }
+        drop(told);
+        self.damaged.notify_one();
     }
 
     /// The damaged places met so far, for repair to begin with.
@@ -404,6 +478,7 @@ impl Replica {
             read_latency,
             read_rate,
             damages: self.damage_count.load(Ordering::Relaxed),
+            joining: self.is_joining(),
             requests: self.store.requests(),
         }
     }

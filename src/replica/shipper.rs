@@ -8,7 +8,7 @@
 //!        ┌──────── failure: wait (health) ───────┐
 //!        ▼                                       │
 //!  ── attach ──▶ ship: outbox ─▶ window ─▶ send ─┴─▶ verified ─▶ cursor saved ─▶ …
-//!        │                └─ every 10 s: fence ──▶ fenced: all shippers stop for good
+//!        │                └─ every 5 s: fence ──▶ fenced: all shippers stop for good
 //!        └─ not our volume: nothing is written; looked at again every minute
 //! ```
 
@@ -23,6 +23,7 @@ use super::attach::{self, AttachError, Attached, Identity};
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
 use super::fence::{self, Fence, FenceReason, Fenced};
 use super::health::{Event, backoff};
+use super::roster::Roster;
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
 use super::transfer::{self, SendError};
@@ -32,7 +33,8 @@ use crate::ids::SegmentNo;
 /// Times and sizes that tests shorten.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// A send is preceded by a look for a higher epoch when the last look is older than this.
+    /// A send is preceded by a look for a higher epoch when the last look is older than this; and whatever was sent or read is
+    /// followed by one after this.
     pub fence_every: Duration,
     /// A replica that is not ours is looked at again after this.
     pub foreign_every: Duration,
@@ -48,7 +50,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self {
-            fence_every: Duration::from_secs(10),
+            fence_every: Duration::from_secs(5),
             foreign_every: Duration::from_secs(60),
             source_every: Duration::from_secs(30),
             recheck_every: Duration::from_secs(600),
@@ -63,7 +65,7 @@ pub struct Shipper {
     /// The replica.
     pub replica: Arc<Replica>,
     /// All replicas of the volume, from which missing bytes are taken; this one among them does no harm.
-    pub peers: Vec<Arc<Replica>>,
+    pub peers: Arc<Roster>,
     /// What there is to send.
     pub outbox: Arc<dyn Outbox>,
     /// Where the cursor is kept.
@@ -94,6 +96,25 @@ struct Checkpoints {
     /// The newest one there, or not to be sent.
     there: SegmentNo,
     in_flight: bool,
+}
+
+/// When another writer was last looked for, and how much had been read and written by then.
+#[derive(Clone, Copy)]
+struct LastLook {
+    at: Instant,
+    contacts: (u64, u64),
+}
+
+impl LastLook {
+    fn new(at: Instant, replica: &Replica) -> Self {
+        let requests = replica.store().requests();
+        Self { at, contacts: (requests.get, requests.put) }
+    }
+
+    /// Whether there was contact with the replica since. Who has no contact can do no harm, and waits.
+    fn is_stale(&self, replica: &Replica) -> bool {
+        Self::new(self.at, replica).contacts != self.contacts
+    }
 }
 
 /// A job in flight that came to its end.
@@ -132,12 +153,14 @@ impl Shipper {
                     return;
                 }
                 End::Again(wait) => {
+                    self.replica.set_outage();
                     failures = failures.saturating_add(1);
                     let wait = wait.max(backoff(failures, jitter()));
                     let woken = async {
                         tokio::select! {
                             () = closed(&mut self.closing) => {}
                             _ = fence.raised() => {}
+                            () = self.replica.recheck_asked() => {}
                         }
                     };
                     let _ = tokio::time::timeout(wait, woken).await;
@@ -202,7 +225,7 @@ impl Shipper {
         let mut plan = ShipPlan::new(attached.cursor, most, self.tuning.in_flight_bytes);
         let mut checkpoint = Checkpoints { there: attached.checkpoint, in_flight: false };
         self.replica.set_checkpoint(checkpoint.there);
-        let (began, mut fence_seen) = (Instant::now(), attached.looked);
+        let (began, mut looked) = (Instant::now(), LastLook::new(attached.looked, &self.replica));
         // Tasks of their own: they go on while this one looks into the outbox or at the fence.
         let mut jobs: JoinSet<Done> = JoinSet::new();
         let mut ending: Option<End> = None;
@@ -213,7 +236,7 @@ impl Shipper {
                 sealed.mark_unchanged();
                 let work = tokio::select! {
                     () = closed(&mut closing) => return End::Closing,
-                    work = self.work(&mut plan, checkpoint, &mut fence_seen) => work,
+                    work = self.work(&mut plan, checkpoint, &mut looked) => work,
                 };
                 match work {
                     Ok(work) if work.is_empty() && jobs.is_empty() => {
@@ -250,7 +273,11 @@ impl Shipper {
                     None
                 }
                 _ = paused.changed(), if ending.is_none() => None,
-                () = tokio::time::sleep(self.tuning.recheck_every / 10) => None,
+                () = self.replica.recheck_asked(), if ending.is_none() => {
+                    ending = Some(End::Recheck);
+                    None
+                }
+                () = tokio::time::sleep(self.tuning.fence_every.min(self.tuning.recheck_every / 10)) => None,
             };
             // What else is in flight is seen through; then everything begins with a new look at the replica. One outage counts
             // once, however many were in flight.
@@ -313,7 +340,7 @@ impl Shipper {
         &self,
         plan: &mut ShipPlan,
         checkpoint: Checkpoints,
-        fence_seen: &mut Instant,
+        looked: &mut LastLook,
     ) -> Result<Vec<Staged>, End> {
         let cursor = plan.cursor();
         let mut staged = match attach::segments_after(&self.outbox, cursor, plan.span()).await {
@@ -333,9 +360,11 @@ impl Shipper {
                 find.await.ok().flatten().filter(|c| c.number > there && c.number <= cursor)
             }
         };
-        if (!staged.is_empty() || dump.is_some()) && fence_seen.elapsed() >= self.tuning.fence_every {
+        let contact = !staged.is_empty() || dump.is_some() || looked.is_stale(&self.replica);
+        if contact && looked.at.elapsed() >= self.tuning.fence_every {
+            let before = LastLook::new(Instant::now(), &self.replica);
             fence::look(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
-            *fence_seen = Instant::now();
+            *looked = before;
         }
         let mut work = plan.next(&staged);
         work.extend(dump);
@@ -345,7 +374,7 @@ impl Shipper {
     /// Segments that the outbox knows nothing of any more, as the peers list them.
     async fn unstaged(&self, after: SegmentNo, last: SegmentNo) -> Result<Vec<Staged>, End> {
         let mut listed = BTreeMap::new();
-        for peer in self.peers.iter().filter(|p| p.name() != self.replica.name()) {
+        for peer in self.peers.all().iter().filter(|p| p.name() != self.replica.name()) {
             match attach::list_segments(peer.store()).await {
                 Ok(segments) => listed.extend(segments),
                 Err(e) => peer.note_error(&e),
@@ -374,7 +403,7 @@ impl Shipper {
     }
 
     fn job(&self, staged: Staged, listed: bool) -> impl Future<Output = Done> + Send + use<> {
-        let (replica, peers) = (Arc::clone(&self.replica), self.peers.clone());
+        let (replica, peers) = (Arc::clone(&self.replica), self.peers.all());
         let volume = self.identity.volume.volume;
         async move {
             match staged.kind {

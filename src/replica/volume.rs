@@ -60,7 +60,7 @@ pub enum VolumeError {
     /// Another writer holds the epoch.
     #[error(
         "replica {replica}: epoch {} is held by {} (process {}) since {}: that machine writes to this volume; \
-         unmount it there, or mount again to take over",
+         unmount it there, or mount again with --takeover when that machine is gone",
         claim.epoch, claim.host, claim.pid, claim.claimed_at
     )]
     Held {

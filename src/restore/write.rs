@@ -20,6 +20,7 @@ use super::{Damage, Entry, Filter, Tables, TreeError, walk};
 use crate::format::tables::{Body, FileKind, Inode};
 use crate::ids::Ino;
 
+pub(super) mod salvage;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -482,7 +483,7 @@ impl Work<'_> {
                 continue;
             }
             for name in std::mem::take(&mut self.files[i].names) {
-                if let Err(e) = self.target.mark_damaged(name.dir, &name.name) {
+                if let Err(e) = self.target.mark(name.dir, &name.name, "damaged") {
                     let path = self.path_of(&name);
                     let text = format!("it keeps its name although it is damaged: {e}");
                     self.problem(path, ProblemKind::Failed, text);

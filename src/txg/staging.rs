@@ -264,6 +264,11 @@ impl Staging {
         (state.known.iter().find(|(_, k)| k.on_disk).map(|(n, _)| *n), state.total())
     }
 
+    /// Whether every segment after `after` lies here.
+    pub fn holds_all_after(&self, after: SegmentNo) -> bool {
+        self.state.lock().known.range(after.next()..).all(|(_, k)| k.on_disk)
+    }
+
     /// The newest published segment.
     pub fn newest(&self) -> SegmentNo {
         *self.newest.borrow()

@@ -157,9 +157,7 @@ impl Volume {
 
     /// Mounts, or answers what the daemon said.
     pub fn try_mount(&self, how: &How) -> Result<Mount, Failed> {
-        let mut mount = self.start(how);
-        mount.wait_live()?;
-        Ok(mount)
+        self.start(how).live()
     }
 
     /// Starts the daemon and does not wait until it is live.
@@ -248,6 +246,12 @@ impl Mount {
     pub fn told(&self) -> String {
         let all = fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(all.get(self.log_start as usize..).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until it is live, or answers what the daemon said.
+    pub fn live(mut self) -> Result<Self, Failed> {
+        self.wait_live()?;
+        Ok(self)
     }
 
     fn wait_live(&mut self) -> Result<(), Failed> {

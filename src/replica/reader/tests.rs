@@ -51,7 +51,7 @@ fn object() -> String {
 impl Bench {
     fn reader(&self) -> Reader {
         let handle = self.runtime.handle().clone();
-        Reader::new(self.replicas.clone(), None, handle, self.closing.subscribe())
+        Reader::new(Roster::new(self.replicas.clone()), None, handle, self.closing.subscribe())
             .with_deadline(Duration::from_secs(2))
     }
 
@@ -265,7 +265,8 @@ fn staged_segments_are_read_locally_and_a_damaged_one_is_not_believed() {
     let path = file.clone();
     let local: Local = Arc::new(move |loc: &FrameLoc| (loc.segment == SegmentNo(1)).then(|| path.clone()));
     let handle = bench.runtime.handle().clone();
-    let reader = Reader::new(bench.replicas.clone(), Some(local), handle, bench.closing.subscribe());
+    let reader =
+        Reader::new(Roster::new(bench.replicas.clone()), Some(local), handle, bench.closing.subscribe());
     assert_eq!(bench.get(&reader, 0).unwrap(), bench.blocks[0]);
     assert_eq!(bench.faults[0].calls(Op::Get), 0);
     let mut bad = bench.segment.clone();
@@ -379,7 +380,7 @@ fn who_must_wait_for_a_limit_is_not_called_slow_and_others_are_asked() {
     let replicas = vec![Arc::new(Replica::new(limited)), Arc::clone(&bench.replicas[1])];
     replicas.iter().for_each(|r| r.set_cursor(SegmentNo(1)));
     let handle = bench.runtime.handle().clone();
-    let reader = Reader::new(replicas.clone(), None, handle, bench.closing.subscribe());
+    let reader = Reader::new(Roster::new(replicas.clone()), None, handle, bench.closing.subscribe());
     for _ in 0..2 {
         for i in 0..2 {
             let started = Instant::now();
@@ -391,8 +392,12 @@ fn who_must_wait_for_a_limit_is_not_called_slow_and_others_are_asked() {
     let (latency, rate) = replicas[0].health().speed();
     assert!(latency.is_none_or(|l| l < 0.5) && rate.is_none_or(|r| r > 1e5), "{latency:?} {rate:?}");
     // Alone it is waited for: two blocks are paid for in some five seconds, of which one was free.
-    let reader =
-        Reader::new(replicas[..1].to_vec(), None, bench.runtime.handle().clone(), bench.closing.subscribe());
+    let reader = Reader::new(
+        Roster::new(replicas[..1].to_vec()),
+        None,
+        bench.runtime.handle().clone(),
+        bench.closing.subscribe(),
+    );
     let started = Instant::now();
     for i in 0..2 {
         assert_eq!(bench.get(&reader, i).unwrap(), bench.blocks[i]);

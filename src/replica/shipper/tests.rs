@@ -56,7 +56,7 @@ impl Bench {
     fn start(&self, i: usize) -> tokio::task::JoinHandle<()> {
         let shipper = Shipper {
             replica: Arc::clone(&self.replicas[i]),
-            peers: self.replicas.clone(),
+            peers: Roster::new(self.replicas.clone()),
             outbox: self.outbox.clone(),
             cursors: self.cursors.clone(),
             identity: Arc::clone(&self.identity),
@@ -300,7 +300,9 @@ async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
         bench.outbox.seal(1, 10);
         tokio::time::timeout(SOON, task).await.unwrap().unwrap();
         let fenced = bench.fenced.lock().clone();
-        let reason = FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())) };
+        let first_segment = Some(by.first_segment);
+        let reason =
+            FenceReason::TakenOver { epoch: by.epoch, claim: Some(Box::new(by.clone())), first_segment };
         assert_eq!((fenced.len(), &fenced[0].reason), (1, &reason));
         assert_eq!(bench.status(0).state, ReplicaState::Fenced);
         let newest = segment_path(bench.outbox.watch().borrow().0, 1);
@@ -394,7 +396,8 @@ async fn a_store_counts_when_a_later_look_shows_no_other_writer() {
     let mut bench = Bench::new(&["a", "b"]);
     bench.tuning.fence_every = Duration::from_secs(3600);
     let _tasks = [bench.start(0), bench.start(1)];
-    let confirmed = |n| confirm(&bench.replicas, &bench.identity, &bench.fence, SegmentNo(n), 2);
+    let roster = Roster::new(bench.replicas.clone());
+    let confirmed = |n| confirm(&roster, &bench.identity, &bench.fence, SegmentNo(n), |_| 2);
     bench.outbox.seal(1, 10);
     let lists = || bench.faults[0].calls(Op::List);
     bench.reaches(0, 1).await;

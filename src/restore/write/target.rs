@@ -376,12 +376,12 @@ impl Target {
         Mode::from_raw_mode(bits)
     }
 
-    /// Adds `.damaged` (or, when that exists or is too long, something like it) to a name.
-    pub(super) fn mark_damaged(&mut self, dir: usize, name: &[u8]) -> io::Result<()> {
+    /// Adds a dot and `word` (or, when that exists or is too long, something like it) to a name.
+    pub(super) fn mark(&mut self, dir: usize, name: &[u8], word: &str) -> io::Result<()> {
         let fd = self.dir(dir)?;
         let mut last = io::Error::from(io::ErrorKind::AlreadyExists);
         for n in 0..100 {
-            let end = if n == 0 { ".damaged".to_owned() } else { format!(".damaged-{n}") };
+            let end = if n == 0 { format!(".{word}") } else { format!(".{word}-{n}") };
             let mut new = name[..name.len().min(255 - end.len())].to_vec();
             new.extend_from_slice(end.as_bytes());
             let flags = fs::RenameFlags::NOREPLACE;

@@ -1,0 +1,55 @@
+//! What the reconciler may know of the volume, out of the local tables.
+//!
+//! Owns the place of its memory in the local table. Decides nothing.
+
+use std::sync::Arc;
+
+use crate::format::local::SegmentValue;
+use crate::format::segment::SegmentHash;
+use crate::format::tables::{local_key, segment_key};
+use crate::ids::SegmentNo;
+use crate::journal::{Journal, JournalError};
+use crate::reconcile::{Catalog, Sealed};
+use crate::replica::Outbox;
+use crate::txg::Staging;
+
+/// The local tables as the reconciler sees them.
+pub(super) struct Tables {
+    pub journal: Arc<Journal>,
+    pub staging: Arc<Staging>,
+}
+
+/// Name of what is remembered under `key` in the local table.
+fn name(key: &str) -> bytes::Bytes {
+    local_key(&format!("scrub of {key}"))
+}
+
+impl Catalog for Tables {
+    fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String> {
+        let staged = self.staging.segments_after(after, limit);
+        staged
+            .into_iter()
+            .map(|staged| {
+                let value = self.journal.get(&segment_key(staged.number)).map_err(|e| e.to_string())?;
+                let hash = match value {
+                    Some(value) => SegmentValue::decode(&value).map_err(|e| e.to_string())?.blake3,
+                    None => [0; 32],
+                };
+                Ok(Sealed { staged, hash: (hash != [0; 32]).then_some(SegmentHash(hash)) })
+            })
+            .collect()
+    }
+
+    fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String> {
+        Ok(self.journal.get(&name(key)).map_err(|e| e.to_string())?.map(|v| v.to_vec()))
+    }
+
+    fn save(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        let key = name(key);
+        let saved = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(key, bytes.to_vec());
+            Ok(())
+        });
+        saved.map(|_| ()).map_err(|e| e.to_string())
+    }
+}

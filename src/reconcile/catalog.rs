@@ -1,0 +1,26 @@
+//! What the reconciler asks of whoever knows the volume.
+//!
+//! Owns no behaviour.
+
+use crate::format::segment::SegmentHash;
+use crate::ids::SegmentNo;
+use crate::replica::Staged;
+
+/// A sealed segment, as the local tables know it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sealed {
+    /// Number, epoch, length, and where its file lies if it is still on local disk.
+    pub staged: Staged,
+    /// Its hash; `None` when a restore did not read the segment.
+    pub hash: Option<SegmentHash>,
+}
+
+/// What the volume holds, and a place for the reconciler's memory. Blocking.
+pub trait Catalog: Send + Sync {
+    /// Every sealed segment with a number above `after`, in order, at most `limit`.
+    fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String>;
+    /// What was last saved under `key`.
+    fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String>;
+    /// Saves bytes under `key`. They need not be durable at return.
+    fn save(&self, key: &str, bytes: &[u8]) -> Result<(), String>;
+}

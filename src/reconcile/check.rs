@@ -1,0 +1,96 @@
+//! Whether an object's bytes are what they should be. Needs no key: hashes are over stored bytes.
+//!
+//! Pure. Owns the verdict per kind of object; the formats are in `crate::format`.
+
+use crate::format::checkpoint::{self, Manifest};
+use crate::format::codec::FormatError;
+use crate::format::names::ObjectName;
+use crate::format::segment::{self, FOOTER_LEN, SegmentHash};
+use crate::format::volume::{Claim, Release, Volume};
+use crate::ids::VolumeId;
+use crate::replica::Identity;
+
+/// What an object's bytes turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// What they should be.
+    Intact,
+    /// Damaged: to be written again.
+    Damaged(String),
+    /// Whole, but something else than expected, or of a newer format: never overwritten.
+    Other(String),
+}
+
+/// What is known of the object beforehand.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Known<'a> {
+    /// A segment's hash.
+    pub hash: Option<SegmentHash>,
+    /// The manifest that a checkpoint's part belongs to.
+    pub manifest: Option<&'a Manifest>,
+}
+
+/// Checks an object's bytes.
+pub(super) fn check(name: &ObjectName, bytes: &[u8], identity: &Identity, known: Known<'_>) -> Verdict {
+    let id = identity.volume.volume;
+    let result = match name {
+        ObjectName::Volume => Volume::decode(bytes).map(|v| v.volume),
+        ObjectName::Claim(epoch) => {
+            let ours = identity.claims.iter().find(|c| c.epoch == *epoch);
+            match Claim::decode(bytes, *epoch) {
+                Ok(found) if ours.is_some_and(|c| c.claim_id != found.claim_id) => {
+                    return Verdict::Other(format!("another writer's claim, of {}", found.host));
+                }
+                other => other.map(|c| c.volume),
+            }
+        }
+        ObjectName::Release(epoch) => Release::decode(bytes, *epoch).map(|r| r.volume),
+        ObjectName::Segment(number, epoch) => return check_segment(bytes, id, (*number, *epoch), known.hash),
+        ObjectName::CheckpointManifest(number, epoch) => {
+            Manifest::decode(bytes, *number, *epoch).map(|m| m.volume)
+        }
+        ObjectName::CheckpointPart(_, _, index) => match known.manifest {
+            Some(manifest) => checkpoint::parse_part(bytes, manifest, *index).map(|p| p.volume),
+            None => checkpoint::verify_part(bytes).map(|p| p.volume),
+        },
+    };
+    match result {
+        Ok(volume) if volume == id => Verdict::Intact,
+        Ok(volume) => Verdict::Other(format!("belongs to volume {volume}")),
+        Err(e) => damaged(&e),
+    }
+}
+
+fn check_segment(
+    bytes: &[u8],
+    volume: VolumeId,
+    (number, epoch): (crate::ids::SegmentNo, crate::ids::Epoch),
+    hash: Option<SegmentHash>,
+) -> Verdict {
+    let footer = match segment::parse_footer(bytes, bytes.len() as u64) {
+        Ok(footer) => footer,
+        Err(e) => return damaged(&e),
+    };
+    let body = bytes.get(..bytes.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
+    if *blake3::hash(body).as_bytes() != footer.body_hash {
+        return Verdict::Damaged("its content does not match its hash".into());
+    }
+    if footer.header.volume != volume {
+        return Verdict::Other(format!("belongs to volume {}", footer.header.volume));
+    }
+    if let Err(e) = footer.expect(volume, number, epoch) {
+        // A whole segment under another one's name: the store mixed them up.
+        return damaged(&e);
+    }
+    match hash {
+        Some(hash) if hash != footer.hash => Verdict::Other(format!(
+            "another segment than the one that was sealed here (hash {}, not {hash})",
+            footer.hash
+        )),
+        _ => Verdict::Intact,
+    }
+}
+
+fn damaged(e: &FormatError) -> Verdict {
+    if e.newer { Verdict::Other(e.to_string()) } else { Verdict::Damaged(e.to_string()) }
+}

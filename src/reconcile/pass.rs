@@ -1,0 +1,433 @@
+//! One pass over one replica: look, compare, read if it is a deep one, mend.
+//!
+//! Owns the order of a pass. What is wrong is decided in `plan` and `check`, when a pass is due in `memory`; counters go to whoever
+//! listens.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::stream;
+use parking_lot::Mutex;
+
+use super::catalog::{Catalog, Sealed};
+use super::inventory::Inventory;
+use super::memory::Current;
+use super::plan::{Expected, Plan, Wrong};
+use super::repair::{Mender, Outcome, Stop, Target};
+use crate::format::checkpoint::Manifest;
+use crate::format::names::ObjectName;
+use crate::ids::{Epoch, SegmentNo};
+use crate::replica::volume::{self, Found, VolumeError};
+use crate::replica::{Fence, Outbox, StoreError};
+
+/// Objects looked at at a time.
+const AT_ONCE: usize = 4;
+/// Failures to read one object after which it is passed over.
+const PASSED_OVER: u32 = 3;
+/// How often a replica may be set back within one pass.
+const SET_BACKS: u32 = 5;
+/// How often a replica that is being filled is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A look for another writer is this old at most when something is written.
+const FENCE_EVERY: Duration = Duration::from_secs(5);
+
+/// Why a pass ended before its end.
+#[derive(Clone, Debug)]
+pub(super) enum Broken {
+    /// The replica does not answer: later, from where it was.
+    Later(String),
+    /// Nothing is to be done here: it is another volume's, or another writer's.
+    Never(String),
+}
+
+impl From<Stop> for Broken {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Replica(e) => Broken::Later(e.to_string()),
+            Stop::Local(text) => Broken::Later(text),
+        }
+    }
+}
+
+impl From<StoreError> for Broken {
+    fn from(e: StoreError) -> Self {
+        Broken::Later(e.to_string())
+    }
+}
+
+/// Listens to a pass.
+pub(super) trait Listener: Send + Sync {
+    /// How much there is to do.
+    fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64);
+    /// An object is behind the pass. `position` moves on when it is given.
+    fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>);
+    /// What the pass waits for at the moment.
+    fn waits(&self, what: Option<String>);
+}
+
+/// What a pass over a replica needs.
+pub(super) struct Pass {
+    pub mender: Mender,
+    pub catalog: Arc<dyn Catalog>,
+    pub outbox: Arc<dyn Outbox>,
+    pub fence: Arc<Fence>,
+    /// How often each object could not be read.
+    pub failures: Mutex<HashMap<String, u32>>,
+    /// When no other writer was to be seen.
+    pub looked: Mutex<Option<Instant>>,
+}
+
+/// What is known before the replica is compared.
+struct Ground {
+    expected: Expected,
+    sealed: BTreeMap<SegmentNo, Sealed>,
+    manifests: BTreeMap<(SegmentNo, Epoch), Arc<Manifest>>,
+    staged: BTreeMap<(SegmentNo, Epoch), PathBuf>,
+}
+
+impl Pass {
+    /// Runs the pass from where `current` is. Dropping it does no harm.
+    pub async fn run(&self, current: &Current, listener: &dyn Listener) -> Result<(), Broken> {
+        let replica = &self.mender.replica;
+        let mut set_backs = 0;
+        loop {
+            self.check_fence(Duration::ZERO).await?;
+            self.check_volume(current.dry_run).await?;
+            let cursor = replica.cursor();
+            let found = self.mender.insist(|| Inventory::take(&self.mender.store)).await?;
+            let ground = self.ground(cursor, &found).await?;
+            let plan = ground.expected.compare(&found.0);
+            if plan.set_back && !current.dry_run && set_backs < SET_BACKS {
+                set_backs += 1;
+                let newest = *self.outbox.watch().borrow();
+                log::warn!(
+                    "replica {}: {} objects are missing, the newest among them: it was wiped or set back, and is filled again",
+                    replica.name(),
+                    plan.wrong.len()
+                );
+                self.refill(newest, listener).await?;
+                self.report(&plan, listener);
+                continue;
+            }
+            return self.work(current, &ground, plan, listener).await;
+        }
+    }
+
+    /// Counts what was missing and has been filled in order.
+    fn report(&self, plan: &Plan, listener: &dyn Listener) {
+        let missing = plan.wrong.iter().filter(|(_, wrong)| *wrong == Wrong::Missing);
+        for (name, _) in missing {
+            listener.seen(name, 0, &Outcome::Repaired("missing".into(), 0), None);
+        }
+    }
+
+    /// Has the shipper look again and waits until the replica holds everything up to `newest`.
+    async fn refill(&self, newest: SegmentNo, listener: &dyn Listener) -> Result<(), Broken> {
+        let replica = &self.mender.replica;
+        let before = replica.attachments();
+        replica.recheck();
+        loop {
+            if replica.attachments() != before && replica.is_attached() && replica.cursor() >= newest {
+                listener.waits(None);
+                return Ok(());
+            }
+            if replica.is_paused() {
+                return Err(Broken::Later("the replica is paused".into()));
+            }
+            let lacks = newest.0.saturating_sub(replica.cursor().0);
+            listener.waits(Some(format!("is being filled, lacks {lacks} segments")));
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn work(
+        &self,
+        current: &Current,
+        ground: &Ground,
+        plan: Plan,
+        listener: &dyn Listener,
+    ) -> Result<(), Broken> {
+        let mut present = plan.present;
+        let behind = |name: &ObjectName| !current.position.is_empty() && name.path() <= current.position;
+        present.retain(|(name, _)| !behind(name));
+        let to_read: &[(ObjectName, u64)] = if current.deep { &present } else { &[] };
+        let wrong: Vec<Target> = plan.wrong.iter().map(|(name, _)| ground.target(*name, 0)).collect();
+        let bytes = to_read.iter().map(|(_, len)| len).chain(wrong.iter().map(|t| &t.len)).sum();
+        let objects = (plan.wrong.len() + if current.deep { to_read.len() } else { present.len() }) as u64;
+        listener.sized(objects, bytes, plan.foreign.len() as u64, plan.left_over.len() as u64);
+        for path in &plan.foreign {
+            log::debug!("replica {}: {path} is not mirrorfs's", self.mender.replica.name());
+        }
+        self.mend_missing(current, &plan.wrong, wrong, listener).await?;
+        if !current.deep {
+            for (name, _) in &present {
+                listener.seen(name, 0, &Outcome::Intact, None);
+            }
+            return Ok(());
+        }
+        let mut examined = stream::iter(present)
+            .map(|(name, len)| async move {
+                let target = ground.target(name, len);
+                (name, len, self.examine(&target, !current.dry_run).await)
+            })
+            .buffered(AT_ONCE);
+        while let Some((name, len, outcome)) = examined.next().await {
+            listener.seen(&name, len, &outcome?, Some(&name.path()));
+        }
+        Ok(())
+    }
+
+    /// Writes what the listing lacks. A checkpoint's manifest only after all of its parts.
+    async fn mend_missing(
+        &self,
+        current: &Current,
+        wrong: &[(ObjectName, Wrong)],
+        targets: Vec<Target>,
+        listener: &dyn Listener,
+    ) -> Result<(), Broken> {
+        let text = |wrong: &Wrong| match wrong {
+            Wrong::Missing => "missing".to_owned(),
+            Wrong::Size(size) => format!("{size} bytes long"),
+        };
+        let is_manifest = |name: &ObjectName| matches!(name, ObjectName::CheckpointManifest(..));
+        let mut incomplete: BTreeSet<(SegmentNo, Epoch)> = BTreeSet::new();
+        for manifests in [false, true] {
+            let some = wrong.iter().zip(&targets).filter(|((name, _), _)| is_manifest(name) == manifests);
+            let some = some.filter(|((name, _), _)| match name {
+                ObjectName::CheckpointManifest(n, e) => !incomplete.contains(&(*n, *e)),
+                _ => true,
+            });
+            let jobs: Vec<_> =
+                some.map(|((name, wrong), target)| (*name, text(wrong), target.clone())).collect();
+            let mut mended = stream::iter(jobs)
+                .map(|(name, what, target)| async move {
+                    let outcome = match current.dry_run {
+                        true => Ok(Outcome::Left(what, None)),
+                        false => self.repair(&target, what).await,
+                    };
+                    (name, target.len, outcome)
+                })
+                .buffered(AT_ONCE);
+            while let Some((name, len, outcome)) = mended.next().await {
+                let outcome = outcome?;
+                if let (ObjectName::CheckpointPart(n, e, _), Outcome::Left(..) | Outcome::Other(_)) =
+                    (&name, &outcome)
+                {
+                    incomplete.insert((*n, *e));
+                }
+                listener.seen(&name, len, &outcome, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at one object and mends it. One that cannot be read again and again is passed over.
+    pub async fn examine(&self, target: &Target, mend: bool) -> Result<Outcome, Broken> {
+        let outcome = self.mender.examine(target, false).await;
+        match (self.forgive(target, outcome)?, mend) {
+            (Outcome::Left(what, None), true) => self.repair(target, what).await,
+            (outcome, _) => Ok(outcome),
+        }
+    }
+
+    async fn repair(&self, target: &Target, what: String) -> Result<Outcome, Broken> {
+        self.check_fence(FENCE_EVERY).await?;
+        let outcome = self.mender.repair(target, what).await;
+        let outcome = self.forgive(target, outcome)?;
+        if let Outcome::Left(what, Some(why)) = &outcome {
+            log::error!(
+                "replica {}: {} is bad ({what}) and cannot be mended: {why}",
+                self.mender.replica.name(),
+                target.name
+            );
+        }
+        Ok(outcome)
+    }
+
+    fn forgive(&self, target: &Target, outcome: Result<Outcome, Stop>) -> Result<Outcome, Broken> {
+        let path = target.name.path();
+        let mut failures = self.failures.lock();
+        match outcome {
+            Err(Stop::Replica(e)) => {
+                let count = failures.entry(path).or_default();
+                *count += 1;
+                if *count < PASSED_OVER {
+                    return Err(Stop::Replica(e).into());
+                }
+                Ok(Outcome::Left("cannot be read or written".into(), Some(e.to_string())))
+            }
+            Err(e) => Err(e.into()),
+            Ok(outcome) => {
+                failures.remove(&path);
+                Ok(outcome)
+            }
+        }
+    }
+
+    /// Nothing is written where another writer was seen.
+    async fn check_fence(&self, age: Duration) -> Result<(), Broken> {
+        if let Some(fenced) = self.fence.seen() {
+            return Err(Broken::Never(fenced.to_string()));
+        }
+        if self.looked.lock().is_some_and(|at| at.elapsed() < age) {
+            return Ok(());
+        }
+        let at = Instant::now();
+        match crate::replica::look_for_rivals(&self.mender.replica, &self.mender.identity, &self.fence).await
+        {
+            Ok(None) => {
+                *self.looked.lock() = Some(at);
+                Ok(())
+            }
+            Ok(Some(fenced)) => Err(Broken::Never(fenced.to_string())),
+            Err(why) => Err(Broken::Later(why)),
+        }
+    }
+
+    /// Sees that the replica is ours; writes a damaged `volume.json` again where our own claim proves that.
+    async fn check_volume(&self, dry_run: bool) -> Result<(), Broken> {
+        let (replica, identity) = (&self.mender.replica, &self.mender.identity);
+        match volume::expect(replica.store(), identity.volume.volume).await {
+            Ok(Found::Volume(_) | Found::Empty | Found::Headless) => Ok(()),
+            Err(VolumeError::Store(e)) if e.kind != crate::replica::ErrorKind::Corrupt => Err(e.into()),
+            Err(e) if e.is_damage() => {
+                let ours = async {
+                    let claim = identity.claims.last()?;
+                    let found = volume::read_claim(replica.store(), claim.epoch, claim.volume).await.ok()?;
+                    (found.claim_id == claim.claim_id).then_some(())
+                };
+                let any = async {
+                    for claim in &identity.claims {
+                        let found = volume::read_claim(replica.store(), claim.epoch, claim.volume).await;
+                        if found.is_ok_and(|f| f.claim_id == claim.claim_id) {
+                            return true;
+                        }
+                    }
+                    false
+                };
+                if ours.await.is_none() && !any.await {
+                    return Err(Broken::Never(format!(
+                        "{e}; no claim there proves that it is this volume's, so it is left alone"
+                    )));
+                }
+                if !dry_run {
+                    let target =
+                        Target { name: ObjectName::Volume, len: 0, hash: None, manifest: None, local: None };
+                    self.repair(&target, e.to_string()).await?;
+                    replica.recheck();
+                }
+                Ok(())
+            }
+            Err(e) => {
+                replica.recheck();
+                Err(Broken::Never(e.to_string()))
+            }
+        }
+    }
+
+    /// Gathers what the replica should hold.
+    async fn ground(&self, cursor: SegmentNo, found: &Inventory) -> Result<Ground, Broken> {
+        let catalog = Arc::clone(&self.catalog);
+        let sealed = tokio::task::spawn_blocking(move || catalog.segments(SegmentNo(0), usize::MAX)).await;
+        let sealed = sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)?;
+        let sealed: BTreeMap<_, _> = sealed.into_iter().map(|s| (s.staged.number, s)).collect();
+        let mut keys: BTreeSet<_> = found.checkpoints().collect();
+        let mut releases: BTreeSet<_> = found.releases().collect();
+        for peer in self.peers() {
+            // One that does not answer has nothing to say.
+            if let Ok(small) = Inventory::of_small(peer.store()).await {
+                keys.extend(small.checkpoints());
+                releases.extend(small.releases());
+            }
+        }
+        let mut staged = BTreeMap::new();
+        if let Some(checkpoint) = self.outbox.checkpoint(SegmentNo(0), cursor) {
+            let key = (checkpoint.number, checkpoint.epoch);
+            staged.insert(key, checkpoint.path);
+        }
+        let mut manifests = BTreeMap::new();
+        let mut checkpoints = BTreeMap::new();
+        for key in keys.into_iter().filter(|(number, _)| *number <= cursor) {
+            let manifest = self.manifest(key).await;
+            checkpoints.insert(key, manifest.as_ref().map(|m| m.parts.iter().map(|p| p.len).collect()));
+            manifests.extend(manifest.map(|m| (key, Arc::new(m))));
+        }
+        let ours = self.mender.identity.epoch();
+        releases.retain(|epoch| *epoch < ours);
+        let expected = Expected {
+            cursor,
+            segments: sealed.iter().map(|(n, s)| (*n, (s.staged.epoch, s.staged.len))).collect(),
+            claims: self.mender.identity.claims.clone(),
+            releases,
+            checkpoints,
+        };
+        Ok(Ground { expected, sealed, manifests, staged })
+    }
+
+    fn peers(&self) -> Vec<Arc<crate::replica::Replica>> {
+        let all = self.mender.roster.all();
+        let others = all.iter().filter(|p| p.name() != self.mender.replica.name() && p.is_attached());
+        others.cloned().collect()
+    }
+
+    /// A checkpoint's manifest, from whoever has an intact one.
+    async fn manifest(&self, (number, epoch): (SegmentNo, Epoch)) -> Option<Manifest> {
+        let path = ObjectName::CheckpointManifest(number, epoch).path();
+        let volume = self.mender.identity.volume.volume;
+        for replica in std::iter::once(Arc::clone(&self.mender.replica)).chain(self.peers()) {
+            let Ok(bytes) = replica.store().get(&path).await else { continue };
+            if let Ok(manifest) = Manifest::decode(&bytes, number, epoch)
+                && manifest.volume == volume
+            {
+                return Some(manifest);
+            }
+        }
+        None
+    }
+
+    /// What is known of an object that was named while reading.
+    pub async fn target_of(&self, name: ObjectName) -> Result<Target, Broken> {
+        let ObjectName::Segment(number, _) = name else {
+            return Ok(Target { name, len: 0, hash: None, manifest: None, local: None });
+        };
+        let catalog = Arc::clone(&self.catalog);
+        let before = SegmentNo(number.0.saturating_sub(1));
+        let sealed = tokio::task::spawn_blocking(move || catalog.segments(before, 1)).await;
+        let sealed = sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)?;
+        let sealed = sealed.into_iter().next().filter(|s| s.staged.number == number);
+        Ok(segment_target(name, 0, sealed.as_ref()))
+    }
+}
+
+fn segment_target(name: ObjectName, len: u64, sealed: Option<&Sealed>) -> Target {
+    Target {
+        name,
+        len: sealed.map_or(len, |s| s.staged.len),
+        hash: sealed.and_then(|s| s.hash),
+        manifest: None,
+        local: sealed.map(|s| s.staged.path.clone()),
+    }
+}
+
+impl Ground {
+    fn target(&self, name: ObjectName, len: u64) -> Target {
+        match name {
+            ObjectName::Segment(number, _) => segment_target(name, len, self.sealed.get(&number)),
+            ObjectName::CheckpointPart(number, epoch, index) => {
+                let manifest = self.manifests.get(&(number, epoch)).cloned();
+                let right =
+                    manifest.as_ref().and_then(|m| m.parts.get(index as usize)).map_or(len, |p| p.len);
+                let local = self.staged.get(&(number, epoch)).cloned();
+                Target { name, len: right, hash: None, manifest, local }
+            }
+            ObjectName::CheckpointManifest(number, epoch) => {
+                let local = self.staged.get(&(number, epoch)).cloned();
+                Target { name, len, hash: None, manifest: None, local }
+            }
+            _ => Target { name, len, hash: None, manifest: None, local: None },
+        }
+    }
+}

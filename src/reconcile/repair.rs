@@ -1,0 +1,226 @@
+//! Reading one object of a replica and, when it is damaged, writing it again.
+//!
+//! Owns where intact bytes come from (what we know ourselves, local disk, the other replicas in the order of their health), that they are
+//! checked before they are written, and that what was written is read back. Decides nothing about which objects to look at.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::check::{Known, Verdict, check};
+use crate::format::checkpoint::Manifest;
+use crate::format::names::{MANIFEST, ObjectName, part_file};
+use crate::format::segment::SegmentHash;
+use crate::replica::health::{self, Event, HealthState};
+use crate::replica::{ErrorKind, Identity, Replica, Roster, Store, StoreError};
+
+/// How often an object is asked for before it is given up, and the first wait in between.
+const TRIES: u32 = 4;
+const WAIT: Duration = Duration::from_millis(250);
+
+/// An object to look at, and what is known of it.
+#[derive(Clone)]
+pub(super) struct Target {
+    pub name: ObjectName,
+    /// Its right size, or the listed one.
+    pub len: u64,
+    /// A segment's hash.
+    pub hash: Option<SegmentHash>,
+    /// A checkpoint's manifest, for its parts.
+    pub manifest: Option<Arc<Manifest>>,
+    /// Where its file, or for a checkpoint its folder, may lie on local disk.
+    pub local: Option<PathBuf>,
+}
+
+impl Target {
+    pub fn known(&self) -> Known<'_> {
+        Known { hash: self.hash, manifest: self.manifest.as_deref() }
+    }
+}
+
+/// What became of an object.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Outcome {
+    /// It was intact.
+    Intact,
+    /// It was bad in this way, and was mended with so many bytes.
+    Repaired(String, u64),
+    /// It is bad in this way, and could not be mended for that reason; `None` when it was not to be.
+    Left(String, Option<String>),
+    /// It is whole but not what it should be, or newer: left alone.
+    Other(String),
+}
+
+/// Why looking at objects cannot go on.
+#[derive(Clone, Debug)]
+pub(super) enum Stop {
+    /// The replica does not answer, or refuses.
+    Replica(StoreError),
+    /// Something local failed.
+    Local(String),
+}
+
+/// Looks at objects of one replica.
+pub(super) struct Mender {
+    pub replica: Arc<Replica>,
+    /// Its store, for work that nobody waits for.
+    pub store: Store,
+    pub roster: Arc<Roster>,
+    pub identity: Arc<Identity>,
+}
+
+impl Mender {
+    /// Reads an object and mends it when it is bad and `mend` is set.
+    pub async fn examine(&self, target: &Target, mend: bool) -> Result<Outcome, Stop> {
+        let mut seen = self.verdict(target).await?;
+        if matches!(seen, Verdict::Damaged(_)) {
+            // Once more: it may have been the way here that was at fault.
+            seen = self.verdict(target).await?;
+        }
+        match seen {
+            Verdict::Intact => Ok(Outcome::Intact),
+            Verdict::Other(what) => Ok(Outcome::Other(what)),
+            Verdict::Damaged(what) if mend => self.repair(target, what).await,
+            Verdict::Damaged(what) => Ok(Outcome::Left(what, None)),
+        }
+    }
+
+    /// Writes an object that is bad in the way that `what` says.
+    pub async fn repair(&self, target: &Target, what: String) -> Result<Outcome, Stop> {
+        let path = target.name.path();
+        let (bytes, from) = match self.intact(target).await? {
+            Ok(found) => found,
+            Err(why) => return Ok(Outcome::Left(what, Some(why))),
+        };
+        let len = bytes.len() as u64;
+        self.insist(|| self.store.put(&path, bytes.clone())).await?;
+        match self.verdict(target).await? {
+            Verdict::Intact => {
+                log::info!(
+                    "replica {}: {path} was bad ({what}) and is mended with {len} bytes from {from}",
+                    self.replica.name()
+                );
+                self.replica.forget_damage(&path);
+                Ok(Outcome::Repaired(what, len))
+            }
+            Verdict::Damaged(again) | Verdict::Other(again) => {
+                Ok(Outcome::Left(what, Some(format!("it was written again and is still bad: {again}"))))
+            }
+        }
+    }
+
+    /// What the replica holds under the target's name.
+    async fn verdict(&self, target: &Target) -> Result<Verdict, Stop> {
+        let path = target.name.path();
+        match self.insist(|| self.store.get(&path)).await {
+            Ok(bytes) => self.check(target, bytes).await,
+            Err(Stop::Replica(e)) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {
+                Ok(Verdict::Damaged(if e.kind == ErrorKind::Absent { "missing".into() } else { e.detail }))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn check(&self, target: &Target, bytes: Bytes) -> Result<Verdict, Stop> {
+        let (target, identity) = (target.clone(), Arc::clone(&self.identity));
+        tokio::task::spawn_blocking(move || check(&target.name, &bytes, &identity, target.known()))
+            .await
+            .map_err(|e| Stop::Local(e.to_string()))
+    }
+
+    /// Intact bytes of an object and where they come from; or why there are none.
+    async fn intact(&self, target: &Target) -> Result<Result<(Bytes, String), String>, Stop> {
+        if let Some(bytes) = self.made_here(target) {
+            return Ok(Ok((bytes, "local knowledge".into())));
+        }
+        let mut said = Vec::new();
+        if let Some(bytes) = self.local_file(target).await {
+            match self.check(target, bytes.clone()).await? {
+                Verdict::Intact => return Ok(Ok((bytes, "local disk".into()))),
+                Verdict::Damaged(why) | Verdict::Other(why) => said.push(format!("local copy: {why}")),
+            }
+        }
+        let path = target.name.path();
+        for peer in self.peers(target.len) {
+            match peer.store().background().get(&path).await {
+                Ok(bytes) => match self.check(target, bytes.clone()).await? {
+                    Verdict::Intact => return Ok(Ok((bytes, format!("replica {}", peer.name())))),
+                    Verdict::Damaged(why) | Verdict::Other(why) => {
+                        said.push(format!("replica {}: {why}", peer.name()))
+                    }
+                },
+                Err(e) => {
+                    peer.note(&Event::of_error(&e, 0.5));
+                    said.push(e.to_string());
+                }
+            }
+        }
+        Ok(Err(match said.is_empty() {
+            true => "there is no other copy".to_owned(),
+            false => said.join("; "),
+        }))
+    }
+
+    /// The small objects that we can write out of our head.
+    fn made_here(&self, target: &Target) -> Option<Bytes> {
+        let bytes = match target.name {
+            ObjectName::Volume => self.identity.volume.encode().ok()?,
+            ObjectName::Claim(epoch) => {
+                self.identity.claims.iter().find(|c| c.epoch == epoch)?.encode().ok()?
+            }
+            _ => return None,
+        };
+        Some(bytes.into())
+    }
+
+    async fn local_file(&self, target: &Target) -> Option<Bytes> {
+        let local = target.local.clone()?;
+        let path = match target.name {
+            ObjectName::CheckpointPart(_, _, index) => local.join(part_file(index)),
+            ObjectName::CheckpointManifest(..) => local.join(MANIFEST),
+            _ => local,
+        };
+        tokio::task::spawn_blocking(move || std::fs::read(path)).await.ok()?.ok().map(Bytes::from)
+    }
+
+    /// The other replicas, those first that answer and are near.
+    fn peers(&self, len: u64) -> Vec<Arc<Replica>> {
+        let all = self.roster.all();
+        let peers: Vec<_> = all.iter().filter(|p| p.name() != self.replica.name()).cloned().collect();
+        let healths: Vec<_> = peers.iter().map(|p| p.health()).collect();
+        health::order(&healths, len, Instant::now())
+            .into_iter()
+            .filter_map(|i| peers.get(i).cloned())
+            .collect()
+    }
+
+    /// Asks again when an answer fails to come, unless the replica as a whole is down.
+    pub async fn insist<T, F>(&self, mut ask: impl FnMut() -> F) -> Result<T, Stop>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut wait = WAIT;
+        let mut tries = 1;
+        loop {
+            match ask().await {
+                Ok(value) => {
+                    self.replica.note(&Event::Success);
+                    return Ok(value);
+                }
+                Err(e) => {
+                    let random = getrandom::u32().map_or(0.5, |n| f64::from(n) / f64::from(u32::MAX));
+                    self.replica.note(&Event::of_error(&e, random));
+                    let down = self.replica.health().state() == HealthState::Offline;
+                    if !e.kind.is_passing() || down || tries >= TRIES {
+                        return Err(Stop::Replica(e));
+                    }
+                    tries += 1;
+                    tokio::time::sleep(wait).await;
+                    wait *= 2;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,616 @@
+//! The tasks that look after replicas: one pair per replica, for as long as it is on the list.
+//!
+//! Owns running passes when `memory` says so, mending at once what reads have met, commands, and what `status` shows. Writes nothing itself.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use super::catalog::Catalog;
+use super::memory::{Intervals, Memory, Next};
+use super::pass::{Broken, Listener, Pass};
+use super::repair::{Mender, Outcome};
+use super::types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus};
+use crate::format::names::ObjectName;
+use crate::ids::ReplicaName;
+use crate::replica::health::HealthState;
+use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState, Roster};
+
+/// Findings shown.
+const MOST_FINDINGS: usize = 100;
+/// How often a task that waits looks around.
+const TICK: Duration = Duration::from_millis(500);
+/// How often the position of a pass is saved.
+const SAVE_EVERY: Duration = Duration::from_secs(5);
+
+/// How often and how fast.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Between two deep passes; `None` for never.
+    pub deep_every: Option<Duration>,
+    /// Between two passes of any kind; `None` for never.
+    pub check_every: Option<Duration>,
+    /// Least time between two passes that something met elsewhere calls for.
+    pub attention: Duration,
+    /// Wait after a failure before it is tried again.
+    pub retry: Duration,
+    /// Bytes per second read and written by passes and repairs, per replica; `None` for as fast as it goes.
+    pub rate: Option<u64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            deep_every: Some(Duration::from_secs(7 * 86400)),
+            check_every: Some(Duration::from_secs(6 * 3600)),
+            attention: Duration::from_secs(60),
+            retry: Duration::from_secs(10),
+            rate: None,
+        }
+    }
+}
+
+impl Settings {
+    fn intervals(&self) -> Intervals {
+        Intervals {
+            deep: self.deep_every.map(|d| d.as_secs_f64()),
+            shallow: self.check_every.map(|d| d.as_secs_f64()),
+            attention: self.attention.as_secs_f64(),
+        }
+    }
+}
+
+/// What the reconciler shares with the rest of the daemon.
+struct Shared {
+    settings: Settings,
+    roster: Arc<Roster>,
+    identity: Arc<Identity>,
+    fence: Arc<Fence>,
+    catalog: Arc<dyn Catalog>,
+    outbox: Arc<dyn Outbox>,
+    handle: Handle,
+}
+
+/// Looks after all replicas of a volume.
+pub struct Reconciler {
+    shared: Arc<Shared>,
+    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Vec<JoinHandle<()>>)>>,
+}
+
+/// One replica's work.
+struct Worker {
+    shared: Arc<Shared>,
+    pass: Pass,
+    memory: Mutex<Memory>,
+    live: Mutex<Live>,
+    /// Something was met that calls for a look.
+    attention: AtomicBool,
+    /// Wakes the task that waits.
+    wake: Notify,
+    /// Ends the pass under way.
+    cancel: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Live {
+    state: ScrubState,
+    detail: Option<String>,
+    asked: u64,
+    done: u64,
+    findings: VecDeque<FindingText>,
+    /// When the pass under way was taken up, and the bytes that were behind it then.
+    since: Option<(Instant, u64)>,
+    saved: Option<Instant>,
+    /// Counters of the last pass.
+    counters: Counters,
+}
+
+impl Reconciler {
+    /// Begins to look after every replica on the list, and everyone that joins it, until `closing`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn start(
+        settings: Settings,
+        roster: Arc<Roster>,
+        identity: Arc<Identity>,
+        fence: Arc<Fence>,
+        catalog: Arc<dyn Catalog>,
+        outbox: Arc<dyn Outbox>,
+        handle: Handle,
+        mut closing: watch::Receiver<bool>,
+    ) -> Arc<Self> {
+        let shared = Arc::new(Shared { settings, roster, identity, fence, catalog, outbox, handle });
+        let me = Arc::new(Self { shared: Arc::clone(&shared), workers: Mutex::default() });
+        me.follow();
+        let follower = Arc::clone(&me);
+        shared.handle.clone().spawn(async move {
+            let mut list = shared.roster.watch();
+            loop {
+                tokio::select! {
+                    _ = closing.wait_for(|c| *c) => break,
+                    changed = list.changed() => {
+                        if changed.is_err() {
+                            break;
+                        }
+                        follower.follow();
+                    }
+                }
+            }
+            let workers = std::mem::take(&mut *follower.workers.lock());
+            for (worker, tasks) in workers.into_values() {
+                tasks.iter().for_each(JoinHandle::abort);
+                worker.save().await;
+            }
+        });
+        me
+    }
+
+    /// Begins with those that are new on the list, and leaves those that are gone.
+    fn follow(&self) {
+        let all = self.shared.roster.all();
+        let mut workers = self.workers.lock();
+        workers.retain(|name, (_, tasks)| {
+            let stays = all.iter().any(|r| r.name() == name);
+            if !stays {
+                tasks.iter().for_each(JoinHandle::abort);
+            }
+            stays
+        });
+        for replica in all.iter() {
+            if workers.contains_key(replica.name()) {
+                continue;
+            }
+            let worker = Worker::new(&self.shared, replica);
+            let tasks = vec![
+                self.shared.handle.spawn(Arc::clone(&worker).passes()),
+                self.shared.handle.spawn(Arc::clone(&worker).damages()),
+            ];
+            workers.insert(replica.name().clone(), (worker, tasks));
+        }
+    }
+
+    fn chosen(&self, replica: Option<&ReplicaName>) -> Result<Vec<Arc<Worker>>, String> {
+        let workers = self.workers.lock();
+        match replica {
+            None => Ok(workers.values().map(|(w, _)| Arc::clone(w)).collect()),
+            Some(name) => match workers.get(name) {
+                Some((worker, _)) => Ok(vec![Arc::clone(worker)]),
+                None => {
+                    let names: Vec<_> = workers.keys().map(ReplicaName::as_str).collect();
+                    Err(format!("no replica is called {name}; there are {}", names.join(", ")))
+                }
+            },
+        }
+    }
+
+    /// Begins a pass, or joins one of the same kind that was asked for before. A pause ends by it. The error says that there is no such
+    /// replica.
+    pub fn begin(&self, request: &ScrubRequest) -> Result<(), String> {
+        for worker in self.chosen(request.replica.as_ref())? {
+            {
+                let mut memory = worker.memory.lock();
+                let mut live = worker.live.lock();
+                memory.paused = false;
+                // One that came by itself may have passed what this one is to find.
+                if live.asked == live.done {
+                    memory.current = None;
+                }
+                memory.begin(request.deep, request.dry_run, unix_now());
+                live.asked += 1;
+                live.findings.clear();
+            }
+            worker.interrupt();
+        }
+        Ok(())
+    }
+
+    /// Pauses or resumes, also for later mounts.
+    pub fn pause(&self, replica: Option<&ReplicaName>, paused: bool) -> Result<(), String> {
+        for worker in self.chosen(replica)? {
+            worker.memory.lock().paused = paused;
+            worker.interrupt();
+        }
+        Ok(())
+    }
+
+    /// Gives up the pass under way; the next comes when it is due.
+    pub fn stop(&self, replica: Option<&ReplicaName>) -> Result<(), String> {
+        for worker in self.chosen(replica)? {
+            worker.finish(Some("stopped by command".into()));
+            worker.interrupt();
+        }
+        Ok(())
+    }
+
+    /// What is done about each replica, in the order of the list.
+    #[must_use]
+    pub fn status(&self) -> Vec<ScrubStatus> {
+        let all = self.shared.roster.all();
+        let workers = self.workers.lock();
+        all.iter().filter_map(|r| workers.get(r.name())).map(|(worker, _)| worker.status()).collect()
+    }
+
+    /// Saves what is remembered, as at the end of a command.
+    pub async fn save(&self) {
+        let workers: Vec<_> = self.workers.lock().values().map(|(w, _)| Arc::clone(w)).collect();
+        for worker in workers {
+            worker.save().await;
+        }
+    }
+}
+
+impl Worker {
+    fn new(shared: &Arc<Shared>, replica: &Arc<Replica>) -> Arc<Self> {
+        let pass = Pass {
+            mender: Mender {
+                replica: Arc::clone(replica),
+                store: replica.store().background(),
+                roster: Arc::clone(&shared.roster),
+                identity: Arc::clone(&shared.identity),
+            },
+            catalog: Arc::clone(&shared.catalog),
+            outbox: Arc::clone(&shared.outbox),
+            fence: Arc::clone(&shared.fence),
+            failures: Mutex::new(HashMap::new()),
+            looked: Mutex::new(None),
+        };
+        Arc::new(Self {
+            shared: Arc::clone(shared),
+            pass,
+            memory: Mutex::default(),
+            live: Mutex::default(),
+            attention: AtomicBool::new(false),
+            wake: Notify::new(),
+            cancel: watch::channel(0).0,
+        })
+    }
+
+    fn replica(&self) -> &Arc<Replica> {
+        &self.pass.mender.replica
+    }
+
+    fn key(&self) -> String {
+        format!("{} {}", self.replica().name(), self.replica().store().url())
+    }
+
+    /// Ends the pass under way, which may go on, and wakes who waits.
+    fn interrupt(&self) {
+        self.cancel.send_modify(|n| *n += 1);
+        self.wake.notify_one();
+    }
+
+    async fn load(&self) {
+        let (catalog, key) = (Arc::clone(&self.shared.catalog), self.key());
+        let loaded = tokio::task::spawn_blocking(move || catalog.load(&key)).await;
+        let Ok(Ok(Some(bytes))) = loaded else { return };
+        match serde_json::from_slice::<Memory>(&bytes) {
+            Ok(loaded) => {
+                let mut memory = self.memory.lock();
+                // Not what a command has set meanwhile.
+                if *memory == Memory::default() {
+                    *memory = loaded;
+                }
+            }
+            Err(e) => log::warn!(
+                "replica {}: what is remembered of scrubs is forgotten: {e}",
+                self.replica().name()
+            ),
+        }
+    }
+
+    async fn save(&self) {
+        let bytes = serde_json::to_vec(&*self.memory.lock());
+        let (catalog, key) = (Arc::clone(&self.shared.catalog), self.key());
+        let saved = tokio::task::spawn_blocking(move || match bytes {
+            Ok(bytes) => catalog.save(&key, &bytes),
+            Err(e) => Err(e.to_string()),
+        });
+        if let Ok(Err(e)) = saved.await {
+            log::debug!("replica {}: the state of its scrub is not saved: {e}", self.replica().name());
+        }
+        self.live.lock().saved = Some(Instant::now());
+    }
+
+    fn set(&self, state: ScrubState, detail: Option<String>) {
+        let mut live = self.live.lock();
+        live.state = state;
+        if detail.is_some() || state == ScrubState::Running {
+            live.detail = detail;
+        }
+    }
+
+    /// Why no pass can run now.
+    fn obstacle(&self) -> Option<String> {
+        let replica = self.replica();
+        if replica.is_paused() {
+            return Some("the replica is paused".into());
+        }
+        if !replica.is_attached() {
+            return Some("the replica is not reachable, or not checked yet".into());
+        }
+        (replica.health().state() == HealthState::Offline).then(|| "the replica is offline".into())
+    }
+
+    /// Runs passes when they are due.
+    async fn passes(self: Arc<Self>) {
+        self.load().await;
+        let mut was_attached = false;
+        let mut attachments = 0;
+        loop {
+            // What comes back after an outage may not be what went away.
+            let seen = self.replica().attachments();
+            if seen != attachments {
+                if was_attached && self.replica().came_back() {
+                    self.attention.store(true, Ordering::Relaxed);
+                }
+                (was_attached, attachments) = (true, seen);
+            }
+            if self.replica().attention_called() {
+                self.attention.store(true, Ordering::Relaxed);
+            }
+            let intervals = self.shared.settings.intervals();
+            let attention = self.attention.load(Ordering::Relaxed);
+            let next = self.memory.lock().next(unix_now(), &intervals, attention);
+            match next {
+                Next::Paused => {
+                    self.set(ScrubState::Paused, None);
+                    self.nap(TICK).await;
+                }
+                Next::Wait(_) => {
+                    self.set(ScrubState::Idle, None);
+                    self.nap(TICK).await;
+                }
+                Next::Run => self.run().await,
+            }
+        }
+    }
+
+    async fn nap(&self, time: Duration) {
+        let _ = tokio::time::timeout(time, self.wake.notified()).await;
+    }
+
+    async fn run(self: &Arc<Self>) {
+        if let Some(why) = self.obstacle() {
+            let foreign = self.replica().status(crate::replica::Backlog::default(), 0.0);
+            if matches!(foreign.state, ReplicaState::Foreign | ReplicaState::Fenced) {
+                let why = foreign.last_error.map_or(why, |e| e.text);
+                self.set(ScrubState::Idle, Some(why.clone()));
+                self.finish(Some(why));
+                return;
+            }
+            self.set(ScrubState::Waiting, Some(why));
+            self.nap(TICK / 5).await;
+            return;
+        }
+        let Some(mut current) = self.memory.lock().current.clone() else { return };
+        // Sizes and positions count from here: what is behind the position stays counted.
+        if current.position.is_empty() {
+            current.counters = Counters::default();
+            if let Some(c) = &mut self.memory.lock().current {
+                c.counters = Counters::default();
+            }
+            self.live.lock().findings.clear();
+        }
+        self.attention.store(false, Ordering::Relaxed);
+        self.replica().store().set_background_rate(self.shared.settings.rate);
+        self.set(ScrubState::Running, None);
+        self.live.lock().since = Some((Instant::now(), current.counters.examined_bytes));
+        self.save().await;
+        let mut cancel = self.cancel.subscribe();
+        let ended = tokio::select! {
+            ended = self.pass.run(&current, self) => ended,
+            _ = cancel.changed() => {
+                self.save().await;
+                return;
+            }
+        };
+        match ended {
+            Ok(()) => {
+                self.pass.failures.lock().clear();
+                self.finish(None);
+            }
+            Err(Broken::Never(why)) => {
+                log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
+                self.finish(Some(why));
+            }
+            Err(Broken::Later(why)) => {
+                log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
+                self.set(ScrubState::Waiting, Some(why));
+                // Its shipper finds out what is the matter, and makes again what was deleted as a whole.
+                let (replica, before) = (self.replica(), self.replica().attachments());
+                replica.recheck();
+                let until = Instant::now() + self.shared.settings.retry;
+                while Instant::now() < until && replica.attachments() == before {
+                    self.nap(TICK / 5).await;
+                }
+            }
+        }
+        self.save().await;
+    }
+
+    /// Ends the current pass.
+    fn finish(&self, error: Option<String>) {
+        let mut memory = self.memory.lock();
+        let mut live = self.live.lock();
+        if let Some(current) = &memory.current {
+            let c = current.counters;
+            live.counters = c;
+            let kind = if current.deep { "deep scrub" } else { "check" };
+            let name = self.replica().name();
+            if c.bad > 0 {
+                log::warn!(
+                    "replica {name}: {kind} over: {} bad, {} repaired, {} left",
+                    c.bad,
+                    c.repaired,
+                    c.left
+                );
+            } else {
+                log::info!("replica {name}: {kind} over: {} objects, nothing bad", c.examined);
+            }
+        }
+        live.detail.clone_from(&error);
+        memory.finish(unix_now(), error);
+        live.done = live.asked;
+        live.state = ScrubState::Idle;
+        live.since = None;
+    }
+
+    /// Mends what reads have met.
+    async fn damages(self: Arc<Self>) {
+        loop {
+            if self.replica().damages().is_empty() {
+                self.replica().damage_noted().await;
+            }
+            let ready = self.obstacle().is_none() && !self.memory.lock().paused;
+            if !ready {
+                tokio::time::sleep(TICK).await;
+                continue;
+            }
+            let mut left = false;
+            let mut seen = Vec::new();
+            for damage in self.replica().damages() {
+                if seen.contains(&damage.object) {
+                    continue;
+                }
+                seen.push(damage.object.clone());
+                if damage.kind == DamageKind::Missing {
+                    self.attention.store(true, Ordering::Relaxed);
+                    self.wake.notify_one();
+                }
+                match self.mend(&damage.object).await {
+                    Ok(true) => self.replica().forget_damage(&damage.object),
+                    Ok(false) => left = true,
+                    Err(e) => {
+                        log::debug!(
+                            "replica {}: {} waits for repair: {e:?}",
+                            self.replica().name(),
+                            damage.object
+                        );
+                        left = true;
+                    }
+                }
+            }
+            if left {
+                tokio::time::sleep(self.shared.settings.retry).await;
+            }
+        }
+    }
+
+    /// Looks at an object that a read complained of; whether it is in order, or nothing can be done about it.
+    async fn mend(&self, object: &str) -> Result<bool, Broken> {
+        let Some(name) = ObjectName::parse(object) else { return Ok(true) };
+        let target = self.pass.target_of(name).await?;
+        if let ObjectName::Segment(number, _) = name
+            && self.replica().cursor() < number
+        {
+            // It is to be filled up to there.
+            return Ok(true);
+        }
+        let outcome = self.pass.examine(&target, true).await?;
+        self.note(&name, &outcome);
+        Ok(!matches!(outcome, Outcome::Left(..)))
+    }
+
+    fn note(&self, name: &ObjectName, outcome: &Outcome) {
+        let (problem, outcome) = match outcome {
+            Outcome::Intact => return,
+            Outcome::Repaired(what, _) => (what.clone(), "repaired".to_owned()),
+            Outcome::Left(what, None) => (what.clone(), "found".to_owned()),
+            Outcome::Left(what, Some(why)) => (what.clone(), format!("left: {why}")),
+            Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
+        };
+        let mut live = self.live.lock();
+        let finding = FindingText { object: name.path(), problem, outcome };
+        live.findings.retain(|f| f.object != finding.object);
+        if live.findings.len() >= MOST_FINDINGS {
+            live.findings.pop_front();
+        }
+        live.findings.push_back(finding);
+    }
+
+    fn status(&self) -> ScrubStatus {
+        let memory = self.memory.lock();
+        let live = self.live.lock();
+        let current = memory.current.as_ref();
+        let counters = current.map_or(live.counters, |c| c.counters);
+        let (rate, eta_seconds) = match (live.since, current) {
+            (Some((since, before)), Some(_)) => {
+                let rate = counters.examined_bytes.saturating_sub(before) as f64
+                    / since.elapsed().as_secs_f64().max(0.001);
+                let left = counters.total_bytes.saturating_sub(counters.examined_bytes);
+                (rate, (rate > 0.0).then(|| left as f64 / rate))
+            }
+            _ => (0.0, None),
+        };
+        ScrubStatus {
+            replica: self.replica().name().clone(),
+            state: live.state,
+            detail: live.detail.clone(),
+            deep: current.is_some_and(|c| c.deep),
+            dry_run: current.is_some_and(|c| c.dry_run),
+            asked: live.asked,
+            done: live.done,
+            started_at: current.map(|c| c.started_at),
+            counters,
+            rate,
+            eta_seconds,
+            findings: live.findings.iter().cloned().collect(),
+            last: memory.last.clone(),
+            next_deep_at: memory.next_deep(&self.shared.settings.intervals()),
+        }
+    }
+}
+
+impl Listener for Arc<Worker> {
+    fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64) {
+        if let Some(current) = &mut self.memory.lock().current {
+            let c = &mut current.counters;
+            (c.total, c.total_bytes) = (c.examined + objects, c.examined_bytes + bytes);
+            (c.foreign, c.left_over) = (foreign, left_over);
+        }
+    }
+
+    fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>) {
+        if let Some(current) = &mut self.memory.lock().current {
+            let c = &mut current.counters;
+            c.examined += 1;
+            c.examined_bytes += len;
+            match outcome {
+                Outcome::Intact => {}
+                Outcome::Repaired(_, bytes) => {
+                    c.bad += 1;
+                    c.repaired += 1;
+                    c.repaired_bytes += bytes;
+                }
+                Outcome::Left(..) | Outcome::Other(_) => {
+                    c.bad += 1;
+                    c.left += 1;
+                }
+            }
+            if let Some(position) = position {
+                position.clone_into(&mut current.position);
+            }
+        }
+        self.note(name, outcome);
+        let due = position.is_some() && self.live.lock().saved.is_none_or(|at| at.elapsed() >= SAVE_EVERY);
+        if due {
+            self.live.lock().saved = Some(Instant::now());
+            let me = Arc::clone(self);
+            self.shared.handle.spawn(async move { me.save().await });
+        }
+    }
+
+    fn waits(&self, what: Option<String>) {
+        self.live.lock().detail = what;
+    }
+}
+
+/// Seconds since 1970.
+fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
