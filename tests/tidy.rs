@@ -14,7 +14,7 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 15] = [
+const ORDER: [&str; 16] = [
     "cli",
     "daemon",
     "config",
@@ -24,6 +24,7 @@ const ORDER: [&str; 15] = [
     "txg",
     "cache",
     "journal",
+    "reconcile",
     "restore",
     "checkpoint",
     "replica",

@@ -19,8 +19,6 @@ mod pass;
 pub mod plan;
 mod repair;
 mod runner;
-#[cfg(test)]
-mod tests;
 mod types;
 
 pub use catalog::{Catalog, Sealed};
