@@ -79,10 +79,13 @@ struct Shared {
     handle: Handle,
 }
 
+/// The tasks of one replica.
+type Tasks = [JoinHandle<()>; 2];
+
 /// Looks after all replicas of a volume.
 pub struct Reconciler {
     shared: Arc<Shared>,
-    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Vec<JoinHandle<()>>)>>,
+    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Tasks)>>,
 }
 
 /// One replica's work.
@@ -166,7 +169,7 @@ impl Reconciler {
                 continue;
             }
             let worker = Worker::new(&self.shared, replica);
-            let tasks = vec![
+            let tasks = [
                 self.shared.handle.spawn(Arc::clone(&worker).passes()),
                 self.shared.handle.spawn(Arc::clone(&worker).damages()),
             ];
