@@ -96,6 +96,16 @@ fn a_wrong_command_line_ends_with_2() {
 }
 
 #[test]
+fn to_take_over_is_said_at_the_moment() {
+    let world = World::new();
+    world.file("m.toml", "takeover = true\n[replica.a]\nurl = \"a\"\n");
+    let ran = world.run(&["mount", "m", "--config", "m.toml"]);
+    assert!(ran.code == 2 && ran.err.contains("m.toml:1: takeover: unknown key"), "{}", ran.err);
+    let ran = world.run_with(&["mount", "m", "--replica", "a"], &[("MIRRORFS_OPTIONS", "takeover")]);
+    assert!(ran.code == 2 && ran.err.contains("takeover must be given on the command line"), "{}", ran.err);
+}
+
+#[test]
 fn a_wrong_configuration_ends_with_2_and_touches_nothing() {
     let world = World::new();
     world.file("key.toml", "[replica.a]\nurl = \"a\"\n\n[mount]\nalow_other = true\n");

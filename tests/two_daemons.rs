@@ -16,53 +16,14 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::mount::{Failed, How, Mount, Volume};
-use support::proxy::Proxy;
-use support::run::{Ran, seed, wait_until};
-use support::s3::{BUCKET, S3Server};
+use support::machine::{Machine, servers};
+use support::mount::{Failed, How, Mount};
+use support::run::{seed, wait_until};
 use support::tree::{Content, Shape, Snapshot, build};
 
 const IN_USE: i32 = 5;
 /// Long enough for a shipper that backs off, on a slow machine.
 const NOTICE: Duration = Duration::from_secs(90);
-
-/// A machine with a network of its own between it and the replicas.
-struct Machine {
-    v: Volume,
-    proxies: Vec<Proxy>,
-}
-
-impl Machine {
-    fn new(test: &str, servers: &[S3Server], settings: &[&str]) -> Option<Self> {
-        let mut v = Volume::new(test)?;
-        let mut proxies = Vec::new();
-        for (server, name) in servers.iter().zip(["one", "two"]) {
-            let proxy = Proxy::start(server.http.addr());
-            let mut options = S3Server::options(&proxy.url());
-            options.push(("timeout".into(), "3s".into()));
-            let options: Vec<_> = options.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-            v.replica(name, &format!("s3://{BUCKET}/mirror"), &options);
-            proxies.push(proxy);
-        }
-        settings.iter().for_each(|line| v.setting(line));
-        Some(Self { v, proxies })
-    }
-
-    /// Cuts it off, or joins it again.
-    fn cut(&self, off: bool) {
-        self.proxies.iter().for_each(|p| p.faults.blackhole.store(off, Ordering::Relaxed));
-    }
-
-    fn salvage(&self, to: &Path, more: &[&str]) -> Ran {
-        let state = self.v.path("state");
-        let words = ["salvage", "--state", state.to_str().unwrap(), "--to", to.to_str().unwrap()];
-        self.v.run(&[], &[&words[..], more].concat())
-    }
-}
-
-fn servers() -> Vec<S3Server> {
-    vec![S3Server::start(), S3Server::start()]
-}
 
 fn files_of(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     support::mount::bytes_of(dir)
@@ -229,6 +190,8 @@ fn the_one_who_comes_is_cut_off() {
     written(&ma, "first", b"first").unwrap();
     ma.sync();
     let taking = How::usual().arg("--takeover");
+    // Slow enough that the cut hits all stages of its coming.
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(25, Ordering::Relaxed));
     let coming = b.v.start(&taking);
     let mut mine = Vec::new();
     let cut_at = rng.random_range(0..50);
@@ -246,6 +209,7 @@ fn the_one_who_comes_is_cut_off() {
     let came = coming.live();
     println!("cut off before file {cut_at}; B {}", if came.is_ok() { "was live" } else { "gave up" });
     b.cut(false);
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(0, Ordering::Relaxed));
     // It decided to take over; with the same state folder it may say so again.
     let mb = came.unwrap_or_else(|_| b.v.mount_as(&taking));
     written(&mb, "of b", b"of b").unwrap();

@@ -24,8 +24,8 @@ mod output;
 mod progress;
 mod replica;
 mod restore;
-mod scrub;
 mod salvage;
+mod scrub;
 mod status;
 mod sync;
 mod umount;
@@ -50,6 +50,7 @@ struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Command {
     Init(init::Args),
     Mount(mount::Args),

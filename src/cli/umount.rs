@@ -88,6 +88,12 @@ async fn ask(located: &Located, wait: bool) -> Result<Status, CommandError> {
 
 /// With `--wait` it is no success when a replica has given up meanwhile.
 fn require_all(status: &Status) -> Outcome {
+    if status.fenced.is_some() {
+        return Err(CommandError::new(
+            Exit::InUse,
+            "unmounted, but another machine had taken the volume over",
+        ));
+    }
     if status.replicas.iter().all(|r| r.lag_segments == 0) {
         return Ok(());
     }
@@ -102,6 +108,12 @@ fn report(status: &Status) -> String {
         .filter(|r| r.lag_segments > 0)
         .map(|r| format!("{} to {}", human::size(r.lag_bytes), r.name))
         .collect();
+    if let Some(fenced) = &status.fenced {
+        return format!(
+            "unmounted {}; another machine took the volume over ({}). What it lacks: mirrorfs salvage --state {} --to DIR",
+            status.mountpoint, fenced.text, status.state
+        );
+    }
     if behind.is_empty() {
         let replicas = if status.epoch == Epoch(0) { "" } else { "; all replicas hold everything" };
         return format!("unmounted {}{replicas}", status.mountpoint);

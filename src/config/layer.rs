@@ -264,6 +264,8 @@ mod tests {
     fn what_fstab_gives_is_taken_or_passed_over() {
         let found = list("rw,_netdev,nofail,noauto,user,x-systemd.automount,comment=a,defaults,,").unwrap();
         assert_eq!(values(&found), [("read_only", "false")]);
+        assert!(!found.takeover && list("ro,takeover").unwrap().takeover);
+        assert!(list("takeover=yes").is_err());
         let found = list("allow_other,ro,noatime").unwrap();
         assert_eq!(values(&found), [("allow_other", "true"), ("noatime", "true"), ("read_only", "true")]);
     }

@@ -402,7 +402,11 @@ fn assemble(
                 retry: core_options.attention.1,
                 rate: config.scrub_rate,
             };
-            let catalog = Tables { journal: Arc::clone(&journal), staging: Arc::clone(&staging) };
+            let catalog = Tables {
+                journal: Arc::clone(&journal),
+                staging: Arc::clone(&staging),
+                blocks: Arc::clone(&blocks),
+            };
             let reconciler = Reconciler::start(
                 settings,
                 Arc::clone(&fleet.roster),

@@ -341,11 +341,11 @@ impl Work<'_> {
         };
         let replicas = self.stores.iter().map(|s| Arc::new(Replica::new(s.clone()))).collect();
         // Nobody gives this signal: a fetch ends by its deadline.
-        let (_, closing) = watch::channel(false);
+        let (open, closing) = watch::channel(false);
         let reader =
             Reader::new(Roster::new(replicas), Some(Arc::new(local)), self.runtime.handle().clone(), closing)
                 .with_deadline(FETCH);
-        LocalContent { blocks: Arc::clone(self.blocks), reader, silent: AtomicU32::new(0) }
+        LocalContent { blocks: Arc::clone(self.blocks), reader, silent: AtomicU32::new(0), _open: open }
     }
 }
 
@@ -368,6 +368,8 @@ struct LocalContent {
     reader: Reader,
     /// Blocks in a row that nobody gave in time.
     silent: AtomicU32,
+    /// As long as it is there the reader goes on.
+    _open: watch::Sender<bool>,
 }
 
 impl LocalContent {

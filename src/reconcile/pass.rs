@@ -3,7 +3,7 @@
 //! Owns the order of a pass. What is wrong is decided in `plan` and `check`, when a pass is due in `memory`; counters go to whoever
 //! listens.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,6 +76,8 @@ pub(super) struct Pass {
     pub fence: Arc<Fence>,
     /// How often each object could not be read.
     pub failures: Mutex<HashMap<String, u32>>,
+    /// Objects that could not be mended, as far as that was told.
+    pub told: Mutex<HashSet<String>>,
     /// When no other writer was to be seen.
     pub looked: Mutex<Option<Instant>>,
 }
@@ -243,11 +245,14 @@ impl Pass {
         let outcome = self.mender.repair(target, what).await;
         let outcome = self.forgive(target, outcome)?;
         if let Outcome::Left(what, Some(why)) = &outcome {
-            log::error!(
+            let text = format!(
                 "replica {}: {} is bad ({what}) and cannot be mended: {why}",
                 self.mender.replica.name(),
                 target.name
             );
+            // Tried again and again, told once.
+            let first = self.told.lock().insert(target.name.path());
+            log::log!(if first { log::Level::Error } else { log::Level::Debug }, "{text}");
         }
         Ok(outcome)
     }

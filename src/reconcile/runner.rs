@@ -26,6 +26,8 @@ use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState,
 const MOST_FINDINGS: usize = 100;
 /// How often a task that waits looks around.
 const TICK: Duration = Duration::from_millis(500);
+/// Longest wait before a repair that failed is tried again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// How often the position of a pass is saved.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -107,8 +109,6 @@ struct Live {
     /// When the pass under way was taken up, and the bytes that were behind it then.
     since: Option<(Instant, u64)>,
     saved: Option<Instant>,
-    /// Counters of the last pass.
-    counters: Counters,
 }
 
 impl Reconciler {
@@ -204,6 +204,10 @@ impl Reconciler {
                 live.asked += 1;
                 live.findings.clear();
             }
+            if !worker.replica().is_attached() {
+                // It may be in order by now.
+                worker.replica().recheck();
+            }
             worker.interrupt();
         }
         Ok(())
@@ -252,11 +256,13 @@ impl Worker {
                 store: replica.store().background(),
                 roster: Arc::clone(&shared.roster),
                 identity: Arc::clone(&shared.identity),
+                catalog: Arc::clone(&shared.catalog),
             },
             catalog: Arc::clone(&shared.catalog),
             outbox: Arc::clone(&shared.outbox),
             fence: Arc::clone(&shared.fence),
             failures: Mutex::new(HashMap::new()),
+            told: Mutex::default(),
             looked: Mutex::new(None),
         };
         Arc::new(Self {
@@ -469,7 +475,6 @@ impl Worker {
         let mut live = self.live.lock();
         if let Some(current) = &memory.current {
             let c = current.counters;
-            live.counters = c;
             let kind = if current.deep { "deep scrub" } else { "check" };
             let name = self.replica().name();
             if c.bad > 0 {
@@ -492,6 +497,7 @@ impl Worker {
 
     /// Mends what reads have met.
     async fn damages(self: Arc<Self>) {
+        let mut pause = self.shared.settings.retry;
         loop {
             if self.replica().damages().is_empty() {
                 self.replica().damage_noted().await;
@@ -526,7 +532,11 @@ impl Worker {
                 }
             }
             if left {
-                tokio::time::sleep(self.shared.settings.retry).await;
+                // Until then something may have come back; what is met meanwhile is not made to wait for that.
+                let _ = tokio::time::timeout(pause, self.replica().damage_noted()).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            } else {
+                pause = self.shared.settings.retry;
             }
         }
     }
@@ -567,7 +577,8 @@ impl Worker {
         let memory = self.memory.lock();
         let live = self.live.lock();
         let current = memory.current.as_ref();
-        let counters = current.map_or(live.counters, |c| c.counters);
+        let last = memory.last.as_ref().map(|l| l.counters).unwrap_or_default();
+        let counters = current.map_or(last, |c| c.counters);
         let (rate, eta_seconds) = match (live.since, current) {
             (Some((since, before)), Some(_)) => {
                 let rate = counters.examined_bytes.saturating_sub(before) as f64

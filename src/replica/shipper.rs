@@ -345,11 +345,12 @@ impl Shipper {
         looked: &mut LastLook,
     ) -> Result<Vec<Staged>, End> {
         let cursor = plan.cursor();
+        // Asked for first: what is sealed between the two questions must not look as if it had gone.
+        let newest = *self.outbox.watch().borrow();
         let mut staged = match attach::segments_after(&self.outbox, cursor, plan.span()).await {
             Ok(staged) => staged,
             Err(e) => return Err(self.failed(e)),
         };
-        let newest = *self.outbox.watch().borrow();
         if cursor < newest && staged.first().is_none_or(|s| s.number != cursor.next()) {
             staged = self.unstaged(cursor, newest.min(SegmentNo(cursor.0 + plan.span() as u64))).await?;
         }

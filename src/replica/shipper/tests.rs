@@ -311,6 +311,55 @@ async fn a_higher_epoch_fences_and_another_claim_of_ours_too() {
 }
 
 #[tokio::test]
+async fn whatever_was_sent_or_read_is_followed_by_a_look() {
+    let mut bench = Bench::new(&["a"]);
+    bench.tuning.fence_every = Duration::from_millis(100);
+    bench.tuning.recheck_every = Duration::from_secs(3600);
+    let task = bench.start(0);
+    bench.eventually("it is attached", || bench.replicas[0].is_attached()).await;
+    let looks = || bench.status(0).requests.list;
+    // Who has no contact does no harm, and costs nothing.
+    tokio::time::sleep(bench.tuning.fence_every * 4).await;
+    let idle = looks();
+    tokio::time::sleep(bench.tuning.fence_every * 4).await;
+    assert_eq!(looks(), idle);
+    bench.replicas[0].store().get(&ObjectName::Volume.path()).await.unwrap();
+    bench.eventually("a look behind the read", || looks() > idle).await;
+    // Sent a moment ago, and then nothing more: it learns of the other one all the same.
+    let by = claim(2, 9, 1);
+    bench.outbox.seal(1, 10);
+    bench.reaches(0, 1).await;
+    bench.stores[0].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    tokio::time::timeout(SOON, task).await.unwrap().unwrap();
+    assert!(bench.fence.seen().is_some());
+}
+
+#[tokio::test]
+async fn a_tenure_is_released_where_all_is_and_nobody_else() {
+    let bench = Bench::new(&["a", "b", "c"]);
+    bench.outbox.seal(1, 10);
+    bench.outbox.seal(1, 10);
+    // One works, one has nothing because it is down, one is not attached any more.
+    bench.faults[1].partition(true);
+    let _tasks = [bench.start(0), bench.start(1)];
+    bench.reaches(0, 2).await;
+    bench.replicas[2].set_cursor(SegmentNo(2));
+    let release = async || {
+        let newest = SegmentNo(2);
+        crate::replica::release(&bench.replicas, &bench.identity, &bench.fence, newest, 7).await
+    };
+    assert_eq!(release().await, [bench.replicas[0].name().clone()]);
+    let mark = bench.stores[0].get("epochs/00000001.released.json").await.unwrap();
+    let mark = crate::format::volume::Release::decode(&mark, Epoch(1)).unwrap();
+    let ours = bench.identity.claims[0].claim_id;
+    assert_eq!((mark.claim_id, mark.last_segment, mark.released_at), (ours, SegmentNo(2), 7));
+    // Somebody else is there: he is told of, and nothing more is marked.
+    let by = claim(2, 9, 3);
+    bench.stores[0].put(&ObjectName::Claim(by.epoch).path(), claim_bytes(&by)).await.unwrap();
+    assert!(release().await.is_empty() && bench.fence.seen().is_some());
+}
+
+#[tokio::test]
 async fn a_replica_that_was_away_learns_all_claims_first() {
     let mut bench = Bench::new(&["a", "b"]);
     let _a = bench.start(0);
