@@ -21,7 +21,7 @@ use crate::format::checkpoint::Manifest;
 use crate::format::names::ObjectName;
 use crate::ids::{Epoch, SegmentNo};
 use crate::replica::volume::{self, Found, VolumeError};
-use crate::replica::{Fence, Outbox, StoreError};
+use crate::replica::{Backlog, Fence, Outbox, ReplicaState, StoreError};
 
 /// Objects looked at at a time.
 const AT_ONCE: usize = 4;
@@ -138,6 +138,11 @@ impl Pass {
             }
             if replica.is_paused() {
                 return Err(Broken::Later("the replica is paused".into()));
+            }
+            // Then nobody fills it before that is mended.
+            let status = replica.status(Backlog::default(), 0.0);
+            if matches!(status.state, ReplicaState::Foreign | ReplicaState::Fenced) {
+                return Err(Broken::Later(status.last_error.map_or_else(String::new, |e| e.text)));
             }
             let lacks = newest.0.saturating_sub(replica.cursor().0);
             listener.waits(Some(format!("is being filled, lacks {lacks} segments")));
