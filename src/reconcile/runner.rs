@@ -565,6 +565,10 @@ impl Worker {
             Outcome::Repaired(what, _) => (what.clone(), "repaired".to_owned()),
             Outcome::Left(what, None) => (what.clone(), "found".to_owned()),
             Outcome::Left(what, Some(why)) => (what.clone(), format!("left: {why}")),
+            Outcome::Useless(what) => (
+                what.clone(),
+                "left alone: no replica has it, and a newer checkpoint takes its place".to_owned(),
+            ),
             Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
         };
         let mut live = self.live.lock();
@@ -626,6 +630,7 @@ impl Listener for Arc<Worker> {
             c.examined_bytes += len;
             match outcome {
                 Outcome::Intact => {}
+                Outcome::Useless(_) => c.left_over += 1,
                 Outcome::Repaired(_, bytes) => {
                     c.bad += 1;
                     c.repaired += 1;
