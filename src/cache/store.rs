@@ -318,6 +318,14 @@ impl BlockStore {
         self.clean.lock().contains(hash)
     }
 
+    /// The content of a sealed block if it is in the cache and matches its hash.
+    pub fn cached(&self, entry: &BlockEntry) -> Option<Bytes> {
+        let (slot, len) = self.clean.lock().peek(&entry.hash).map(|c| (Arc::clone(&c.slot), c.len))?;
+        let mut raw = vec![0; len as usize];
+        slot.read(0, &mut raw).ok()?;
+        (len == entry.loc.raw_len && BlockHash::of(&raw) == entry.hash).then(|| raw.into())
+    }
+
     /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
     pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
         if entry.is_without_content() {

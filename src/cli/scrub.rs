@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::locate::{self, Located};
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, output, replica, runtime};
-use crate::control::{Client, ScrubCommand};
+use crate::control::{Client, ScrubCommand, reason};
 use crate::exit::Exit;
 use crate::ids::ReplicaName;
 use crate::reconcile::{ScrubRequest, ScrubState, ScrubStatus};
@@ -210,7 +210,12 @@ fn verdict(statuses: &[ScrubStatus], given_up: &[ReplicaName]) -> Outcome {
     }
     let failed = |s: &ScrubStatus| given_up.contains(&s.replica) || last(s).error.is_some();
     if statuses.iter().any(failed) {
-        let text = format!("these could not be looked at: {}", names(&failed));
+        let why = |s: &ScrubStatus| {
+            let why = last(s).error.or_else(|| s.detail.clone()).unwrap_or_else(|| "no answer".into());
+            format!("{}: {}", s.replica, reason(&s.replica, &why))
+        };
+        let whys: Vec<_> = statuses.iter().filter(|s| failed(s)).map(why).collect();
+        let text = format!("not every replica could be looked at: {}", whys.join("; "));
         return Err(CommandError::new(Exit::Unreachable, text));
     }
     Ok(())

@@ -4,9 +4,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
+use crate::cache::BlockStore;
 use crate::format::local::SegmentValue;
 use crate::format::segment::SegmentHash;
-use crate::format::tables::{local_key, segment_key};
+use crate::format::tables::{BlockEntry, local_key, segment_key};
 use crate::ids::SegmentNo;
 use crate::journal::{Journal, JournalError};
 use crate::reconcile::{Catalog, Sealed};
@@ -17,10 +20,11 @@ use crate::txg::Staging;
 pub(super) struct Tables {
     pub journal: Arc<Journal>,
     pub staging: Arc<Staging>,
+    pub blocks: Arc<BlockStore>,
 }
 
 /// Name of what is remembered under `key` in the local table.
-fn name(key: &str) -> bytes::Bytes {
+fn name(key: &str) -> Bytes {
     local_key(&format!("scrub of {key}"))
 }
 
@@ -40,6 +44,10 @@ impl Catalog for Tables {
             .collect()
     }
 
+    fn cached(&self, block: &BlockEntry) -> Option<Bytes> {
+        self.blocks.cached(block)
+    }
+
     fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String> {
         Ok(self.journal.get(&name(key)).map_err(|e| e.to_string())?.map(|v| v.to_vec()))
     }
@@ -50,6 +58,7 @@ impl Catalog for Tables {
             tx.put(key, bytes.to_vec());
             Ok(())
         });
-        saved.map(|_| ()).map_err(|e| e.to_string())
+        let (_, lsn) = saved.map_err(|e| e.to_string())?;
+        self.journal.barrier(lsn).map_err(|e| e.to_string())
     }
 }

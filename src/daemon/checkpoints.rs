@@ -14,12 +14,12 @@ use crate::replica::{Staged, StagedKind};
 use crate::txg::{CutSource, Sealer, Staging};
 
 /// A checkpoint is not due before the log since the last one has this many bytes.
-const LEAST_LOG: u64 = 4 << 20;
+pub(super) const LEAST_LOG: u64 = 4 << 20;
 
 /// Whether a checkpoint is due: when the log since the last one outgrows it, restoring from it costs more than twice
 /// what a new one would.
-fn is_due(log_bytes: u64, last_checkpoint: u64) -> bool {
-    log_bytes >= LEAST_LOG.max(last_checkpoint)
+fn is_due(log_bytes: u64, least_log: u64, last_checkpoint: u64) -> bool {
+    log_bytes >= least_log.max(last_checkpoint)
 }
 
 /// Makes checkpoints as they fall due.
@@ -29,6 +29,8 @@ pub(super) struct Checkpoints {
     pub source: Arc<dyn CutSource>,
     pub volume: VolumeId,
     pub epoch: Epoch,
+    /// Bytes of log before which none is due.
+    pub least_log: u64,
     /// Bytes of the last checkpoint; 0 when unknown.
     pub last_len: u64,
 }
@@ -37,7 +39,7 @@ impl Checkpoints {
     /// To be called behind each sealed group.
     pub fn after_seal(&mut self, sealer: &mut Sealer) -> Result<(), String> {
         let mark = *sealer.mark();
-        if mark.segment.0 == 0 || !is_due(mark.log_bytes, self.last_len) {
+        if mark.segment.0 == 0 || !is_due(mark.log_bytes, self.least_log, self.last_len) {
             return Ok(());
         }
         // It is worth no writer's space; the next group asks again.
@@ -96,9 +98,9 @@ mod tests {
 
     #[test]
     fn due_when_the_log_outgrows_the_last_one() {
-        assert!(!is_due(LEAST_LOG - 1, 0));
-        assert!(is_due(LEAST_LOG, 0));
-        assert!(!is_due(LEAST_LOG * 2, LEAST_LOG * 3));
-        assert!(is_due(LEAST_LOG * 3, LEAST_LOG * 3));
+        assert!(!is_due(LEAST_LOG - 1, LEAST_LOG, 0));
+        assert!(is_due(LEAST_LOG, LEAST_LOG, 0));
+        assert!(!is_due(LEAST_LOG * 2, LEAST_LOG, LEAST_LOG * 3));
+        assert!(is_due(LEAST_LOG * 3, LEAST_LOG, LEAST_LOG * 3));
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::catalog::Tables;
-use super::checkpoints::Checkpoints;
+use super::checkpoints::{Checkpoints, LEAST_LOG};
 use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::Members;
 use super::parts::{self, Parts};
@@ -61,6 +61,8 @@ pub struct CoreOptions {
     /// Least time between two looks at a replica that something met elsewhere calls for, and the wait before one that failed is
     /// tried again.
     pub attention: (Duration, Duration),
+    /// Bytes of log before which no checkpoint is due.
+    pub checkpoint_after: u64,
 }
 
 impl Default for CoreOptions {
@@ -73,6 +75,7 @@ impl Default for CoreOptions {
             stores: Arc::new(make),
             shipping: Tuning::default(),
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
+            checkpoint_after: LEAST_LOG,
         }
     }
 }
@@ -360,6 +363,7 @@ fn assemble(
                 source: Arc::clone(&vfs) as Arc<dyn CutSource>,
                 volume: volume.volume,
                 epoch,
+                least_log: core_options.checkpoint_after,
                 last_len: 0,
             };
             let engine = Engine::start(
@@ -398,7 +402,11 @@ fn assemble(
                 retry: core_options.attention.1,
                 rate: config.scrub_rate,
             };
-            let catalog = Tables { journal: Arc::clone(&journal), staging: Arc::clone(&staging) };
+            let catalog = Tables {
+                journal: Arc::clone(&journal),
+                staging: Arc::clone(&staging),
+                blocks: Arc::clone(&blocks),
+            };
             let reconciler = Reconciler::start(
                 settings,
                 Arc::clone(&fleet.roster),

@@ -2,7 +2,10 @@
 //!
 //! Owns no behaviour.
 
+use bytes::Bytes;
+
 use crate::format::segment::SegmentHash;
+use crate::format::tables::BlockEntry;
 use crate::ids::SegmentNo;
 use crate::replica::Staged;
 
@@ -19,8 +22,10 @@ pub struct Sealed {
 pub trait Catalog: Send + Sync {
     /// Every sealed segment with a number above `after`, in order, at most `limit`.
     fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String>;
+    /// The raw content of a block, its hash checked, if it is at hand locally; asks no replica.
+    fn cached(&self, block: &BlockEntry) -> Option<Bytes>;
     /// What was last saved under `key`.
     fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String>;
-    /// Saves bytes under `key`. They need not be durable at return.
+    /// Saves bytes under `key`, durably.
     fn save(&self, key: &str, bytes: &[u8]) -> Result<(), String>;
 }

@@ -15,6 +15,7 @@ mod catalog;
 mod check;
 mod inventory;
 pub mod memory;
+mod mend;
 mod pass;
 pub mod plan;
 mod repair;

@@ -3,7 +3,7 @@
 //! Owns the order of a pass. What is wrong is decided in `plan` and `check`, when a pass is due in `memory`; counters go to whoever
 //! listens.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,6 +76,8 @@ pub(super) struct Pass {
     pub fence: Arc<Fence>,
     /// How often each object could not be read.
     pub failures: Mutex<HashMap<String, u32>>,
+    /// Objects that could not be mended, as far as that was told.
+    pub told: Mutex<HashSet<String>>,
     /// When no other writer was to be seen.
     pub looked: Mutex<Option<Instant>>,
 }
@@ -238,11 +240,14 @@ impl Pass {
         let outcome = self.mender.repair(target, what).await;
         let outcome = self.forgive(target, outcome)?;
         if let Outcome::Left(what, Some(why)) = &outcome {
-            log::error!(
+            let text = format!(
                 "replica {}: {} is bad ({what}) and cannot be mended: {why}",
                 self.mender.replica.name(),
                 target.name
             );
+            // Tried again and again, told once.
+            let first = self.told.lock().insert(target.name.path());
+            log::log!(if first { log::Level::Error } else { log::Level::Debug }, "{text}");
         }
         Ok(outcome)
     }
@@ -288,7 +293,7 @@ impl Pass {
     }
 
     /// Sees that the replica is ours; writes a damaged `volume.json` again where our own claim proves that.
-    async fn check_volume(&self, dry_run: bool) -> Result<(), Broken> {
+    pub async fn check_volume(&self, dry_run: bool) -> Result<(), Broken> {
         let (replica, identity) = (&self.mender.replica, &self.mender.identity);
         match volume::expect(replica.store(), identity.volume.volume).await {
             Ok(Found::Volume(_) | Found::Empty | Found::Headless) => Ok(()),
@@ -326,6 +331,22 @@ impl Pass {
                 Err(Broken::Never(e.to_string()))
             }
         }
+    }
+
+    /// Writes claims again that cannot be read: a replica is not written to while the one of our own epoch is damaged.
+    pub async fn check_claims(&self, dry_run: bool) -> Result<(), Broken> {
+        let (replica, identity) = (&self.mender.replica, &self.mender.identity);
+        for claim in &identity.claims {
+            match volume::read_claim(replica.store(), claim.epoch, claim.volume).await {
+                Err(e) if e.is_damage() && !dry_run => {
+                    let name = ObjectName::Claim(claim.epoch);
+                    let target = Target { name, len: 0, hash: None, manifest: None, local: None };
+                    self.repair(&target, e.to_string()).await?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Gathers what the replica should hold.

@@ -1,7 +1,7 @@
 //! Reading one object of a replica and, when it is damaged, writing it again.
 //!
-//! Owns where intact bytes come from (what we know ourselves, local disk, the other replicas in the order of their health), that they are
-//! checked before they are written, and that what was written is read back. Decides nothing about which objects to look at.
+//! Owns where intact bytes come from (what we know ourselves, local disk, the other replicas in the order of their health, pieces of all of
+//! them and of the cache), that they are checked before they are written, and that what was written is read back. Decides nothing about which objects to look at.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::catalog::Catalog;
 use super::check::{Known, Verdict, check};
+use super::mend::piece_together;
 use crate::format::checkpoint::Manifest;
 use crate::format::names::{MANIFEST, ObjectName, part_file};
 use crate::format::segment::SegmentHash;
@@ -69,6 +71,7 @@ pub(super) struct Mender {
     pub store: Store,
     pub roster: Arc<Roster>,
     pub identity: Arc<Identity>,
+    pub catalog: Arc<dyn Catalog>,
 }
 
 impl Mender {
@@ -135,11 +138,15 @@ impl Mender {
         if let Some(bytes) = self.made_here(target) {
             return Ok(Ok((bytes, "local knowledge".into())));
         }
-        let mut said = Vec::new();
+        let (mut said, mut damaged) = (Vec::new(), Vec::new());
         if let Some(bytes) = self.local_file(target).await {
             match self.check(target, bytes.clone()).await? {
                 Verdict::Intact => return Ok(Ok((bytes, "local disk".into()))),
-                Verdict::Damaged(why) | Verdict::Other(why) => said.push(format!("local copy: {why}")),
+                Verdict::Damaged(why) => {
+                    damaged.push(bytes);
+                    said.push(format!("local copy: {why}"));
+                }
+                Verdict::Other(why) => said.push(format!("local copy: {why}")),
             }
         }
         let path = target.name.path();
@@ -147,14 +154,27 @@ impl Mender {
             match peer.store().background().get(&path).await {
                 Ok(bytes) => match self.check(target, bytes.clone()).await? {
                     Verdict::Intact => return Ok(Ok((bytes, format!("replica {}", peer.name())))),
-                    Verdict::Damaged(why) | Verdict::Other(why) => {
-                        said.push(format!("replica {}: {why}", peer.name()))
+                    Verdict::Damaged(why) => {
+                        damaged.push(bytes);
+                        said.push(format!("replica {}: {why}", peer.name()));
                     }
+                    Verdict::Other(why) => said.push(format!("replica {}: {why}", peer.name())),
                 },
                 Err(e) => {
                     peer.note(&Event::of_error(&e, 0.5));
                     said.push(e.to_string());
                 }
+            }
+        }
+        if let ObjectName::Segment(..) = target.name {
+            damaged.extend(self.store.get(&path).await.ok());
+            let (target, identity, catalog) =
+                (target.clone(), Arc::clone(&self.identity), Arc::clone(&self.catalog));
+            let pieced = tokio::task::spawn_blocking(move || {
+                piece_together(&damaged, &identity, target.len, target.hash, &|block| catalog.cached(block))
+            });
+            if let Some(bytes) = pieced.await.map_err(|e| Stop::Local(e.to_string()))? {
+                return Ok(Ok((bytes, "pieces of damaged copies and of the cache".into())));
             }
         }
         Ok(Err(match said.is_empty() {

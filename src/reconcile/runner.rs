@@ -26,6 +26,8 @@ use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState,
 const MOST_FINDINGS: usize = 100;
 /// How often a task that waits looks around.
 const TICK: Duration = Duration::from_millis(500);
+/// Longest wait before a repair that failed is tried again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// How often the position of a pass is saved.
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -77,10 +79,13 @@ struct Shared {
     handle: Handle,
 }
 
+/// The tasks of one replica.
+type Tasks = [JoinHandle<()>; 2];
+
 /// Looks after all replicas of a volume.
 pub struct Reconciler {
     shared: Arc<Shared>,
-    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Vec<JoinHandle<()>>)>>,
+    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Tasks)>>,
 }
 
 /// One replica's work.
@@ -107,8 +112,6 @@ struct Live {
     /// When the pass under way was taken up, and the bytes that were behind it then.
     since: Option<(Instant, u64)>,
     saved: Option<Instant>,
-    /// Counters of the last pass.
-    counters: Counters,
 }
 
 impl Reconciler {
@@ -166,7 +169,7 @@ impl Reconciler {
                 continue;
             }
             let worker = Worker::new(&self.shared, replica);
-            let tasks = vec![
+            let tasks = [
                 self.shared.handle.spawn(Arc::clone(&worker).passes()),
                 self.shared.handle.spawn(Arc::clone(&worker).damages()),
             ];
@@ -203,6 +206,10 @@ impl Reconciler {
                 memory.begin(request.deep, request.dry_run, unix_now());
                 live.asked += 1;
                 live.findings.clear();
+            }
+            if !worker.replica().is_attached() {
+                // It may be in order by now.
+                worker.replica().recheck();
             }
             worker.interrupt();
         }
@@ -252,11 +259,13 @@ impl Worker {
                 store: replica.store().background(),
                 roster: Arc::clone(&shared.roster),
                 identity: Arc::clone(&shared.identity),
+                catalog: Arc::clone(&shared.catalog),
             },
             catalog: Arc::clone(&shared.catalog),
             outbox: Arc::clone(&shared.outbox),
             fence: Arc::clone(&shared.fence),
             failures: Mutex::new(HashMap::new()),
+            told: Mutex::default(),
             looked: Mutex::new(None),
         };
         Arc::new(Self {
@@ -376,16 +385,7 @@ impl Worker {
 
     async fn run(self: &Arc<Self>) {
         if let Some(why) = self.obstacle() {
-            let foreign = self.replica().status(crate::replica::Backlog::default(), 0.0);
-            if matches!(foreign.state, ReplicaState::Foreign | ReplicaState::Fenced) {
-                let why = foreign.last_error.map_or(why, |e| e.text);
-                self.set(ScrubState::Idle, Some(why.clone()));
-                self.finish(Some(why));
-                return;
-            }
-            self.set(ScrubState::Waiting, Some(why));
-            self.nap(TICK / 5).await;
-            return;
+            return self.wait_or_give_up(why).await;
         }
         let Some(mut current) = self.memory.lock().current.clone() else { return };
         // Sizes and positions count from here: what is behind the position stays counted.
@@ -417,6 +417,8 @@ impl Worker {
             Err(Broken::Never(why)) => {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
                 self.finish(Some(why));
+                // It may be due again at once.
+                self.nap(self.shared.settings.retry).await;
             }
             Err(Broken::Later(why)) => {
                 log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
@@ -433,13 +435,49 @@ impl Worker {
         self.save().await;
     }
 
+    /// What to do while the replica cannot be looked at, for the reason `why`. Nobody waits for a replica of somebody else; but one whose
+    /// `volume.json` or claim is damaged passes for such a one, until it is mended.
+    async fn wait_or_give_up(self: &Arc<Self>, why: String) {
+        let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
+        let dry_run = self.memory.lock().current.as_ref().is_some_and(|c| c.dry_run);
+        let given_up = match status.state {
+            ReplicaState::Fenced => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+            ReplicaState::Foreign => match self.mend_head(dry_run).await {
+                Ok(()) if dry_run => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+                Ok(()) => {
+                    self.replica().recheck();
+                    None
+                }
+                Err(Broken::Never(why)) => Some(why),
+                Err(Broken::Later(_)) => None,
+            },
+            _ => None,
+        };
+        match given_up {
+            Some(why) => {
+                self.finish(Some(why));
+                // It may be due again at once.
+                self.nap(self.shared.settings.retry).await;
+            }
+            None => {
+                self.set(ScrubState::Waiting, Some(why));
+                self.nap(TICK / 5).await;
+            }
+        }
+    }
+
+    /// Mends what says whose the replica is.
+    async fn mend_head(&self, dry_run: bool) -> Result<(), Broken> {
+        self.pass.check_volume(dry_run).await?;
+        self.pass.check_claims(dry_run).await
+    }
+
     /// Ends the current pass.
     fn finish(&self, error: Option<String>) {
         let mut memory = self.memory.lock();
         let mut live = self.live.lock();
         if let Some(current) = &memory.current {
             let c = current.counters;
-            live.counters = c;
             let kind = if current.deep { "deep scrub" } else { "check" };
             let name = self.replica().name();
             if c.bad > 0 {
@@ -462,6 +500,7 @@ impl Worker {
 
     /// Mends what reads have met.
     async fn damages(self: Arc<Self>) {
+        let mut pause = self.shared.settings.retry;
         loop {
             if self.replica().damages().is_empty() {
                 self.replica().damage_noted().await;
@@ -496,7 +535,11 @@ impl Worker {
                 }
             }
             if left {
-                tokio::time::sleep(self.shared.settings.retry).await;
+                // Until then something may have come back; what is met meanwhile is not made to wait for that.
+                let _ = tokio::time::timeout(pause, self.replica().damage_noted()).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            } else {
+                pause = self.shared.settings.retry;
             }
         }
     }
@@ -537,7 +580,8 @@ impl Worker {
         let memory = self.memory.lock();
         let live = self.live.lock();
         let current = memory.current.as_ref();
-        let counters = current.map_or(live.counters, |c| c.counters);
+        let last = memory.last.as_ref().map(|l| l.counters).unwrap_or_default();
+        let counters = current.map_or(last, |c| c.counters);
         let (rate, eta_seconds) = match (live.since, current) {
             (Some((since, before)), Some(_)) => {
                 let rate = counters.examined_bytes.saturating_sub(before) as f64

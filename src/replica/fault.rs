@@ -1,14 +1,14 @@
 //! A backend that fails on command, for tests.
 //!
 //! Owns a list of rules that a test changes while the store is in use: fail before or after taking effect, answer short or wrong
-//! bytes, be late, hang, be cut off. Random choices follow a seed. Nothing in the program uses it; it is reached through its constructor
-//! only.
+//! bytes, be late or slow, hang, be cut off. Random choices follow a seed. What happens to objects at rest (lost, damaged, rolled
+//! back) is [`Memory`]'s business. Nothing in the program uses either; they are reached through their constructors only.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -23,6 +23,12 @@ use object_store::{
 use parking_lot::Mutex;
 
 use super::error::{Classed, ErrorKind};
+
+mod memory;
+#[cfg(test)]
+mod tests;
+
+pub use memory::{Memory, Objects};
 
 /// The operations that rules tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,6 +62,8 @@ pub enum Fault {
     Hang,
     /// It is late by this much.
     Delay(Duration),
+    /// Bodies pass one after another, at so many bytes per second.
+    Rate(u64),
     /// The body of a read ends half way.
     Short,
     /// One bit of the body of a read is wrong.
@@ -111,6 +119,8 @@ struct Script {
     rules: Vec<Rule>,
     partitioned: bool,
     random: u64,
+    /// Until when the link carries what was given to it under [`Fault::Rate`].
+    busy_until: Option<Instant>,
     calls: BTreeMap<Op, u64>,
     struck: u64,
 }
@@ -123,8 +133,14 @@ impl Faults {
     /// No faults yet; random choices follow `seed`.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        let script =
-            Script { rules: Vec::new(), partitioned: false, random: seed, calls: BTreeMap::new(), struck: 0 };
+        let script = Script {
+            rules: Vec::new(),
+            partitioned: false,
+            random: seed,
+            busy_until: None,
+            calls: BTreeMap::new(),
+            struck: 0,
+        };
         Self(Arc::new(Mutex::new(script)))
     }
 
@@ -149,6 +165,7 @@ impl Faults {
         let mut script = self.0.lock();
         script.rules.clear();
         script.partitioned = false;
+        script.busy_until = None;
     }
 
     /// Cuts the replica off (every operation fails at once, as with a refused connection), or joins it again.
@@ -198,10 +215,33 @@ impl Faults {
         split_mix(&mut self.0.lock().random)
     }
 
-    /// Runs an operation the way the rules say.
-    async fn run<T>(&self, op: Op, path: &Path, inner: impl Future<Output = Result<T>>) -> Result<T> {
+    /// Waits until a link of `rate` bytes per second has carried `len` bytes behind all that was given to it before.
+    async fn carry(&self, len: u64, rate: u64) {
+        let until = {
+            let mut script = self.0.lock();
+            let now = Instant::now();
+            let from = script.busy_until.unwrap_or(now).max(now);
+            let until = from + Duration::from_secs_f64(len as f64 / rate.max(1) as f64);
+            script.busy_until = Some(until);
+            until
+        };
+        tokio::time::sleep_until(until.into()).await;
+    }
+
+    /// Runs an operation that sends `len` bytes the way the rules say.
+    async fn run<T>(
+        &self,
+        op: Op,
+        path: &Path,
+        len: usize,
+        inner: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         match self.next(op, path.as_ref()) {
             None | Some(Fault::Short | Fault::Wrong) => inner.await,
+            Some(Fault::Rate(rate)) => {
+                self.carry(len as u64, rate).await;
+                inner.await
+            }
             Some(Fault::Delay(time)) => {
                 tokio::time::sleep(time).await;
                 inner.await
@@ -273,7 +313,8 @@ impl FaultStore {
 impl ObjectStore for FaultStore {
     async fn put_opts(&self, at: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         let op = if matches!(opts.mode, PutMode::Create) { Op::Create } else { Op::Put };
-        self.faults.run(op, at, self.inner.put_opts(at, payload, opts)).await
+        let len = payload.content_length();
+        self.faults.run(op, at, len, self.inner.put_opts(at, payload, opts)).await
     }
 
     async fn put_multipart_opts(
@@ -281,7 +322,7 @@ impl ObjectStore for FaultStore {
         at: &Path,
         opts: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        let inner = self.faults.run(Op::Put, at, self.inner.put_multipart_opts(at, opts)).await?;
+        let inner = self.faults.run(Op::Put, at, 0, self.inner.put_multipart_opts(at, opts)).await?;
         Ok(Box::new(FaultUpload { inner, at: at.clone(), faults: self.faults.clone() }))
     }
 
@@ -294,6 +335,12 @@ impl ObjectStore for FaultStore {
                 tokio::time::sleep(time).await;
                 self.inner.get_opts(at, options).await
             }
+            Some(Fault::Rate(rate)) => {
+                let result = self.inner.get_opts(at, options).await?;
+                let len = result.range.end.saturating_sub(result.range.start);
+                self.faults.carry(if op == Op::Get { len } else { 0 }, rate).await;
+                Ok(result)
+            }
             Some(Fault::Before(kind) | Fault::After(kind)) => Err(failure(kind, op, at)),
             Some(Fault::Hang | Fault::HangAfter) => std::future::pending().await,
             None => self.inner.get_opts(at, options).await,
@@ -301,7 +348,7 @@ impl ObjectStore for FaultStore {
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.faults.run(Op::Get, at, self.inner.get_ranges(at, ranges)).await
+        self.faults.run(Op::Get, at, 0, self.inner.get_ranges(at, ranges)).await
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -316,7 +363,7 @@ impl ObjectStore for FaultStore {
                         let mut done = inner.delete_stream(one);
                         done.next().await.unwrap_or_else(|| Ok(path.clone()))
                     };
-                    faults.run(Op::Delete, &path, delete).await
+                    faults.run(Op::Delete, &path, 0, delete).await
                 }
             })
             .boxed()
@@ -325,7 +372,7 @@ impl ObjectStore for FaultStore {
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (faults, at) = (self.faults.clone(), prefix.cloned().unwrap_or_default());
         let inner = self.inner.list(prefix);
-        let listed = async move { faults.run(Op::List, &at, async { Ok(inner) }).await };
+        let listed = async move { faults.run(Op::List, &at, 0, async { Ok(inner) }).await };
         flatten(listed)
     }
 
@@ -336,21 +383,21 @@ impl ObjectStore for FaultStore {
     ) -> BoxStream<'static, Result<ObjectMeta>> {
         let (faults, at) = (self.faults.clone(), prefix.cloned().unwrap_or_default());
         let inner = self.inner.list_with_offset(prefix, offset);
-        let listed = async move { faults.run(Op::List, &at, async { Ok(inner) }).await };
+        let listed = async move { faults.run(Op::List, &at, 0, async { Ok(inner) }).await };
         flatten(listed)
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
         let at = prefix.cloned().unwrap_or_default();
-        self.faults.run(Op::List, &at, self.inner.list_with_delimiter(prefix)).await
+        self.faults.run(Op::List, &at, 0, self.inner.list_with_delimiter(prefix)).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.faults.run(Op::Copy, to, self.inner.copy_opts(from, to, options)).await
+        self.faults.run(Op::Copy, to, 0, self.inner.copy_opts(from, to, options)).await
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        self.faults.run(Op::Copy, to, self.inner.rename_opts(from, to, options)).await
+        self.faults.run(Op::Copy, to, 0, self.inner.rename_opts(from, to, options)).await
     }
 }
 
@@ -372,12 +419,13 @@ struct FaultUpload {
 #[async_trait]
 impl MultipartUpload for FaultUpload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let len = data.content_length();
         let (part, faults, at) = (self.inner.put_part(data), self.faults.clone(), self.at.clone());
-        async move { faults.run(Op::Put, &at, part).await }.boxed()
+        async move { faults.run(Op::Put, &at, len, part).await }.boxed()
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        self.faults.run(Op::Put, &self.at, self.inner.complete()).await
+        self.faults.run(Op::Put, &self.at, 0, self.inner.complete()).await
     }
 
     async fn abort(&mut self) -> Result<()> {

@@ -183,6 +183,8 @@ impl Shipper {
         match attached {
             Ok(attached) => {
                 self.replica.set_stopped(None);
+                // It answered. Whether it takes writes is counted apart, and there may be nothing left to write.
+                self.replica.note(&Event::Success);
                 if let Some(text) = attached.lost.as_ref().filter(|_| !std::mem::replace(told_lost, true)) {
                     log::warn!("{text}");
                     self.replica.tell(text.clone(), None);

@@ -4,15 +4,17 @@
 //! `Cargo.toml`; where it is absent a test says so and passes.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
 use mirrorfs::replica::{ReplicaSpec, Store};
+
+use super::process::{Process, free_addr, wait_listening};
 
 /// The emulator's public, documented account and key.
 pub const ACCOUNT: &str = "devstoreaccount1";
@@ -24,9 +26,10 @@ pub const CONTAINER: &str = "container";
 
 /// A running azurite with one container, empty at first.
 pub struct Azurite {
-    child: Child,
+    script: PathBuf,
+    process: Process,
     addr: SocketAddr,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Azurite {
@@ -37,18 +40,9 @@ impl Azurite {
             return None;
         };
         let dir = tempfile::tempdir().unwrap();
-        let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let child = Command::new("node")
-            .arg(script)
-            .args(["--blobHost", "127.0.0.1", "--blobPort", &addr.port().to_string()])
-            .arg("--location")
-            .arg(dir.path())
-            .args(["--silent", "--skipApiVersionCheck", "--disableTelemetry"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let started = Self { child, addr, _dir: dir };
+        let addr = free_addr();
+        let process = spawn(&script, addr, dir.path());
+        let started = Self { script, process, addr, dir };
         let deadline = Instant::now() + Duration::from_secs(30);
         while started.create_container().is_none() {
             assert!(Instant::now() < deadline, "azurite does not start");
@@ -60,6 +54,23 @@ impl Azurite {
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Stops it where it stands, or lets it go on.
+    pub fn hang(&self, hang: bool) {
+        self.process.hang(hang);
+    }
+
+    /// Kills it. What it has not written to its index within the last seconds is forgotten.
+    pub fn kill9(&mut self) {
+        self.process.kill9();
+    }
+
+    /// Starts it again on the same port, over the same folder.
+    pub fn restart(&mut self) {
+        self.kill9();
+        self.process = spawn(&self.script, self.addr, self.dir.path());
+        wait_listening(self.addr, "azurite");
     }
 
     /// A replica on it, below `prefix`, with more options.
@@ -103,11 +114,12 @@ impl Azurite {
     }
 }
 
-impl Drop for Azurite {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn spawn(script: &Path, addr: SocketAddr, dir: &Path) -> Process {
+    let mut command = Command::new("node");
+    command.arg(script).args(["--blobHost", "127.0.0.1", "--blobPort", &addr.port().to_string()]);
+    command.arg("--location").arg(dir);
+    command.args(["--silent", "--skipApiVersionCheck", "--disableTelemetry"]);
+    Process::start(&mut command)
 }
 
 fn find() -> Option<PathBuf> {

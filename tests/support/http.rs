@@ -7,6 +7,8 @@ use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -33,13 +35,15 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
 pub struct HttpServer {
     addr: SocketAddr,
     handler: Handler,
+    frozen: Arc<AtomicBool>,
     runtime: Option<Runtime>,
 }
 
 impl HttpServer {
     /// Starts on a free port of 127.0.0.1.
     pub fn start(handler: Handler) -> Self {
-        let mut server = Self { addr: (Ipv4Addr::LOCALHOST, 0).into(), handler, runtime: None };
+        let addr = (Ipv4Addr::LOCALHOST, 0).into();
+        let mut server = Self { addr, handler, frozen: Arc::default(), runtime: None };
         server.restart();
         server
     }
@@ -52,6 +56,11 @@ impl HttpServer {
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Takes connections and requests and answers none of them, as a stopped process would; or goes on.
+    pub fn hang(&self, hang: bool) {
+        self.frozen.store(hang, Ordering::Relaxed);
     }
 
     /// Cuts all connections and stops listening: later connections are refused.
@@ -77,7 +86,7 @@ impl HttpServer {
                     return listener;
                 }
                 // The old listener goes away when its task is dropped, a moment after the stop.
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
             panic!("port of {addr} stays taken");
         };
@@ -89,7 +98,7 @@ impl HttpServer {
         .join()
         .unwrap();
         self.addr = listener.local_addr().unwrap();
-        runtime.spawn(serve(listener, Arc::clone(&self.handler)));
+        runtime.spawn(serve(listener, Arc::clone(&self.handler), Arc::clone(&self.frozen)));
         self.runtime = Some(runtime);
     }
 }
@@ -100,15 +109,20 @@ impl Drop for HttpServer {
     }
 }
 
-async fn serve(listener: TcpListener, handler: Handler) {
+async fn serve(listener: TcpListener, handler: Handler, frozen: Arc<AtomicBool>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         let _ = stream.set_nodelay(true);
-        let handler = Arc::clone(&handler);
+        let (handler, frozen) = (Arc::clone(&handler), Arc::clone(&frozen));
         tokio::spawn(async move {
             let service = hyper::service::service_fn(move |request| {
-                let answer = handler(request);
-                async move { Ok::<_, Infallible>(answer.await) }
+                let (handler, frozen) = (Arc::clone(&handler), Arc::clone(&frozen));
+                async move {
+                    while frozen.load(Ordering::Relaxed) {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                    Ok::<_, Infallible>(handler(request).await)
+                }
             });
             let io = hyper_util::rt::TokioIo::new(stream);
             let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
