@@ -83,10 +83,13 @@ struct Shared {
     handle: Handle,
 }
 
+/// The tasks of one replica.
+type Tasks = [JoinHandle<()>; 2];
+
 /// Looks after all replicas of a volume.
 pub struct Reconciler {
     shared: Arc<Shared>,
-    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Vec<JoinHandle<()>>)>>,
+    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Tasks)>>,
 }
 
 /// One replica's work.
@@ -170,7 +173,7 @@ impl Reconciler {
                 continue;
             }
             let worker = Worker::new(&self.shared, replica);
-            let tasks = vec![
+            let tasks = [
                 self.shared.handle.spawn(Arc::clone(&worker).passes()),
                 self.shared.handle.spawn(Arc::clone(&worker).damages()),
             ];
@@ -586,6 +589,10 @@ impl Worker {
             Outcome::Repaired(what, _) => (what.clone(), "repaired".to_owned()),
             Outcome::Left(what, None) => (what.clone(), "found".to_owned()),
             Outcome::Left(what, Some(why)) => (what.clone(), format!("left: {why}")),
+            Outcome::Useless(what) => (
+                what.clone(),
+                "left alone: no replica has it, and a newer checkpoint takes its place".to_owned(),
+            ),
             Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
         };
         let mut live = self.live.lock();

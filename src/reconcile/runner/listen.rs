@@ -44,6 +44,7 @@ impl Listener for Watch {
             c.examined_bytes += len;
             match outcome {
                 Outcome::Intact => {}
+                Outcome::Useless(_) => c.left_over += 1,
                 Outcome::Repaired(_, bytes) => {
                     c.bad += 1;
                     c.repaired += 1;
