@@ -152,7 +152,6 @@ impl World {
             checkpoint_after: 3000,
             // The machine that had it is gone.
             takeover: self.states > 0 && !self.state().join("state.json").exists(),
-            ..CoreOptions::default()
         }
     }
 
