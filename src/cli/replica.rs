@@ -10,7 +10,7 @@ use super::{CommandError, Outcome, human, output, runtime};
 use crate::config::{self, Env};
 use crate::control::{Client, ReplicaEntry, ReplicaRequest, reason};
 use crate::exit::Exit;
-use crate::ids::ReplicaName;
+use crate::ids::{ReplicaName, SegmentNo};
 use crate::replica::{ReplicaSpec, ReplicaState};
 
 /// How often a command that waits asks.
@@ -190,6 +190,7 @@ fn spec(place: &Place) -> Result<ReplicaSpec, CommandError> {
 /// Waits until a replica is filled, and the one that it replaces is gone.
 async fn filled(client: &Client, name: &ReplicaName) -> Result<Vec<ReplicaEntry>, CommandError> {
     let mut progress = Progress::new("filling");
+    let mut until = None;
     let outcome = loop {
         let entries = match client.replicas().await {
             Ok(entries) => entries,
@@ -200,7 +201,11 @@ async fn filled(client: &Client, name: &ReplicaName) -> Result<Vec<ReplicaEntry>
         };
         let status = &entry.status;
         if !status.joining && entry.replaces.is_none() {
-            break Ok(entries);
+            // What was sealed by then is there as well before anybody relies on it.
+            let last = *until.get_or_insert(SegmentNo(status.cursor.0 + status.lag_segments));
+            if status.cursor >= last {
+                break Ok(entries);
+            }
         }
         if matches!(status.state, ReplicaState::Foreign | ReplicaState::Fenced) {
             let why = status.last_error.as_ref().map_or_else(String::new, |e| e.text.clone());

@@ -31,6 +31,8 @@ const PASSED_OVER: u32 = 3;
 const SET_BACKS: u32 = 5;
 /// How often a replica that is being filled is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A replica that is being filled and gets no further for so long is looked at as it is.
+const STALLED: Duration = Duration::from_secs(30);
 /// A look for another writer is this old at most when something is written.
 const FENCE_EVERY: Duration = Duration::from_secs(5);
 
@@ -92,9 +94,14 @@ struct Ground {
 
 impl Pass {
     /// Runs the pass from where `current` is. Dropping it does no harm.
-    pub async fn run(&self, current: &Current, listener: &dyn Listener) -> Result<(), Broken> {
+    /// With `whole` it first waits until the replica holds everything that was sealed by now.
+    pub async fn run(&self, current: &Current, whole: bool, listener: &dyn Listener) -> Result<(), Broken> {
         let replica = &self.mender.replica;
         let mut set_backs = 0;
+        if whole && !current.dry_run {
+            let newest = *self.outbox.watch().borrow();
+            self.filled(newest, None, listener).await?;
+        }
         loop {
             self.check_fence(Duration::ZERO).await?;
             self.check_volume(current.dry_run).await?;
@@ -110,7 +117,10 @@ impl Pass {
                     replica.name(),
                     plan.wrong.len()
                 );
-                self.refill(newest, listener).await?;
+                if !self.refill(newest, listener).await? {
+                    // What can be had is mended one by one.
+                    set_backs = SET_BACKS;
+                }
                 self.report(&plan, listener);
                 continue;
             }
@@ -127,14 +137,34 @@ impl Pass {
     }
 
     /// Has the shipper look again and waits until the replica holds everything up to `newest`.
-    async fn refill(&self, newest: SegmentNo, listener: &dyn Listener) -> Result<(), Broken> {
+    async fn refill(&self, newest: SegmentNo, listener: &dyn Listener) -> Result<bool, Broken> {
         let replica = &self.mender.replica;
         let before = replica.attachments();
         replica.recheck();
+        self.filled(newest, Some(before), listener).await
+    }
+
+    /// Waits until the replica was attached once more than `before` and holds everything up to `newest`; not so when for long nothing
+    /// moves.
+    async fn filled(
+        &self,
+        newest: SegmentNo,
+        before: Option<u64>,
+        listener: &dyn Listener,
+    ) -> Result<bool, Broken> {
+        let replica = &self.mender.replica;
+        let mut moved = (Instant::now(), replica.cursor());
         loop {
-            if replica.attachments() != before && replica.is_attached() && replica.cursor() >= newest {
+            if before != Some(replica.attachments()) && replica.is_attached() && replica.cursor() >= newest {
                 listener.waits(None);
-                return Ok(());
+                return Ok(true);
+            }
+            if replica.cursor() != moved.1 {
+                moved = (Instant::now(), replica.cursor());
+            }
+            if moved.0.elapsed() >= STALLED {
+                listener.waits(None);
+                return Ok(false);
             }
             if replica.is_paused() {
                 return Err(Broken::Later("the replica is paused".into()));
@@ -252,6 +282,10 @@ impl Pass {
         ) = (target.name, &outcome)
         {
             self.catalog.want_checkpoint(number);
+            return Ok(Outcome::Useless(what.clone()));
+        }
+        if let (ObjectName::Release(_), Outcome::Left(what, Some(_))) = (target.name, &outcome) {
+            // The mark of an older tenure's end: that we came after it says the same.
             return Ok(Outcome::Useless(what.clone()));
         }
         if let Outcome::Left(what, Some(why)) = &outcome {

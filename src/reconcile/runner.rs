@@ -391,9 +391,9 @@ impl Worker {
         if let Some(why) = self.obstacle() {
             return self.wait_or_give_up(why).await;
         }
-        let (current, asked) = {
+        let (current, asked, whole) = {
             let (memory, live) = (self.memory.lock(), self.live.lock());
-            (memory.current.clone(), live.asked)
+            (memory.current.clone(), live.asked, live.asked != live.done)
         };
         let Some(mut current) = current else { return };
         // Sizes and positions count from here: what is behind the position stays counted.
@@ -412,7 +412,7 @@ impl Worker {
         let mut cancel = self.cancel.subscribe();
         let watch = Watch { worker: Arc::clone(self), asked };
         let ended = tokio::select! {
-            ended = self.pass.run(&current, &watch) => ended,
+            ended = self.pass.run(&current, whole, &watch) => ended,
             _ = cancel.changed() => {
                 self.save().await;
                 return;
@@ -589,10 +589,9 @@ impl Worker {
             Outcome::Repaired(what, _) => (what.clone(), "repaired".to_owned()),
             Outcome::Left(what, None) => (what.clone(), "found".to_owned()),
             Outcome::Left(what, Some(why)) => (what.clone(), format!("left: {why}")),
-            Outcome::Useless(what) => (
-                what.clone(),
-                "left alone: no replica has it, and a newer checkpoint takes its place".to_owned(),
-            ),
+            Outcome::Useless(what) => {
+                (what.clone(), "left alone: no replica has it any more, and nothing needs it".to_owned())
+            }
             Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
         };
         let mut live = self.live.lock();
