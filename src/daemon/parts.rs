@@ -164,6 +164,13 @@ pub(super) fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
     }
 }
 
+const GONE: &str = "the local journal is gone, and with it changes that no replica had";
+
+/// Whether there is nothing of a journal in a state folder: to open it would make an empty one.
+pub(super) fn journal_is_gone(state: &StateDir) -> bool {
+    ["witness", "db", "tail"].iter().all(|name| state.path().join(name).symlink_metadata().is_err())
+}
+
 /// Goes on with the local state.
 async fn go_on(
     config: &Config,
@@ -197,10 +204,12 @@ async fn go_on(
     }
     let opened = match &local.rebuild {
         Some(folder) => Err(format!("an earlier rebuild from {folder} was interrupted")),
+        // An empty one that is made here would pass for the volume's at the next mount, if the rebuild failed.
+        None if journal_is_gone(state) => Err(GONE.to_owned()),
         None => match open_with_ballast(state, slots) {
             Ok((journal, opened)) if opened.fresh => {
                 journal.close()?;
-                Err("the local journal is gone, and with it changes that no replica had".to_owned())
+                Err(GONE.to_owned())
             }
             Ok((journal, opened)) => {
                 if !opened.clean {

@@ -21,7 +21,7 @@ use crate::format::checkpoint::Manifest;
 use crate::format::names::ObjectName;
 use crate::ids::{Epoch, SegmentNo};
 use crate::replica::volume::{self, Found, VolumeError};
-use crate::replica::{Fence, Outbox, StoreError};
+use crate::replica::{Backlog, Fence, Outbox, ReplicaState, StoreError};
 
 /// Objects looked at at a time.
 const AT_ONCE: usize = 4;
@@ -65,7 +65,8 @@ pub(super) trait Listener: Send + Sync {
     /// An object is behind the pass. `position` moves on when it is given.
     fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>);
     /// What the pass waits for at the moment.
-    fn waits(&self, what: Option<String>);
+    /// `stuck` says that it does not go on by itself.
+    fn waits(&self, what: Option<String>, stuck: bool);
 }
 
 /// What a pass over a replica needs.
@@ -133,14 +134,26 @@ impl Pass {
         replica.recheck();
         loop {
             if replica.attachments() != before && replica.is_attached() && replica.cursor() >= newest {
-                listener.waits(None);
+                listener.waits(None, false);
                 return Ok(());
             }
-            if replica.is_paused() {
-                return Err(Broken::Later("the replica is paused".into()));
+            if let Some(fenced) = self.fence.seen() {
+                return Err(Broken::Never(fenced.to_string()));
             }
-            let lacks = newest.0.saturating_sub(replica.cursor().0);
-            listener.waits(Some(format!("is being filled, lacks {lacks} segments")));
+            let status = replica.status(Backlog::default(), 0.0);
+            match status.state {
+                ReplicaState::Paused => return Err(Broken::Later("the replica is paused".into())),
+                ReplicaState::Foreign => {
+                    let why = status.last_error.map_or_else(|| "it is not ours".to_owned(), |e| e.text);
+                    return Err(Broken::Later(why));
+                }
+                state => {
+                    let lacks = newest.0.saturating_sub(replica.cursor().0);
+                    let stuck = !matches!(state, ReplicaState::Healthy | ReplicaState::Degraded);
+                    let why = status.last_error.filter(|_| stuck).map_or_else(String::new, |e| format!(" ({})", e.text));
+                    listener.waits(Some(format!("is being filled, lacks {lacks} segments{why}")), stuck);
+                }
+            }
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
@@ -203,12 +216,21 @@ impl Pass {
                 _ => true,
             });
             let jobs: Vec<_> =
-                some.map(|((name, wrong), target)| (*name, text(wrong), target.clone())).collect();
+                some.map(|((name, wrong), target)| {
+                    // What is there may be whole, and something else: it is read before it is overwritten.
+                    (*name, text(wrong), *wrong != Wrong::Missing, target.clone())
+                })
+                .collect();
             let mut mended = stream::iter(jobs)
-                .map(|(name, what, target)| async move {
-                    let outcome = match current.dry_run {
-                        true => Ok(Outcome::Left(what, None)),
-                        false => self.repair(&target, what).await,
+                .map(|(name, what, there, target)| async move {
+                    let outcome = match (there, current.dry_run) {
+                        (true, dry_run) => match self.examine(&target, !dry_run).await {
+                            // Whole, but not of the right length.
+                            Ok(Outcome::Intact) => Ok(Outcome::Other(format!("{what}, but whole"))),
+                            other => other,
+                        },
+                        (false, true) => Ok(Outcome::Left(what, None)),
+                        (false, false) => self.repair(&target, what).await,
                     };
                     (name, target.len, outcome)
                 })

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::catalog::Catalog;
-use super::memory::{Intervals, Memory, Next};
+use super::memory::{Current, Intervals, Memory, Next};
 use super::pass::{Broken, Listener, Pass};
 use super::repair::{Mender, Outcome};
 use super::types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus};
@@ -154,8 +154,9 @@ impl Reconciler {
     fn follow(&self) {
         let all = self.shared.roster.all();
         let mut workers = self.workers.lock();
-        workers.retain(|name, (_, tasks)| {
-            let stays = all.iter().any(|r| r.name() == name);
+        workers.retain(|_, (worker, tasks)| {
+            // One that was detached and attached again in between is another one.
+            let stays = all.iter().any(|r| Arc::ptr_eq(r, worker.replica()));
             if !stays {
                 tasks.iter().for_each(JoinHandle::abort);
             }
@@ -225,7 +226,7 @@ impl Reconciler {
     /// Gives up the pass under way; the next comes when it is due.
     pub fn stop(&self, replica: Option<&ReplicaName>) -> Result<(), String> {
         for worker in self.chosen(replica)? {
-            worker.finish(Some("stopped by command".into()));
+            worker.finish(None, Some("stopped by command".into()));
             worker.interrupt();
         }
         Ok(())
@@ -250,6 +251,8 @@ impl Reconciler {
 
 impl Worker {
     fn new(shared: &Arc<Shared>, replica: &Arc<Replica>) -> Arc<Self> {
+        // From the beginning: others read from it, too, to mend themselves.
+        replica.store().set_background_rate(shared.settings.rate);
         let pass = Pass {
             mender: Mender {
                 replica: Arc::clone(replica),
@@ -384,6 +387,8 @@ impl Worker {
         if let Some(why) = self.obstacle() {
             return self.wait_or_give_up(why).await;
         }
+        // Before the pass is looked up: a command that puts another one in its place must end this one.
+        let mut cancel = self.cancel.subscribe();
         let Some(mut current) = self.memory.lock().current.clone() else { return };
         // Sizes and positions count from here: what is behind the position stays counted.
         if current.position.is_empty() {
@@ -394,11 +399,9 @@ impl Worker {
             self.live.lock().findings.clear();
         }
         self.attention.store(false, Ordering::Relaxed);
-        self.replica().store().set_background_rate(self.shared.settings.rate);
         self.set(ScrubState::Running, None);
         self.live.lock().since = Some((Instant::now(), current.counters.examined_bytes));
         self.save().await;
-        let mut cancel = self.cancel.subscribe();
         let ended = tokio::select! {
             ended = self.pass.run(&current, self) => ended,
             _ = cancel.changed() => {
@@ -409,24 +412,19 @@ impl Worker {
         match ended {
             Ok(()) => {
                 self.pass.failures.lock().clear();
-                self.finish(None);
+                self.finish(Some(&current), None);
             }
             Err(Broken::Never(why)) => {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
-                self.finish(Some(why));
+                self.finish(Some(&current), Some(why));
                 // It may be due again at once.
-                self.nap(self.shared.settings.retry).await;
+                self.nap(self.shared.settings.attention).await;
             }
             Err(Broken::Later(why)) => {
                 log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
                 self.set(ScrubState::Waiting, Some(why));
                 // Its shipper finds out what is the matter, and makes again what was deleted as a whole.
-                let (replica, before) = (self.replica(), self.replica().attachments());
-                replica.recheck();
-                let until = Instant::now() + self.shared.settings.retry;
-                while Instant::now() < until && replica.attachments() == before {
-                    self.nap(TICK / 5).await;
-                }
+                self.have_rechecked().await;
             }
         }
         self.save().await;
@@ -437,24 +435,31 @@ impl Worker {
     async fn wait_or_give_up(self: &Arc<Self>, why: String) {
         let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
         let dry_run = self.memory.lock().current.as_ref().is_some_and(|c| c.dry_run);
+        let said = || status.last_error.clone().map_or(why.clone(), |e| e.text);
         let given_up = match status.state {
-            ReplicaState::Fenced => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+            ReplicaState::Fenced => Some(said()),
             ReplicaState::Foreign => match self.mend_head(dry_run).await {
-                Ok(()) if dry_run => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+                Ok(()) if dry_run => Some(said()),
+                // Its shipper may find it in order now. If not, it is foreign for another reason, and stays so.
+                Ok(()) if self.have_rechecked().await => None,
                 Ok(()) => {
-                    self.replica().recheck();
-                    None
+                    let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
+                    (status.state == ReplicaState::Foreign).then(said)
                 }
                 Err(Broken::Never(why)) => Some(why),
-                Err(Broken::Later(_)) => None,
+                Err(Broken::Later(why)) => {
+                    self.set(ScrubState::Waiting, Some(why));
+                    self.nap(self.shared.settings.retry).await;
+                    None
+                }
             },
             _ => None,
         };
         match given_up {
             Some(why) => {
-                self.finish(Some(why));
+                self.finish(None, Some(why));
                 // It may be due again at once.
-                self.nap(self.shared.settings.retry).await;
+                self.nap(self.shared.settings.attention).await;
             }
             None => {
                 self.set(ScrubState::Waiting, Some(why));
@@ -463,16 +468,31 @@ impl Worker {
         }
     }
 
+    /// Has the shipper look at the replica anew, and waits a while for it to find it in order; whether it did.
+    async fn have_rechecked(&self) -> bool {
+        let (replica, before) = (self.replica(), self.replica().attachments());
+        replica.recheck();
+        let until = Instant::now() + self.shared.settings.retry;
+        while Instant::now() < until && replica.attachments() == before {
+            self.nap(TICK / 5).await;
+        }
+        replica.attachments() != before
+    }
+
     /// Mends what says whose the replica is.
     async fn mend_head(&self, dry_run: bool) -> Result<(), Broken> {
         self.pass.check_volume(dry_run).await?;
         self.pass.check_claims(dry_run).await
     }
 
-    /// Ends the current pass.
-    fn finish(&self, error: Option<String>) {
+    /// Ends the current pass; when one is `given`, only that one, and not what a command has put in its place meanwhile.
+    fn finish(&self, given: Option<&Current>, error: Option<String>) {
         let mut memory = self.memory.lock();
         let mut live = self.live.lock();
+        let begun = |c: &Current| (c.started_at, c.deep, c.dry_run);
+        if given.is_some_and(|g| memory.current.as_ref().is_none_or(|c| begun(c) != begun(g))) {
+            return;
+        }
         if let Some(current) = &memory.current {
             let c = current.counters;
             let kind = if current.deep { "deep scrub" } else { "check" };
@@ -484,6 +504,8 @@ impl Worker {
                     c.repaired,
                     c.left
                 );
+            } else if error.is_some() {
+                log::info!("replica {name}: {kind} ended early: {} objects, nothing bad so far", c.examined);
             } else {
                 log::info!("replica {name}: {kind} over: {} objects, nothing bad", c.examined);
             }
@@ -551,6 +573,8 @@ impl Worker {
             // It is to be filled up to there.
             return Ok(true);
         }
+        // What lacks an object may lie in another volume's place by now.
+        self.pass.check_volume(false).await?;
         let outcome = self.pass.examine(&target, true).await?;
         self.note(&name, &outcome);
         Ok(!matches!(outcome, Outcome::Left(..)))
@@ -646,8 +670,10 @@ impl Listener for Arc<Worker> {
         }
     }
 
-    fn waits(&self, what: Option<String>) {
-        self.live.lock().detail = what;
+    fn waits(&self, what: Option<String>, stuck: bool) {
+        let mut live = self.live.lock();
+        live.state = if stuck { ScrubState::Waiting } else { ScrubState::Running };
+        live.detail = what;
     }
 }
 
