@@ -513,7 +513,8 @@ mod tests {
 
     #[test]
     fn staged_files_stay_until_they_are_elsewhere() {
-        let cursors = [(SegmentNo(3), true), (SegmentNo(9), false), (SegmentNo(7), true), (SegmentNo(0), true)];
+        let cursors =
+            [(SegmentNo(3), true), (SegmentNo(9), false), (SegmentNo(7), true), (SegmentNo(0), true)];
         assert_eq!(trimmable(cursors.into_iter(), false), SegmentNo(0));
         assert_eq!(trimmable(cursors.into_iter(), true), SegmentNo(7), "what is away may not come back");
         assert_eq!(trimmable([(SegmentNo(2), false)].into_iter(), true), SegmentNo(2), "all have it");

@@ -150,7 +150,10 @@ impl Pass {
                 state => {
                     let lacks = newest.0.saturating_sub(replica.cursor().0);
                     let stuck = !matches!(state, ReplicaState::Healthy | ReplicaState::Degraded);
-                    let why = status.last_error.filter(|_| stuck).map_or_else(String::new, |e| format!(" ({})", e.text));
+                    let why = status
+                        .last_error
+                        .filter(|_| stuck)
+                        .map_or_else(String::new, |e| format!(" ({})", e.text));
                     listener.waits(Some(format!("is being filled, lacks {lacks} segments{why}")), stuck);
                 }
             }
@@ -215,8 +218,8 @@ impl Pass {
                 ObjectName::CheckpointManifest(n, e) => !incomplete.contains(&(*n, *e)),
                 _ => true,
             });
-            let jobs: Vec<_> =
-                some.map(|((name, wrong), target)| {
+            let jobs: Vec<_> = some
+                .map(|((name, wrong), target)| {
                     // What is there may be whole, and something else: it is read before it is overwritten.
                     (*name, text(wrong), *wrong != Wrong::Missing, target.clone())
                 })
