@@ -23,7 +23,7 @@ use support::s3::S3Server;
 use support::tree::Content;
 
 /// Size of the small disk.
-const DISK: u64 = 300 << 20;
+const DISK: u64 = 200 << 20;
 /// No operation may take longer: a write waits two seconds for space, a read three for replicas; the rest is for slow machines.
 const BOUND: Duration = Duration::from_secs(30);
 /// Between two tries of writers, which fail at once while the disk is full.
@@ -180,7 +180,7 @@ fn a_full_disk_stops_writers_and_nothing_else() {
     let told = Told::default();
     let mut phase = Phase::new();
 
-    for dir in ["old", "new", "names"] {
+    for dir in ["old", "outside", "new", "names"] {
         fs::create_dir(mount.path(dir)).unwrap();
     }
     for i in 0..10 {
@@ -240,7 +240,7 @@ fn a_full_disk_stops_writers_and_nothing_else() {
     write_again(&mount, &told, "new/after", 3 << 20);
     assert_eq!(read_all(&mount, &old, &[]), old.len());
     wait_until(AGAIN, "all is sent", || mount.ask(&["sync"], &["--timeout", "60"]).code == Some(0));
-    for i in 0..10 {
+    for i in 0..4 {
         write_again(&mount, &told, &format!("new/again{i}"), 2 << 20);
     }
     phase.end("works again");
@@ -281,7 +281,7 @@ fn outside(disk: &SmallDisk, mount: &Mount, told: &Told) {
                 if done.load(Ordering::Relaxed) {
                     break;
                 }
-                let name = format!("new/outside{}", i % 8);
+                let name = format!("outside/{}", i % 8);
                 let path = mount.path(&name);
                 // Written anew each time, so that the volume does not grow.
                 bounded("removing", &[libc::ENOENT, libc::ENOSPC], || fs::remove_file(&path));
@@ -308,11 +308,11 @@ fn outside(disk: &SmallDisk, mount: &Mount, told: &Told) {
             }
             refused
         });
-        for _ in 0..4 {
+        for _ in 0..3 {
             disk.fill();
             thread::sleep(Duration::from_millis(1500));
             disk.empty();
-            thread::sleep(Duration::from_millis(1000));
+            thread::sleep(Duration::from_millis(700));
         }
         done.store(true, Ordering::Relaxed);
         let (large, names) = (large.join().unwrap(), names.join().unwrap());
@@ -321,7 +321,7 @@ fn outside(disk: &SmallDisk, mount: &Mount, told: &Told) {
         );
     });
     still_writable(mount);
-    write_again(mount, told, "new/behind", 1 << 20);
+    write_again(mount, told, "outside/behind", 1 << 20);
 }
 
 /// Says how long each part took.

@@ -53,7 +53,7 @@ struct Cli {
 #[allow(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Command {
     Init(init::Args),
-    Mount(mount::Args),
+    Mount(Box<mount::Args>),
     Umount(umount::Args),
     Sync(sync::Args),
     Status(status::Args),
@@ -130,7 +130,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command, arguments: &[OsString]) -> Outcome {
     match command {
         Command::Init(args) => init::run(args),
-        Command::Mount(args) => mount::run(args, arguments),
+        Command::Mount(args) => mount::run(*args, arguments),
         Command::Umount(args) => umount::run(&args),
         Command::Sync(args) => sync::run(&args),
         Command::Status(args) => status::run(&args),

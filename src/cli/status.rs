@@ -128,7 +128,11 @@ fn row(replica: &ReplicaStatus) -> Vec<String> {
     };
     vec![
         replica.name.to_string(),
-        state(replica.state),
+        if replica.joining {
+            format!("{}, being filled", state(replica.state))
+        } else {
+            state(replica.state)
+        },
         replica.cursor.to_string(),
         behind,
         human::size(replica.uploaded_bytes),

@@ -269,8 +269,39 @@ impl Backend for Control {
     }
 
     fn metrics(&self) -> BoxFuture<'_, String> {
-        async { metrics(&self.status_now()) }.boxed()
+        async {
+            let scrubs = self.0.core.reconciler.as_ref().map(|r| r.status()).unwrap_or_default();
+            metrics(&self.status_now()) + &scrub_metrics(&scrubs)
+        }
+        .boxed()
     }
+}
+
+/// One number of the work on a replica.
+type ScrubFigure = fn(&ScrubStatus) -> f64;
+
+/// How replicas are looked after, in the text form that Prometheus reads.
+fn scrub_metrics(scrubs: &[ScrubStatus]) -> String {
+    use std::fmt::Write;
+    let figures: [(&str, &str, ScrubFigure); 5] = [
+        ("scrub_examined_bytes", "Bytes read by the pass under way, or the last one", |s| {
+            s.counters.examined_bytes as f64
+        }),
+        ("scrub_bad", "Objects found bad by it", |s| s.counters.bad as f64),
+        ("scrub_repaired", "Of these, mended", |s| s.counters.repaired as f64),
+        ("scrub_left", "Of these, not to be mended", |s| s.counters.left as f64),
+        ("scrub_last_end", "When the last pass ended, in seconds since 1970", |s| {
+            s.last.as_ref().map_or(0.0, |l| l.finished_at)
+        }),
+    ];
+    let mut out = String::new();
+    for (name, help, value) in figures {
+        let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge");
+        for s in scrubs {
+            let _ = writeln!(out, "mirrorfs_{name}{{replica=\"{}\"}} {}", s.replica, value(s));
+        }
+    }
+    out
 }
 
 /// One number of a replica.

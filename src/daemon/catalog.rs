@@ -3,6 +3,7 @@
 //! Owns the place of its memory in the local table. Decides nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
@@ -21,6 +22,8 @@ pub(super) struct Tables {
     pub journal: Arc<Journal>,
     pub staging: Arc<Staging>,
     pub blocks: Arc<BlockStore>,
+    /// The newest checkpoint that is to be replaced.
+    pub wanted: Arc<AtomicU64>,
 }
 
 /// Name of what is remembered under `key` in the local table.
@@ -46,6 +49,10 @@ impl Catalog for Tables {
 
     fn cached(&self, block: &BlockEntry) -> Option<Bytes> {
         self.blocks.cached(block)
+    }
+
+    fn want_checkpoint(&self, number: SegmentNo) {
+        self.wanted.fetch_max(number.0, Ordering::Relaxed);
     }
 
     fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String> {

@@ -3,6 +3,7 @@
 //! Owns the rule. Runs on the sealing thread, between two groups.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::checkpoint::{Begin, End, dump};
 use crate::format::local::SegmentValue;
@@ -33,13 +34,17 @@ pub(super) struct Checkpoints {
     pub least_log: u64,
     /// Bytes of the last checkpoint; 0 when unknown.
     pub last_len: u64,
+    /// A checkpoint up to this segment is damaged everywhere: a newer one is due at once.
+    pub wanted: Arc<AtomicU64>,
 }
 
 impl Checkpoints {
     /// To be called behind each sealed group.
     pub fn after_seal(&mut self, sealer: &mut Sealer) -> Result<(), String> {
         let mark = *sealer.mark();
-        if mark.segment.0 == 0 || !is_due(mark.log_bytes, self.least_log, self.last_len) {
+        let replace = self.wanted.load(Ordering::Relaxed);
+        let lost = replace > 0 && mark.checkpoint.0 <= replace && mark.segment.0 > replace;
+        if mark.segment.0 == 0 || !(lost || is_due(mark.log_bytes, self.least_log, self.last_len)) {
             return Ok(());
         }
         // It is worth no writer's space; the next group asks again.

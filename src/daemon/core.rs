@@ -6,6 +6,7 @@
 //! shippers told to end → journal closed → lock released. Whatever is not shipped then waits in the state folder for the next time.
 
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -357,6 +358,7 @@ fn assemble(
                 mark,
             )
             .map_err(|e| failure(&e))?;
+            let wanted = Arc::new(AtomicU64::new(0));
             let mut checkpoints = Checkpoints {
                 journal: Arc::clone(&journal),
                 staging: Arc::clone(&staging),
@@ -365,6 +367,7 @@ fn assemble(
                 epoch,
                 least_log: core_options.checkpoint_after,
                 last_len: 0,
+                wanted: Arc::clone(&wanted),
             };
             let engine = Engine::start(
                 Arc::clone(&vfs) as Arc<dyn CutSource>,
@@ -406,6 +409,7 @@ fn assemble(
                 journal: Arc::clone(&journal),
                 staging: Arc::clone(&staging),
                 blocks: Arc::clone(&blocks),
+                wanted,
             };
             let reconciler = Reconciler::start(
                 settings,

@@ -31,9 +31,12 @@ impl Tenure {
     pub fn begin(identity: Arc<Identity>, vfs: &Arc<Vfs>, state: &Path, handle: &Handle) -> Self {
         let noted = Arc::new(OnceLock::new());
         let (vfs, state, handle, note) =
-            (Arc::clone(vfs), state.to_owned(), handle.clone(), Arc::clone(&noted));
+            (Arc::downgrade(vfs), state.to_owned(), handle.clone(), Arc::clone(&noted));
         let fence = Fence::new(move |fenced| {
-            vfs.set_read_only(&fenced.to_string());
+            // The filesystem knows the fence: neither may keep the other.
+            if let Some(vfs) = vfs.upgrade() {
+                vfs.set_read_only(&fenced.to_string());
+            }
             let fenced = note.get_or_init(|| FenceNote::new(fenced, unix_now() as u64)).clone();
             let state = state.clone();
             // If this comes too late, the next mount sees it on the replica again.

@@ -68,6 +68,9 @@ pub(super) struct SledStore {
     file: File,
     /// sled met a full disk. It takes no more changes until it is opened anew; what it holds can be read.
     stuck: AtomicBool,
+    /// Steps to be done before the disk seems to be full, and whether sled itself meets it then.
+    #[cfg(test)]
+    pub(super) pretend: parking_lot::Mutex<Option<(u32, bool)>>,
 }
 
 /// The checksum that is stored with a value.
@@ -100,7 +103,14 @@ impl SledStore {
             .write(true)
             .open(dir.join("db"))
             .map_err(|e| io("open sled's file in", e))?;
-        let store = Self { dir: dir.to_owned(), db, file, stuck: AtomicBool::new(false) };
+        let store = Self {
+            dir: dir.to_owned(),
+            db,
+            file,
+            stuck: AtomicBool::new(false),
+            #[cfg(test)]
+            pretend: parking_lot::Mutex::default(),
+        };
         store.guard("flush", || store.db.flush())?;
         sync_tree(dir)?;
         Ok(store)
@@ -233,6 +243,14 @@ impl SledStore {
 
     fn step(&self, batch: sled::Batch) -> Result<(), JournalError> {
         self.reserve(STEP_ROOM)?;
+        #[cfg(test)]
+        if let Some((left, sticks)) = &mut *self.pretend.lock() {
+            if *left == 0 {
+                self.stuck.store(*sticks, Ordering::Release);
+                return Err(JournalError::Full { path: self.dir.clone() });
+            }
+            *left -= 1;
+        }
         self.guard("write", || self.db.apply_batch(batch))?;
         self.guard("flush", || self.db.flush())?;
         let path = self.dir.join("db");

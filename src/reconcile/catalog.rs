@@ -24,6 +24,8 @@ pub trait Catalog: Send + Sync {
     fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String>;
     /// The raw content of a block, its hash checked, if it is at hand locally; asks no replica.
     fn cached(&self, block: &BlockEntry) -> Option<Bytes>;
+    /// Checkpoint `number` is nowhere whole any more: one newer than that is to be made, if there is none.
+    fn want_checkpoint(&self, number: SegmentNo);
     /// What was last saved under `key`.
     fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String>;
     /// Saves bytes under `key`, durably.

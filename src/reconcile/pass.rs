@@ -240,8 +240,10 @@ impl Pass {
                 .buffered(AT_ONCE);
             while let Some((name, len, outcome)) = mended.next().await {
                 let outcome = outcome?;
-                if let (ObjectName::CheckpointPart(n, e, _), Outcome::Left(..) | Outcome::Other(_)) =
-                    (&name, &outcome)
+                if let (
+                    ObjectName::CheckpointPart(n, e, _),
+                    Outcome::Left(..) | Outcome::Useless(_) | Outcome::Other(_),
+                ) = (&name, &outcome)
                 {
                     incomplete.insert((*n, *e));
                 }
@@ -264,6 +266,14 @@ impl Pass {
         self.check_fence(FENCE_EVERY).await?;
         let outcome = self.mender.repair(target, what).await;
         let outcome = self.forgive(target, outcome)?;
+        if let (
+            ObjectName::CheckpointPart(number, ..) | ObjectName::CheckpointManifest(number, _),
+            Outcome::Left(what, Some(_)),
+        ) = (target.name, &outcome)
+        {
+            self.catalog.want_checkpoint(number);
+            return Ok(Outcome::Useless(what.clone()));
+        }
         if let Outcome::Left(what, Some(why)) = &outcome {
             let text = format!(
                 "replica {}: {} is bad ({what}) and cannot be mended: {why}",

@@ -51,6 +51,8 @@ pub(super) enum Outcome {
     Repaired(String, u64),
     /// It is bad in this way, and could not be mended for that reason; `None` when it was not to be.
     Left(String, Option<String>),
+    /// It is part of a checkpoint of which no replica has that any more: the checkpoint is of no use, and another one will do.
+    Useless(String),
     /// It is whole but not what it should be, or newer: left alone.
     Other(String),
 }

@@ -7,20 +7,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::catalog::Catalog;
-use super::memory::{Current, Intervals, Memory, Next};
-use super::pass::{Broken, Listener, Pass};
+use super::memory::{Intervals, Memory, Next};
+use super::pass::{Broken, Pass};
 use super::repair::{Mender, Outcome};
 use super::types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus};
 use crate::format::names::ObjectName;
 use crate::ids::ReplicaName;
 use crate::replica::health::HealthState;
 use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState, Roster};
+
+mod listen;
+
+use listen::Watch;
 
 /// Findings shown.
 const MOST_FINDINGS: usize = 100;
@@ -79,10 +83,13 @@ struct Shared {
     handle: Handle,
 }
 
+/// The tasks of one replica.
+type Tasks = [JoinHandle<()>; 2];
+
 /// Looks after all replicas of a volume.
 pub struct Reconciler {
     shared: Arc<Shared>,
-    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Vec<JoinHandle<()>>)>>,
+    workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Tasks)>>,
 }
 
 /// One replica's work.
@@ -167,7 +174,7 @@ impl Reconciler {
                 continue;
             }
             let worker = Worker::new(&self.shared, replica);
-            let tasks = vec![
+            let tasks = [
                 self.shared.handle.spawn(Arc::clone(&worker).passes()),
                 self.shared.handle.spawn(Arc::clone(&worker).damages()),
             ];
@@ -226,7 +233,7 @@ impl Reconciler {
     /// Gives up the pass under way; the next comes when it is due.
     pub fn stop(&self, replica: Option<&ReplicaName>) -> Result<(), String> {
         for worker in self.chosen(replica)? {
-            worker.finish(None, Some("stopped by command".into()));
+            worker.finish(Some("stopped by command".into()));
             worker.interrupt();
         }
         Ok(())
@@ -389,7 +396,11 @@ impl Worker {
         }
         // Before the pass is looked up: a command that puts another one in its place must end this one.
         let mut cancel = self.cancel.subscribe();
-        let Some(mut current) = self.memory.lock().current.clone() else { return };
+        let (current, asked) = {
+            let (memory, live) = (self.memory.lock(), self.live.lock());
+            (memory.current.clone(), live.asked)
+        };
+        let Some(mut current) = current else { return };
         // Sizes and positions count from here: what is behind the position stays counted.
         if current.position.is_empty() {
             current.counters = Counters::default();
@@ -402,8 +413,9 @@ impl Worker {
         self.set(ScrubState::Running, None);
         self.live.lock().since = Some((Instant::now(), current.counters.examined_bytes));
         self.save().await;
+        let watch = Watch { worker: Arc::clone(self), asked };
         let ended = tokio::select! {
-            ended = self.pass.run(&current, self) => ended,
+            ended = self.pass.run(&current, &watch) => ended,
             _ = cancel.changed() => {
                 self.save().await;
                 return;
@@ -412,11 +424,11 @@ impl Worker {
         match ended {
             Ok(()) => {
                 self.pass.failures.lock().clear();
-                self.finish(Some(&current), None);
+                self.finish_asked(asked, None);
             }
             Err(Broken::Never(why)) => {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
-                self.finish(Some(&current), Some(why));
+                self.finish_asked(asked, Some(why));
                 // It may be due again at once.
                 self.nap(self.shared.settings.attention).await;
             }
@@ -457,7 +469,7 @@ impl Worker {
         };
         match given_up {
             Some(why) => {
-                self.finish(None, Some(why));
+                self.finish(Some(why));
                 // It may be due again at once.
                 self.nap(self.shared.settings.attention).await;
             }
@@ -485,14 +497,25 @@ impl Worker {
         self.pass.check_claims(dry_run).await
     }
 
-    /// Ends the current pass; when one is `given`, only that one, and not what a command has put in its place meanwhile.
-    fn finish(&self, given: Option<&Current>, error: Option<String>) {
-        let mut memory = self.memory.lock();
-        let mut live = self.live.lock();
-        let begun = |c: &Current| (c.started_at, c.deep, c.dry_run);
-        if given.is_some_and(|g| memory.current.as_ref().is_none_or(|c| begun(c) != begun(g))) {
-            return;
+    /// Ends the current pass, unless another one was asked for since this one, numbered `asked`, was taken up.
+    fn finish_asked(&self, asked: u64, error: Option<String>) {
+        let (memory, live) = (self.memory.lock(), self.live.lock());
+        if live.asked == asked {
+            self.finish_locked(memory, live, error);
         }
+    }
+
+    /// Ends the current pass.
+    fn finish(&self, error: Option<String>) {
+        self.finish_locked(self.memory.lock(), self.live.lock(), error);
+    }
+
+    fn finish_locked(
+        &self,
+        mut memory: MutexGuard<'_, Memory>,
+        mut live: MutexGuard<'_, Live>,
+        error: Option<String>,
+    ) {
         if let Some(current) = &memory.current {
             let c = current.counters;
             let kind = if current.deep { "deep scrub" } else { "check" };
@@ -586,6 +609,10 @@ impl Worker {
             Outcome::Repaired(what, _) => (what.clone(), "repaired".to_owned()),
             Outcome::Left(what, None) => (what.clone(), "found".to_owned()),
             Outcome::Left(what, Some(why)) => (what.clone(), format!("left: {why}")),
+            Outcome::Useless(what) => (
+                what.clone(),
+                "left alone: no replica has it, and a newer checkpoint takes its place".to_owned(),
+            ),
             Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
         };
         let mut live = self.live.lock();
@@ -628,52 +655,6 @@ impl Worker {
             last: memory.last.clone(),
             next_deep_at: memory.next_deep(&self.shared.settings.intervals()),
         }
-    }
-}
-
-impl Listener for Arc<Worker> {
-    fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64) {
-        if let Some(current) = &mut self.memory.lock().current {
-            let c = &mut current.counters;
-            (c.total, c.total_bytes) = (c.examined + objects, c.examined_bytes + bytes);
-            (c.foreign, c.left_over) = (foreign, left_over);
-        }
-    }
-
-    fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>) {
-        if let Some(current) = &mut self.memory.lock().current {
-            let c = &mut current.counters;
-            c.examined += 1;
-            c.examined_bytes += len;
-            match outcome {
-                Outcome::Intact => {}
-                Outcome::Repaired(_, bytes) => {
-                    c.bad += 1;
-                    c.repaired += 1;
-                    c.repaired_bytes += bytes;
-                }
-                Outcome::Left(..) | Outcome::Other(_) => {
-                    c.bad += 1;
-                    c.left += 1;
-                }
-            }
-            if let Some(position) = position {
-                position.clone_into(&mut current.position);
-            }
-        }
-        self.note(name, outcome);
-        let due = position.is_some() && self.live.lock().saved.is_none_or(|at| at.elapsed() >= SAVE_EVERY);
-        if due {
-            self.live.lock().saved = Some(Instant::now());
-            let me = Arc::clone(self);
-            self.shared.handle.spawn(async move { me.save().await });
-        }
-    }
-
-    fn waits(&self, what: Option<String>, stuck: bool) {
-        let mut live = self.live.lock();
-        live.state = if stuck { ScrubState::Waiting } else { ScrubState::Running };
-        live.detail = what;
     }
 }
 

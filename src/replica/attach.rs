@@ -94,6 +94,12 @@ pub(super) async fn attach(
     if !is_whole {
         ground.check(store)?;
     }
+    if found == Found::Empty && saved.0 == 0 {
+        // The first use of this place.
+        let unique = getrandom::u64().map_err(|e| AttachError::Local(format!("no random bytes: {e}")))?;
+        store.prepare().await?;
+        volume::require_conditions(store, u128::from(unique)).await?;
+    }
     let looked = Instant::now();
     let claimed = claimed(replica, identity).await?;
     let (cursor, mut beyond) = match found {

@@ -236,7 +236,7 @@ pub async fn release(
     newest: SegmentNo,
     released_at: u64,
 ) -> Vec<ReplicaName> {
-    let Some(claim) = identity.claims.last() else { return Vec::new() };
+    let Some(claim) = identity.claims.last().filter(|_| fence.seen().is_none()) else { return Vec::new() };
     let mark = Release {
         volume: claim.volume,
         epoch: claim.epoch,

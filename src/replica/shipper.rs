@@ -57,7 +57,7 @@ impl Default for Tuning {
             fence_every: Duration::from_secs(5),
             foreign_every: Duration::from_secs(60),
             source_every: Duration::from_secs(30),
-            recheck_every: Duration::from_secs(600),
+            recheck_every: Duration::from_secs(6 * 3600),
             in_flight_bytes: 64 << 20,
         }
     }

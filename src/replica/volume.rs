@@ -291,12 +291,13 @@ pub async fn put_claim(store: &Store, claim: &Claim) -> Result<(), VolumeError> 
     }
 }
 
-/// Claims an epoch on all given replicas. They are asked in the order of their names until one has taken the claim, so that of two
-/// writers at most one goes on; then the others at once. A lost race is [`VolumeError::Held`]; replicas that cannot be asked are
+/// Claims an epoch on all given replicas. Those that create conditionally come first, otherwise they are asked in the order of their
+/// names, until one has taken the claim, so that of two writers at most one goes on; then the others at once. A lost race is [`VolumeError::Held`]; replicas that cannot be asked are
 /// listed, and it is an error only when none could.
 pub async fn claim(stores: &[Store], claim: &Claim) -> Result<Claimed, VolumeError> {
     let mut stores: Vec<_> = stores.iter().collect();
-    stores.sort_by(|a, b| a.name().cmp(b.name()));
+    // One that overwrites silently cannot decide who was first; where there is no other the user has accepted that.
+    stores.sort_by_key(|s| (!s.is_conditional(), s.name()));
     let (mut on, mut failed) = (Vec::new(), Vec::new());
     let mut rest = stores.into_iter();
     for store in rest.by_ref() {

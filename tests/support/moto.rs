@@ -5,7 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use mirrorfs::replica::ReplicaSpec;
@@ -164,7 +164,7 @@ impl Moto {
     }
 }
 
-fn spawn(program: &PathBuf, addr: SocketAddr) -> Process {
+fn spawn(program: &Path, addr: SocketAddr) -> Process {
     // The interpreter beside the program knows the program's packages.
     let mut command = Command::new(program.with_file_name("python"));
     command.args(["-c", START, "-H", "127.0.0.1", "-p", &addr.port().to_string()]);

@@ -97,6 +97,14 @@ impl BlockStore {
         if self.space.is_measure_due() {
             self.measure();
         }
+        if self.space.is_disk_full() {
+            // Clean blocks give way to names, too.
+            let short = self.space.shortage(0);
+            if short > 0 {
+                self.make_space(short);
+            }
+            self.measure();
+        }
         !self.space.is_disk_full()
     }
 

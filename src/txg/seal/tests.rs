@@ -14,7 +14,7 @@ use crate::format::tables::{
 };
 use crate::ids::{BlockId, Ino};
 use crate::journal::Options;
-use crate::replica::{FetchError, FrameSource, Outbox};
+use crate::replica::{FetchError, FrameSource, Outbox, Staged, StagedKind};
 
 const BS: u32 = 1 << 20;
 
@@ -364,4 +364,39 @@ fn local_changes_alone_make_no_segment_and_never_outrun_the_remembered_mark() {
     assert_eq!(f.seal(), Some(SegmentNo(2)), "the records behind the mark are still there");
     let ops: Vec<Op> = f.segment(SegmentNo(2)).records.into_iter().flat_map(|r| r.ops).collect();
     assert_eq!(ops, [Op::put(volume_key("x"), &b"2"[..])]);
+}
+
+#[test]
+fn staged_checkpoints_count_and_go_when_nobody_waits_for_them_or_writers_do() {
+    let f = Fixture::new();
+    let stage = |number: u64, len: u64| {
+        let path = f.staging.checkpoints().join(number.to_string());
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("part"), [1; 10]).unwrap();
+        f.staging.publish_checkpoint(Staged {
+            kind: StagedKind::Checkpoint,
+            number: SegmentNo(number),
+            epoch: Epoch(1),
+            path: path.clone(),
+            len,
+            cut_at: 0.0,
+        });
+        path
+    };
+    let first = stage(3, 1000);
+    assert_eq!((f.staging.oldest().1, f.blocks.space.staged()), (1000, 1000));
+    let second = stage(5, 2000);
+    assert_eq!((f.staging.oldest().1, f.blocks.space.staged()), (2000, 2000), "the older one is gone");
+    assert!(!first.exists());
+    f.staging.trim_checkpoints(SegmentNo(4));
+    assert!(second.exists() && f.staging.checkpoint(SegmentNo(0), SegmentNo(9)).is_some());
+    f.staging.trim_checkpoints(SegmentNo(5));
+    assert!(!second.exists() && f.staging.checkpoint(SegmentNo(0), SegmentNo(9)).is_none());
+    assert_eq!((f.staging.oldest().1, f.blocks.space.staged()), (0, 0));
+    // One that leaves writers no space is given up although nobody has it.
+    assert!(f.staging.has_room(1000) && !f.staging.has_room(2 << 30));
+    let third = stage(7, 2 << 30);
+    f.staging.trim_checkpoints(SegmentNo(0));
+    assert!(!third.exists());
+    assert_eq!(f.blocks.space.staged(), 0);
 }
