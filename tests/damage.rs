@@ -88,3 +88,38 @@ fn a_block_that_nobody_has_intact_is_an_error_never_zeros() {
     m.sync();
     m.unmount();
 }
+
+#[test]
+fn a_journal_that_is_gone_is_never_taken_for_an_empty_volume() {
+    let Some(mut v) = Volume::new("damage: journal gone") else { return };
+    let replicas = [v.folder("a"), v.folder("b")];
+    let content = Content::new(0).take(3 << 20);
+    let m = v.mount();
+    fs::write(m.path("kept"), &content).unwrap();
+    m.sync();
+    m.unmount();
+    // A later tenure, which has written nothing.
+    v.mount().unmount();
+    let state = v.path("state");
+    for part in ["db", "tail"] {
+        fs::remove_dir_all(state.join(part)).unwrap();
+    }
+    fs::remove_file(state.join("witness")).unwrap();
+    let away = |path: &std::path::Path| path.with_extension("away");
+    for folder in &replicas {
+        fs::rename(folder, away(folder)).unwrap();
+    }
+    // Nothing to rebuild it from, twice: the first attempt must not leave an empty journal to the second.
+    for _ in 0..2 {
+        assert!(v.try_mount(&How::usual()).is_err());
+    }
+    let to = v.path("saved");
+    let ran = v.run(&[], &["salvage", "--state", state.to_str().unwrap(), "--to", to.to_str().unwrap()]);
+    assert_ne!(ran.code, Some(0), "{}", ran.stderr);
+    for folder in &replicas {
+        fs::rename(away(folder), folder).unwrap();
+    }
+    let m = v.mount();
+    assert!(fs::read(m.path("kept")).unwrap() == content);
+    m.unmount();
+}

@@ -146,6 +146,16 @@ impl BlockStore {
             cached.into_iter().partition(|(_, v)| used.get(&v.slot) == Some(&1));
         let live: Vec<u32> =
             dirty_values.iter().map(|(_, v)| v.slot).chain(cached.iter().map(|(_, v)| v.slot)).collect();
+        if !dirty_values.is_empty() && !path.exists() {
+            // A new one would give zeros for what was written.
+            let text = format!(
+                "{} is gone, and with it {} written blocks that no replica may hold: put it back, or go on from the replicas with \
+                 an empty state folder",
+                path.display(),
+                dirty_values.len()
+            );
+            return Err(io::Error::new(io::ErrorKind::NotFound, text).into());
+        }
         let slots = SlotFile::open(path, block_size, &live)?;
         slots.advance(journal.last_lsn());
         let next = journal.get(&volume_key(NEXT_BLOCK))?.map_or(1, |v| decode_u64(&v));

@@ -23,6 +23,7 @@ use crate::exit::Exit;
 use crate::format::tables::cursor_key;
 use crate::ids::{ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
+use crate::replica::health::HealthState;
 use crate::replica::volume::{self, Found};
 use crate::replica::{
     CursorStore, Fence, Identity, Outbox, Replica, ReplicaSpec, ReplicaState, ReplicaStatus, Roster, Shipper,
@@ -145,11 +146,17 @@ pub struct Fleet {
     changing: tokio::sync::Mutex<()>,
 }
 
-/// Up to which segment staged files may go: what every replica has, or, when `short` of space, what any one has
-/// (whoever lags copies it from there).
-fn trimmable(cursors: impl Iterator<Item = SegmentNo> + Clone, short: bool) -> SegmentNo {
-    let every = cursors.clone().min().unwrap_or_default();
-    if short { cursors.max().unwrap_or_default() } else { every }
+/// Up to which segment staged files may go: what every replica has, or, when `short` of space, what any one has that
+/// answers (whoever lags copies it from there). Each replica is its cursor, and whether it answers.
+fn trimmable(replicas: impl Iterator<Item = (SegmentNo, bool)> + Clone, short: bool) -> SegmentNo {
+    let every = replicas.clone().map(|(cursor, _)| cursor).min().unwrap_or_default();
+    let answering = replicas.filter(|(_, answers)| *answers).map(|(cursor, _)| cursor).max();
+    if short { answering.unwrap_or_default().max(every) } else { every }
+}
+
+/// Whether a replica was found in order and answers: only then its cursor says what others can copy from there.
+fn answers(replica: &Replica) -> bool {
+    replica.is_attached() && replica.health().state() != HealthState::Offline
 }
 
 /// What [`Fleet::open`] is given.
@@ -170,7 +177,9 @@ impl Fleet {
     pub(super) fn open(parts: FleetParts) -> Arc<Self> {
         let FleetParts { specs, replicas, members, staging, journal, make, state, handle, shipping } = parts;
         for replica in &replicas {
-            replica.set_joining(members.joining.contains_key(replica.name()));
+            // Those that are filled went out of the configuration meanwhile: then it must do without them.
+            let others = replicas.iter().any(|r| !members.joining.contains_key(r.name()));
+            replica.set_joining(others && members.joining.contains_key(replica.name()));
             replica.pause(members.paused.contains(replica.name()));
         }
         let places = specs.iter().map(|s| (s.name.clone(), s.url.clone())).collect();
@@ -243,21 +252,27 @@ impl Fleet {
 
     /// Takes a replica into the volume, which stays in use. It is filled in the background; `replaces` is detached when that is done.
     pub async fn attach(&self, spec: ReplicaSpec, replaces: Option<ReplicaName>) -> Result<(), Failure> {
-        let _one = self.changing.lock().await;
         let shipping = self.shipping.as_ref().ok_or_else(read_only)?;
         let usage = |e: &dyn std::fmt::Display| Failure::new(Exit::Usage, e.to_string());
-        let mut specs = self.specs();
-        if let Some(old) = &replaces {
-            self.known(old)?;
-        }
-        specs.push(spec.clone());
-        check_distinct(&specs).map_err(|e| usage(&e))?;
+        let with_it = || {
+            if let Some(old) = &replaces {
+                self.known(old)?;
+            }
+            let mut specs = self.specs();
+            specs.push(spec.clone());
+            check_distinct(&specs).map_err(|e| usage(&e))?;
+            Ok::<_, Failure>(specs)
+        };
+        with_it()?;
         let store = (self.make)(&spec).map_err(|e| usage(&e))?;
         let of_volume = |e: volume::VolumeError| Failure::new(super::open::exit_of(&e), e.to_string());
         store.prepare().await.map_err(|e| of_volume(e.into()))?;
         let found = volume::expect(&store, shipping.identity.volume.volume).await.map_err(of_volume)?;
         let unique = super::random().map_err(|e| Failure::new(e.exit_code(), e.to_string()))?;
         volume::require_conditions(&store, u128::from_le_bytes(unique)).await.map_err(of_volume)?;
+        // From here on nothing waits for the network: trimming waits for this lock.
+        let _one = self.changing.lock().await;
+        let specs = with_it()?;
         // The rest (volume.json, claims, everything sealed) is the shipper's, as at every other start.
         let replica = Arc::new(Replica::new(store));
         replica.set_joining(true);
@@ -282,19 +297,22 @@ impl Fleet {
         self.shipping.as_ref().ok_or_else(read_only)?;
         let spec = self.known(name)?;
         let others: Vec<_> = self.roster.voters().into_iter().filter(|r| r.name() != name).collect();
-        let Some(furthest) = others.iter().map(|r| r.cursor()).max() else {
+        if others.is_empty() {
             return Err(Failure::new(
                 Exit::Usage,
                 format!(
                     "replica {name} cannot go: no other one holds the volume (attach another, and wait until it is filled)"
                 ),
             ));
-        };
+        }
+        // One that is away may never come back: what it held does not count.
+        let furthest = others.iter().filter(|r| answers(r)).map(|r| r.cursor()).max().unwrap_or_default();
         if !force && !self.staging.holds_all_after(furthest) {
             return Err(Failure::new(
                 Exit::InUse,
                 format!(
-                    "replica {name} cannot go yet: it alone holds segments after {furthest}; wait until another has them (mirrorfs                      status), or give them up with --force"
+                    "replica {name} cannot go yet: of those that answer it alone holds segments after {furthest}; wait until \
+                     another has them (see: mirrorfs status), or give them up with --force"
                 ),
             ));
         }
@@ -372,23 +390,24 @@ impl Fleet {
     /// Replicas that were attached and are filled count from now on, and those that they replace go.
     async fn settle(&self) {
         let newest = self.staging.newest();
-        for replica in self.roster.all().iter().filter(|r| r.is_joining() && r.is_attached()) {
-            if replica.cursor().0.saturating_add(NEARLY) < newest.0 {
-                continue;
-            }
+        for replica in self.roster.all().iter().filter(|r| r.is_attached()) {
             let name = replica.name();
-            let old = self.joining(name).flatten();
-            replica.set_joining(false);
-            // What else the others have (checkpoints, above all) is copied by whoever looks after replicas.
-            replica.call_attention();
-            self.roster.touch();
-            log::info!("replica {name} is filled: it counts from now on");
+            let Some(old) = self.joining(name) else { continue };
+            if replica.is_joining() {
+                if replica.cursor().0.saturating_add(NEARLY) < newest.0 {
+                    continue;
+                }
+                replica.set_joining(false);
+                // What else the others have (checkpoints, above all) is copied by whoever looks after replicas.
+                replica.call_attention();
+                self.roster.touch();
+                log::info!("replica {name} is filled: it counts from now on");
+            }
             if let Some(old) = old
                 && let Err(e) = self.detach(&old, false).await
             {
-                // Tried again at the next look.
-                log::info!("replica {old}, which {name} replaces, is not detached yet: {e}");
-                replica.set_joining(true);
+                // Tried again at the next look. Until then what the new one lacks stays staged, so that the old one can go soon.
+                log::debug!("replica {old}, which {name} replaces, is not detached yet: {e}");
                 continue;
             }
             let _one = self.changing.lock().await;
@@ -460,7 +479,9 @@ impl Fleet {
         let mut stop = std::pin::pin!(stop);
         loop {
             self.settle().await;
-            let upto = trimmable(self.roster.voters().iter().map(|r| r.cursor()), short());
+            // A replica whose copies are counted on here must not be let go before they are gone here.
+            let one = self.changing.lock().await;
+            let upto = trimmable(self.roster.voters().iter().map(|r| (r.cursor(), answers(r))), short());
             if self.staging.oldest().0.is_some_and(|oldest| oldest <= upto) {
                 let staging = Arc::clone(&self.staging);
                 let done = tokio::task::spawn_blocking(move || staging.trim(upto)).await;
@@ -468,6 +489,7 @@ impl Fleet {
                     log::error!("trimming the staging area: {e}");
                 }
             }
+            drop(one);
             let dumped = self.roster.voters().iter().map(|r| r.checkpoint()).min().unwrap_or_default();
             let staging = Arc::clone(&self.staging);
             if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
@@ -491,9 +513,11 @@ mod tests {
 
     #[test]
     fn staged_files_stay_until_they_are_elsewhere() {
-        let cursors = [SegmentNo(3), SegmentNo(9), SegmentNo(0)];
+        let cursors =
+            [(SegmentNo(3), true), (SegmentNo(9), false), (SegmentNo(7), true), (SegmentNo(0), true)];
         assert_eq!(trimmable(cursors.into_iter(), false), SegmentNo(0));
-        assert_eq!(trimmable(cursors.into_iter(), true), SegmentNo(9));
+        assert_eq!(trimmable(cursors.into_iter(), true), SegmentNo(7), "what is away may not come back");
+        assert_eq!(trimmable([(SegmentNo(2), false)].into_iter(), true), SegmentNo(2), "all have it");
         assert_eq!(trimmable([].into_iter(), true), SegmentNo(0));
     }
 }

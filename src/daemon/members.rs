@@ -28,6 +28,9 @@ pub(super) struct Added {
     pub url: String,
     #[serde(default)]
     pub options: BTreeMap<String, String>,
+    /// The server that the URL is meant at: two servers may have buckets of one name.
+    #[serde(default)]
+    pub service: Option<String>,
 }
 
 /// A replica of the configuration that was detached.
@@ -35,6 +38,26 @@ pub(super) struct Added {
 pub(super) struct Removed {
     pub name: ReplicaName,
     pub url: String,
+    /// As above.
+    #[serde(default)]
+    pub service: Option<String>,
+}
+
+/// Whether a place is that of a replica.
+fn is_place(url: &str, service: Option<&str>, spec: &ReplicaSpec) -> bool {
+    url == spec.url && service.is_none_or(|service| service == spec.service())
+}
+
+impl Added {
+    fn is(&self, spec: &ReplicaSpec) -> bool {
+        is_place(&self.url, self.service.as_deref(), spec)
+    }
+}
+
+impl Removed {
+    fn is(&self, spec: &ReplicaSpec) -> bool {
+        is_place(&self.url, self.service.as_deref(), spec)
+    }
 }
 
 /// What was changed by command.
@@ -96,10 +119,10 @@ impl Members {
     /// are an error.
     pub fn apply(&self, configured: &[ReplicaSpec]) -> Result<Vec<ReplicaSpec>, Error> {
         let usage = |e: &dyn std::fmt::Display| Error::new(Exit::Usage, e.to_string());
-        let gone = |spec: &ReplicaSpec| self.detached.iter().any(|d| d.url == spec.url);
+        let gone = |spec: &ReplicaSpec| self.detached.iter().any(|d| d.is(spec));
         let mut specs: Vec<ReplicaSpec> = configured.iter().filter(|s| !gone(s)).cloned().collect();
         for added in &self.attached {
-            if specs.iter().any(|s| s.url == added.url) {
+            if specs.iter().any(|s| added.is(s)) {
                 // It stands in the configuration by now.
                 continue;
             }
@@ -128,13 +151,13 @@ impl Members {
 
     /// What to tell whoever mounts about the differences.
     pub fn notes(&self, configured: &[ReplicaSpec]) -> Vec<String> {
-        let detached = self.detached.iter().filter(|d| configured.iter().any(|s| s.url == d.url)).map(|d| {
+        let detached = self.detached.iter().filter(|d| configured.iter().any(|s| d.is(s))).map(|d| {
             format!(
                 "replica {} ({}) stays out: it was detached by command; take it out of the configuration too",
                 d.name, d.url
             )
         });
-        let attached = self.attached.iter().filter(|a| !configured.iter().any(|s| s.url == a.url)).map(|a| {
+        let attached = self.attached.iter().filter(|a| !configured.iter().any(|s| a.is(s))).map(|a| {
             format!("replica {} ({}) was attached by command; add it to the configuration too", a.name, a.url)
         });
         detached.chain(attached).collect()
@@ -142,12 +165,13 @@ impl Members {
 
     /// Takes a replica in that will be filled; `replaces` goes when that is done.
     pub fn attach(&mut self, spec: &ReplicaSpec, replaces: Option<ReplicaName>) {
-        self.detached.retain(|d| d.url != spec.url);
-        self.attached.retain(|a| a.url != spec.url);
+        self.detached.retain(|d| !d.is(spec));
+        self.attached.retain(|a| !a.is(spec));
         self.attached.push(Added {
             name: spec.name.clone(),
             url: spec.url.clone(),
             options: spec.options.clone(),
+            service: Some(spec.service()),
         });
         self.joining.insert(spec.name.clone(), replaces);
         self.paused.remove(&spec.name);
@@ -155,10 +179,11 @@ impl Members {
 
     /// Lets a replica go.
     pub fn detach(&mut self, spec: &ReplicaSpec) {
-        self.attached.retain(|a| a.url != spec.url);
-        self.detached.retain(|d| d.url != spec.url);
+        self.attached.retain(|a| !a.is(spec));
+        self.detached.retain(|d| !d.is(spec));
         // Also when it was attached by command: it may stand in the configuration by now.
-        self.detached.push(Removed { name: spec.name.clone(), url: spec.url.clone() });
+        let (name, url, service) = (spec.name.clone(), spec.url.clone(), Some(spec.service()));
+        self.detached.push(Removed { name, url, service });
         self.joining.remove(&spec.name);
         for old in self.joining.values_mut() {
             if old.as_ref() == Some(&spec.name) {
@@ -210,6 +235,20 @@ mod tests {
         assert!(members.apply(&clash).unwrap_err().to_string().contains("another name"));
         members.detach(&configured[0]);
         assert!(members.apply(&configured[..1]).is_ok(), "attached ones are left");
+    }
+
+    #[test]
+    fn one_url_at_two_servers_is_two_places() {
+        let at = |name: &str, server: &str| {
+            let options = BTreeMap::from([("endpoint".to_owned(), server.to_owned())]);
+            ReplicaSpec::parse(name.parse().unwrap(), "s3://b/p", options, Path::new("/")).unwrap()
+        };
+        let configured = [at("a", "https://one"), at("b", "https://two")];
+        let mut members = Members::default();
+        members.detach(&configured[0]);
+        assert_eq!(names(&members.apply(&configured).unwrap()), ["b"]);
+        members.attach(&at("c", "https://three"), None);
+        assert_eq!(names(&members.apply(&configured).unwrap()), ["b", "c"]);
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(super) enum Decision {
     Restore {
         /// What a person should know.
         warnings: Vec<String>,
-        /// What the replicas said that do not answer. Whether one may write without them is for [`permit`] to say.
+        /// What the replicas said that do not answer, or cannot be read. Whether one may write without them is for [`permit`] to say.
         without: Vec<String>,
     },
 }
@@ -128,11 +128,25 @@ fn one_volume(seen: &[Seen], expected: Option<VolumeId>) -> Result<Option<&Volum
 pub(super) fn decide(local: Option<&Local>, seen: &[Seen], read_only: bool) -> Result<Decision, Error> {
     let volume = one_volume(seen, local.map(|l| l.volume.volume))?;
     let (mut warnings, mut without) = (Vec::new(), Vec::new());
+    // Without a state, what cannot be read may show another writer, or hold more than the others.
+    let matters = local.is_none() && !read_only;
     for s in seen {
-        let Err(e) = &s.found else { continue };
+        let e = match &s.found {
+            Err(e) => e,
+            Ok(Found::Headless) if matters && volume.is_some() => {
+                let (name, url) = (s.store.name(), s.store.url());
+                without.push(format!("replica {name} ({url}) has objects of a volume but no volume.json"));
+                continue;
+            }
+            Ok(_) => continue,
+        };
         // What others hold is as good as before; its shipper writes nothing there until it is repaired.
         if e.is_damage() && (local.is_some() || volume.is_some()) {
-            warnings.push(format!("goes on without it until it is repaired: {e}"));
+            if matters {
+                without.push(e.to_string());
+            } else {
+                warnings.push(format!("goes on without it until it is repaired: {e}"));
+            }
             continue;
         }
         let unreachable = matches!(e, VolumeError::Store(_));
@@ -259,6 +273,7 @@ pub(super) fn last_tenure<'a>(
 /// * A tenure that was not released may still be under way: then only on `takeover`.
 /// * A replica that does not answer may hold more than the others, unless the last tenure was released with all that it
 ///   had on one of them: then only on `takeover`, too.
+/// * So may one that was not named, when less can be read than was there at the release.
 pub(super) fn permit(
     last: &LastTenure,
     own: &[Claim],
@@ -297,12 +312,32 @@ pub(super) fn permit(
         }
         warnings.push(format!("took over: {who}, and has not unmounted it in good order"));
     }
-    if without.is_empty() {
-        return Ok(warnings);
-    }
     let releases: Vec<_> = last.claims.iter().filter_map(|(_, release)| release.as_ref()).collect();
     let released = !releases.is_empty() && releases.len() == last.claims.len();
     let newest = releases.iter().map(|r| r.last_segment).max().unwrap_or_default();
+    if decided && without.is_empty() {
+        return Ok(warnings);
+    }
+    if without.is_empty() {
+        // All that were named answer, and yet lack what was there: a replica that was not named may have it.
+        if newest <= reached {
+            return Ok(warnings);
+        }
+        let text = format!(
+            "the last writer left segments up to {newest}, but only those up to {reached} can be read from the given replicas"
+        );
+        if takeover {
+            warnings.push(format!("{text}: the others are given up"));
+            return Ok(warnings);
+        }
+        return Err(Error::new(
+            Exit::Damaged,
+            format!(
+                "{text}. Name the replicas that hold the others, or mount with --read-only, or add --takeover: what cannot be \
+                 read is then no part of the volume any more"
+            ),
+        ));
+    }
     if released && newest <= reached {
         warnings.extend(without.iter().map(|e| format!("goes on without it for now: {e}")));
         return Ok(warnings);
@@ -404,7 +439,11 @@ mod tests {
             decide(None, &seen(vec![damaged(), v()]), false),
         );
         assert!(matches!(all.unwrap(), Decision::GoOn { warnings } if warnings.len() == 1));
-        assert!(matches!(any.unwrap(), Decision::Restore { warnings, .. } if warnings[0].contains("r0")));
+        assert!(
+            matches!(any.unwrap(), Decision::Restore { without, .. } if without[0].contains("r0")),
+            "it may show another writer"
+        );
+        assert_eq!(without(vec![v(), Ok(Found::Headless)]).len(), 1);
         assert_eq!(refused(None, vec![damaged(), damaged()]), Exit::Damaged);
         assert_eq!(refused(None, vec![damaged(), empty()]), Exit::Damaged);
         assert!(warnings[0].contains("r1"), "{warnings:?}");
@@ -515,6 +554,11 @@ mod tests {
         ];
         assert_eq!(ask(&released, &[], false).unwrap(), Vec::<String>::new());
         assert_eq!(ask(&[holding(&[])], &[], false).unwrap(), Vec::<String>::new(), "never mounted");
+        // Something that was there at the end cannot be read.
+        let short = [holding(&[(claim(2, 2), Some(6))])];
+        let error = ask(&short, &[], false).unwrap_err();
+        assert!(error.exit_code() == Exit::Damaged && error.to_string().contains("up to 6"), "{error}");
+        assert_eq!(ask(&short, &[], true).unwrap().len(), 1);
         // The mark of a lost race ends nothing.
         let mut race = holding(&[(claim(2, 2), Some(5))]);
         race.claims.insert(Epoch(2), claim(2, 3));

@@ -164,6 +164,13 @@ pub(super) fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
     }
 }
 
+const GONE: &str = "the local journal is gone, and with it changes that no replica had";
+
+/// Whether there is nothing of a journal in a state folder: to open it would make an empty one.
+pub(super) fn journal_is_gone(state: &StateDir) -> bool {
+    ["witness", "db", "tail"].iter().all(|name| state.path().join(name).symlink_metadata().is_err())
+}
+
 /// Goes on with the local state.
 async fn go_on(
     config: &Config,
@@ -197,10 +204,12 @@ async fn go_on(
     }
     let opened = match &local.rebuild {
         Some(folder) => Err(format!("an earlier rebuild from {folder} was interrupted")),
+        // An empty one that is made here would pass for the volume's at the next mount, if the rebuild failed.
+        None if journal_is_gone(state) => Err(GONE.to_owned()),
         None => match open_with_ballast(state, slots) {
             Ok((journal, opened)) if opened.fresh => {
                 journal.close()?;
-                Err("the local journal is gone, and with it changes that no replica had".to_owned())
+                Err(GONE.to_owned())
             }
             Ok((journal, opened)) => {
                 if !opened.clean {
@@ -216,7 +225,10 @@ async fn go_on(
     let rebuilt = opened.is_err();
     let journal = match opened {
         Ok(journal) => journal,
-        Err(why) => rebuild(state, slots, holders(seen), &mut local, &why, notes).await?,
+        Err(why) => {
+            require_replicas(state, &local, seen, &why)?;
+            rebuild(state, slots, holders(seen), &mut local, &why, notes).await?
+        }
     };
     if !config.read_only {
         let mark = sealed_mark(&journal)?;
@@ -233,6 +245,34 @@ async fn go_on(
         put_claim(&local, &intended, &holders.collect::<Vec<_>>()).await?;
     }
     Ok((local, journal))
+}
+
+/// Refuses to rebuild tables of which nothing at all is left here, unless every replica can be read: nobody could say how much those
+/// hold that are away, and what is sealed behind the others would cut that off for good.
+fn require_replicas(state: &StateDir, local: &Local, seen: &[open::Seen], why: &str) -> Result<(), Error> {
+    let has_tail = |dir: &std::path::Path| dir.join("tail").symlink_metadata().is_ok();
+    let aside = local.rebuild.as_ref().map(|name| state.path().join(name));
+    if has_tail(state.path()) && local.rebuild.is_none() || aside.is_some_and(|dir| has_tail(&dir)) {
+        return Ok(());
+    }
+    let unread = seen.iter().filter_map(|s| match &s.found {
+        Ok(Found::Volume(_) | Found::Empty) => None,
+        Ok(Found::Headless) => Some(format!("replica {} has no volume.json", s.store.name())),
+        Err(e) => Some(e.to_string()),
+    });
+    let unread: Vec<String> = unread.collect();
+    let any = seen.iter().any(|s| matches!(s.found, Ok(Found::Volume(_))));
+    if any && unread.is_empty() {
+        return Ok(());
+    }
+    let unread = if unread.is_empty() { "no replica holds the volume".to_owned() } else { unread.join("; ") };
+    Err(Error::new(
+        Exit::Unreachable,
+        format!(
+            "{why}; they can be rebuilt when all replicas can be read: {unread}. To go on without those that cannot, mount with an \
+             empty --state folder"
+        ),
+    ))
 }
 
 /// The tenures that replicas show, asked for at once and without much patience.

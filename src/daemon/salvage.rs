@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 use super::Error;
 use super::open::quick;
-use super::parts::{SlotCell, open_with_ballast, sealed_mark};
+use super::parts::{SlotCell, journal_is_gone, open_with_ballast, sealed_mark};
 use super::state::{Local, StateDir};
 use crate::cache::dirty::Piece;
 use crate::cache::{BlockStore, StoreError, Supply};
@@ -91,13 +91,16 @@ pub fn salvage(
     check_places(args)?;
     let state = StateDir::lock(&args.state)?;
     let local = readable(&state)?;
+    let gone = || Error::new(Exit::Damaged, "the local journal is gone: there is nothing to be saved from");
+    // To open it would make an empty one, which the next mount would take for the volume's.
+    if journal_is_gone(&state) {
+        return Err(gone());
+    }
     let slots = SlotCell::default();
     let (journal, opened) = open_with_ballast(&state, &slots)?;
     if opened.fresh {
-        return Err(Error::new(
-            Exit::Damaged,
-            "the local journal is gone: there is nothing to be saved from",
-        ));
+        journal.close()?;
+        return Err(gone());
     }
     let outcome = (|| {
         let blocks =

@@ -472,7 +472,11 @@ pub struct Salvaged {
 /// The records after `after` in the tail of a quarantined journal, in order, up to the first that cannot be read.
 /// [`JournalError::Gone`] when the tail begins later. Changes nothing.
 pub fn salvage(quarantined: &Path, after: Lsn) -> Result<Salvaged, JournalError> {
-    let (records, mut proved) = tail_set::salvage(&quarantined.join("tail"), after)?;
+    let tail = quarantined.join("tail");
+    let (records, mut proved) = match tail.symlink_metadata() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => (Vec::new(), after),
+        _ => tail_set::salvage(&tail, after)?,
+    };
     // The witness may know of more than the tail still shows; a damaged one says nothing.
     if let Ok(Some(witness)) = witness::Witness::open(&Disk::default(), quarantined) {
         proved = proved.max(witness.now.last).max(witness.now.after.applied);

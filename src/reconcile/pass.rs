@@ -67,7 +67,8 @@ pub(super) trait Listener: Send + Sync {
     /// An object is behind the pass. `position` moves on when it is given.
     fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>);
     /// What the pass waits for at the moment.
-    fn waits(&self, what: Option<String>);
+    /// `stuck` says that it does not go on by itself.
+    fn waits(&self, what: Option<String>, stuck: bool);
 }
 
 /// What a pass over a replica needs.
@@ -156,26 +157,36 @@ impl Pass {
         let mut moved = (Instant::now(), replica.cursor());
         loop {
             if before != Some(replica.attachments()) && replica.is_attached() && replica.cursor() >= newest {
-                listener.waits(None);
+                listener.waits(None, false);
                 return Ok(true);
             }
             if replica.cursor() != moved.1 {
                 moved = (Instant::now(), replica.cursor());
             }
             if moved.0.elapsed() >= STALLED {
-                listener.waits(None);
+                listener.waits(None, false);
                 return Ok(false);
             }
-            if replica.is_paused() {
-                return Err(Broken::Later("the replica is paused".into()));
+            if let Some(fenced) = self.fence.seen() {
+                return Err(Broken::Never(fenced.to_string()));
             }
-            // Then nobody fills it before that is mended.
             let status = replica.status(Backlog::default(), 0.0);
-            if matches!(status.state, ReplicaState::Foreign | ReplicaState::Fenced) {
-                return Err(Broken::Later(status.last_error.map_or_else(String::new, |e| e.text)));
+            match status.state {
+                ReplicaState::Paused => return Err(Broken::Later("the replica is paused".into())),
+                ReplicaState::Foreign => {
+                    let why = status.last_error.map_or_else(|| "it is not ours".to_owned(), |e| e.text);
+                    return Err(Broken::Later(why));
+                }
+                state => {
+                    let lacks = newest.0.saturating_sub(replica.cursor().0);
+                    let stuck = !matches!(state, ReplicaState::Healthy | ReplicaState::Degraded);
+                    let why = status
+                        .last_error
+                        .filter(|_| stuck)
+                        .map_or_else(String::new, |e| format!(" ({})", e.text));
+                    listener.waits(Some(format!("is being filled, lacks {lacks} segments{why}")), stuck);
+                }
             }
-            let lacks = newest.0.saturating_sub(replica.cursor().0);
-            listener.waits(Some(format!("is being filled, lacks {lacks} segments")));
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
@@ -237,13 +248,22 @@ impl Pass {
                 ObjectName::CheckpointManifest(n, e) => !incomplete.contains(&(*n, *e)),
                 _ => true,
             });
-            let jobs: Vec<_> =
-                some.map(|((name, wrong), target)| (*name, text(wrong), target.clone())).collect();
+            let jobs: Vec<_> = some
+                .map(|((name, wrong), target)| {
+                    // What is there may be whole, and something else: it is read before it is overwritten.
+                    (*name, text(wrong), *wrong != Wrong::Missing, target.clone())
+                })
+                .collect();
             let mut mended = stream::iter(jobs)
-                .map(|(name, what, target)| async move {
-                    let outcome = match current.dry_run {
-                        true => Ok(Outcome::Left(what, None)),
-                        false => self.repair(&target, what).await,
+                .map(|(name, what, there, target)| async move {
+                    let outcome = match (there, current.dry_run) {
+                        (true, dry_run) => match self.examine(&target, !dry_run).await {
+                            // Whole, but not of the right length.
+                            Ok(Outcome::Intact) => Ok(Outcome::Other(format!("{what}, but whole"))),
+                            other => other,
+                        },
+                        (false, true) => Ok(Outcome::Left(what, None)),
+                        (false, false) => self.repair(&target, what).await,
                     };
                     (name, target.len, outcome)
                 })

@@ -16,7 +16,7 @@ use crate::format::checkpoint::Manifest;
 use crate::format::names::{MANIFEST, ObjectName, part_file};
 use crate::format::segment::SegmentHash;
 use crate::replica::health::{self, Event, HealthState};
-use crate::replica::{ErrorKind, Identity, Replica, Roster, Store, StoreError};
+use crate::replica::{Created, ErrorKind, Identity, Replica, Roster, Store, StoreError};
 
 /// How often an object is asked for before it is given up, and the first wait in between.
 const TRIES: u32 = 4;
@@ -101,6 +101,15 @@ impl Mender {
             Err(why) => return Ok(Outcome::Left(what, Some(why))),
         };
         let len = bytes.len() as u64;
+        if let ObjectName::Volume | ObjectName::Claim(_) = target.name {
+            // Somebody may have made it since it was found missing: what says whose the replica is must not be taken from him.
+            let created = self.insist(|| self.store.put_if_absent(&path, bytes.clone())).await?;
+            if let Created::Existed(there) = created
+                && let Verdict::Other(what) = self.check(target, there).await?
+            {
+                return Ok(Outcome::Other(what));
+            }
+        }
         self.insist(|| self.store.put(&path, bytes.clone())).await?;
         match self.verdict(target).await? {
             Verdict::Intact => {

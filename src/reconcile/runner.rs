@@ -161,8 +161,9 @@ impl Reconciler {
     fn follow(&self) {
         let all = self.shared.roster.all();
         let mut workers = self.workers.lock();
-        workers.retain(|name, (_, tasks)| {
-            let stays = all.iter().any(|r| r.name() == name);
+        workers.retain(|_, (worker, tasks)| {
+            // One that was detached and attached again in between is another one.
+            let stays = all.iter().any(|r| Arc::ptr_eq(r, worker.replica()));
             if !stays {
                 tasks.iter().for_each(JoinHandle::abort);
             }
@@ -257,6 +258,8 @@ impl Reconciler {
 
 impl Worker {
     fn new(shared: &Arc<Shared>, replica: &Arc<Replica>) -> Arc<Self> {
+        // From the beginning: others read from it, too, to mend themselves.
+        replica.store().set_background_rate(shared.settings.rate);
         let pass = Pass {
             mender: Mender {
                 replica: Arc::clone(replica),
@@ -391,6 +394,8 @@ impl Worker {
         if let Some(why) = self.obstacle() {
             return self.wait_or_give_up(why).await;
         }
+        // Before the pass is looked up: a command that puts another one in its place must end this one.
+        let mut cancel = self.cancel.subscribe();
         let (current, asked, whole) = {
             let (memory, live) = (self.memory.lock(), self.live.lock());
             (memory.current.clone(), live.asked, live.asked != live.done)
@@ -405,11 +410,9 @@ impl Worker {
             self.live.lock().findings.clear();
         }
         self.attention.store(false, Ordering::Relaxed);
-        self.replica().store().set_background_rate(self.shared.settings.rate);
         self.set(ScrubState::Running, None);
         self.live.lock().since = Some((Instant::now(), current.counters.examined_bytes));
         self.save().await;
-        let mut cancel = self.cancel.subscribe();
         let watch = Watch { worker: Arc::clone(self), asked };
         let ended = tokio::select! {
             ended = self.pass.run(&current, whole, &watch) => ended,
@@ -427,18 +430,13 @@ impl Worker {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
                 self.finish_asked(asked, Some(why));
                 // It may be due again at once.
-                self.nap(self.shared.settings.retry).await;
+                self.nap(self.shared.settings.attention).await;
             }
             Err(Broken::Later(why)) => {
                 log::debug!("replica {}: its scrub waits: {why}", self.replica().name());
                 self.set(ScrubState::Waiting, Some(why));
                 // Its shipper finds out what is the matter, and makes again what was deleted as a whole.
-                let (replica, before) = (self.replica(), self.replica().attachments());
-                replica.recheck();
-                let until = Instant::now() + self.shared.settings.retry;
-                while Instant::now() < until && replica.attachments() == before {
-                    self.nap(TICK / 5).await;
-                }
+                self.have_rechecked().await;
             }
         }
         self.save().await;
@@ -449,16 +447,23 @@ impl Worker {
     async fn wait_or_give_up(self: &Arc<Self>, why: String) {
         let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
         let dry_run = self.memory.lock().current.as_ref().is_some_and(|c| c.dry_run);
+        let said = || status.last_error.clone().map_or(why.clone(), |e| e.text);
         let given_up = match status.state {
-            ReplicaState::Fenced => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+            ReplicaState::Fenced => Some(said()),
             ReplicaState::Foreign => match self.mend_head(dry_run).await {
-                Ok(()) if dry_run => Some(status.last_error.map_or(why.clone(), |e| e.text)),
+                Ok(()) if dry_run => Some(said()),
+                // Its shipper may find it in order now. If not, it is foreign for another reason, and stays so.
+                Ok(()) if self.have_rechecked().await => None,
                 Ok(()) => {
-                    self.replica().recheck();
-                    None
+                    let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
+                    (status.state == ReplicaState::Foreign).then(said)
                 }
                 Err(Broken::Never(why)) => Some(why),
-                Err(Broken::Later(_)) => None,
+                Err(Broken::Later(why)) => {
+                    self.set(ScrubState::Waiting, Some(why));
+                    self.nap(self.shared.settings.retry).await;
+                    None
+                }
             },
             _ => None,
         };
@@ -466,13 +471,24 @@ impl Worker {
             Some(why) => {
                 self.finish(Some(why));
                 // It may be due again at once.
-                self.nap(self.shared.settings.retry).await;
+                self.nap(self.shared.settings.attention).await;
             }
             None => {
                 self.set(ScrubState::Waiting, Some(why));
                 self.nap(TICK / 5).await;
             }
         }
+    }
+
+    /// Has the shipper look at the replica anew, and waits a while for it to find it in order; whether it did.
+    async fn have_rechecked(&self) -> bool {
+        let (replica, before) = (self.replica(), self.replica().attachments());
+        replica.recheck();
+        let until = Instant::now() + self.shared.settings.retry;
+        while Instant::now() < until && replica.attachments() == before {
+            self.nap(TICK / 5).await;
+        }
+        replica.attachments() != before
     }
 
     /// Mends what says whose the replica is.
@@ -511,6 +527,8 @@ impl Worker {
                     c.repaired,
                     c.left
                 );
+            } else if error.is_some() {
+                log::info!("replica {name}: {kind} ended early: {} objects, nothing bad so far", c.examined);
             } else {
                 log::info!("replica {name}: {kind} over: {} objects, nothing bad", c.examined);
             }
@@ -578,6 +596,8 @@ impl Worker {
             // It is to be filled up to there.
             return Ok(true);
         }
+        // What lacks an object may lie in another volume's place by now.
+        self.pass.check_volume(false).await?;
         let outcome = self.pass.examine(&target, true).await?;
         self.note(&name, &outcome);
         Ok(!matches!(outcome, Outcome::Left(..)))

@@ -215,7 +215,7 @@ async fn find_cursor(
 }
 
 /// Whether the segment of the saved cursor is there.
-async fn holds(
+pub(super) async fn holds(
     store: &Store,
     identity: &Identity,
     outbox: &Arc<dyn Outbox>,

@@ -30,6 +30,9 @@ use super::transfer::{self, SendError};
 use super::volume::valid_epoch;
 use crate::ids::SegmentNo;
 
+/// By how much longer a replica is left alone with which there was no contact.
+const IDLE: u32 = 6;
+
 /// Times and sizes that tests shorten.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
@@ -40,7 +43,8 @@ pub struct Tuning {
     pub foreign_every: Duration,
     /// When nobody has the bytes of a segment, they are looked for again after this.
     pub source_every: Duration,
-    /// The replica's identity and cursor are looked at again after this, and outbox and checkpoints without being woken after a
+    /// The replica's identity and cursor are looked at again after this (six times this, and only whether the newest segment is there,
+    /// while nothing is sent or read), and outbox and checkpoints without being woken after a
     /// tenth of it.
     pub recheck_every: Duration,
     /// Bytes in flight to one replica.
@@ -227,7 +231,8 @@ impl Shipper {
         let mut plan = ShipPlan::new(attached.cursor, most, self.tuning.in_flight_bytes);
         let mut checkpoint = Checkpoints { there: attached.checkpoint, in_flight: false };
         self.replica.set_checkpoint(checkpoint.there);
-        let (began, mut looked) = (Instant::now(), LastLook::new(attached.looked, &self.replica));
+        let mut began = LastLook::new(Instant::now(), &self.replica);
+        let mut looked = LastLook::new(attached.looked, &self.replica);
         // Tasks of their own: they go on while this one looks into the outbox or at the fence.
         let mut jobs: JoinSet<Done> = JoinSet::new();
         let mut ending: Option<End> = None;
@@ -244,8 +249,17 @@ impl Shipper {
                     Ok(work) if work.is_empty() && jobs.is_empty() => {
                         *failures = 0;
                         self.replica.writes_work();
-                        if began.elapsed() >= self.tuning.recheck_every {
-                            return End::Recheck;
+                        let idle = !began.is_stale(&self.replica);
+                        let every = self.tuning.recheck_every * if idle { IDLE } else { 1 };
+                        if began.at.elapsed() >= every {
+                            let end = tokio::select! {
+                                () = closed(&mut closing) => Some(End::Closing),
+                                end = self.look_again(plan.cursor(), idle) => end,
+                            };
+                            match end {
+                                Some(end) => return end,
+                                None => began = LastLook::new(Instant::now(), &self.replica),
+                            }
                         }
                     }
                     Ok(work) => {
@@ -288,6 +302,22 @@ impl Shipper {
             {
                 ending = Some(self.send_failed(e));
             }
+        }
+    }
+
+    /// Time for a new look at the replica: a whole one; or, when there was no contact since the last, one small request that shows
+    /// whether the newest segment is still there.
+    async fn look_again(&self, cursor: SegmentNo, idle: bool) -> Option<End> {
+        if !idle || cursor.0 == 0 {
+            return Some(End::Recheck);
+        }
+        match attach::holds(self.replica.store(), &self.identity, &self.outbox, cursor).await {
+            Ok(true) => {
+                self.replica.note(&Event::Success);
+                None
+            }
+            Ok(false) => Some(End::Recheck),
+            Err(e) => Some(self.failed(e)),
         }
     }
 

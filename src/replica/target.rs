@@ -376,7 +376,8 @@ impl ReplicaSpec {
     }
 
     /// The account and server that a bucket's name is relative to.
-    fn service(&self) -> String {
+    #[must_use]
+    pub fn service(&self) -> String {
         let of = |text: Option<String>| text.unwrap_or_default().trim_end_matches('/').to_ascii_lowercase();
         match &self.place {
             Place::Folder(_) => String::new(),

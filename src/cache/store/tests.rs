@@ -340,3 +340,17 @@ fn slots_come_back_when_what_freed_them_is_durable() {
     assert_eq!(f.store.slots().in_limbo(), 0);
     assert!(highest < 10, "slots are used again: the highest was {highest}");
 }
+
+#[test]
+fn written_blocks_without_their_file_are_an_error_never_zeros() {
+    let f = Fixture::new(1 << 20);
+    f.dirty(&[7; 5000]);
+    let Fixture { _dir, path, limit, journal, store } = f;
+    journal.barrier(journal.last_lsn()).unwrap();
+    drop(store);
+    std::fs::remove_file(path.join("slots")).unwrap();
+    for _ in 0..2 {
+        let error = BlockStore::open(&path.join("slots"), BS, limit, Arc::clone(&journal)).err().unwrap();
+        assert!(error.to_string().contains("is gone, and with it 1 written"), "{error}");
+    }
+}

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::super::memory::Current;
 use super::super::pass::Listener;
 use super::super::repair::Outcome;
+use super::super::types::ScrubState;
 use super::{SAVE_EVERY, Worker};
 use crate::format::names::ObjectName;
 
@@ -69,7 +70,9 @@ impl Listener for Watch {
         }
     }
 
-    fn waits(&self, what: Option<String>) {
-        self.worker.live.lock().detail = what;
+    fn waits(&self, what: Option<String>, stuck: bool) {
+        let mut live = self.worker.live.lock();
+        live.state = if stuck { ScrubState::Waiting } else { ScrubState::Running };
+        live.detail = what;
     }
 }
