@@ -242,6 +242,9 @@ impl Core {
             engine.stop();
             self.handle.block_on(async {
                 ship.await;
+                if let Some(reconciler) = &self.reconciler {
+                    reconciler.end().await;
+                }
                 if let Some(tenure) = self.tenure.as_ref().filter(|_| trouble.is_none()) {
                     tenure.end(&self.fleet.roster.all(), self.fleet.staging.newest()).await;
                 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use futures::future::join_all;
 
@@ -354,6 +355,8 @@ async fn put_claim(local: &Local, claim: &Claim, stores: &[Store]) -> Result<(),
     }
 }
 
+/// Wait before a restore begins anew because a replica does not answer any more.
+const READ_AGAIN: Duration = Duration::from_secs(1);
 /// How often a restore begins anew because the former writer was still writing.
 const TAKE_OVER_TRIES: usize = 5;
 
@@ -372,12 +375,15 @@ async fn take_over(
     for _ in 0..TAKE_OVER_TRIES {
         let own = state.intended();
         let (mut last, mut without) = (open::LastTenure::default(), without.to_vec());
+        let mut silent_names: Vec<ReplicaName> = Vec::new();
         let restored = restore::fetch(&holders, |inventories, plan| {
             let silent = inventories.iter().filter_map(|i| match &i.found {
                 Err(e @ SurveyError::Unreachable(_)) => Some(e.to_string()),
                 _ => None,
             });
             without.extend(silent);
+            let gone = inventories.iter().filter(|i| i.found.is_err()).map(|i| i.replica.clone());
+            silent_names.extend(gone);
             let reached = plan.starts.first().map_or(SegmentNo(0), |s| s.last);
             last = open::last_tenure(inventories.iter().filter_map(|i| i.found.as_ref().ok()), &own);
             // Before much is read: by the listings alone.
@@ -397,7 +403,15 @@ async fn take_over(
         let intended = intend(&mut local, highest, loaded.last_segment.next())?;
         state.intend(&intended)?;
         put_claim(&local, &intended, &holders).await?;
-        let newer = restore::listed(&holders).await;
+        let (newer, failed) = restore::listed(&holders).await;
+        if let Some(name) =
+            failed.iter().find(|n| restored.cursors.contains_key(*n) && !silent_names.contains(*n))
+        {
+            // It may have been given more between the reading and the claim.
+            log::warn!("replica {name} answered before and does not now; reading again");
+            tokio::time::sleep(READ_AGAIN).await;
+            continue;
+        }
         let overtaken = newer.difference(&restored.listed).any(|(n, _)| *n > loaded.last_segment);
         if !overtaken {
             notes.extend(warnings);
@@ -405,7 +419,11 @@ async fn take_over(
         }
         log::info!("the former writer stored more meanwhile; reading again");
     }
-    Err(Error::new(Exit::InUse, "another machine keeps writing to this volume: unmount it there first"))
+    Err(Error::new(
+        Exit::InUse,
+        "another machine keeps writing to this volume, or a replica answers only now and then: unmount it there first, or leave \
+         that replica out",
+    ))
 }
 
 /// Completes the state folder: from now on it counts.

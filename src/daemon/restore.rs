@@ -17,7 +17,7 @@ use crate::format::volume::Claim;
 use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
-use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, Tables};
+use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, SurveyError, Tables};
 
 /// A volume's tables as replicas hold them.
 pub(super) struct Restored {
@@ -82,9 +82,11 @@ fn listed_in(inventories: &[Inventory]) -> BTreeSet<(SegmentNo, Epoch)> {
         .collect()
 }
 
-/// All segments that `stores` list now.
-pub(super) async fn listed(stores: &[Store]) -> BTreeSet<(SegmentNo, Epoch)> {
-    listed_in(&restore::survey(stores).await)
+/// All segments that `stores` list now, and those that do not answer.
+pub(super) async fn listed(stores: &[Store]) -> (BTreeSet<(SegmentNo, Epoch)>, Vec<ReplicaName>) {
+    let inventories = restore::survey(stores).await;
+    let silent = inventories.iter().filter(|i| matches!(i.found, Err(SurveyError::Unreachable(_))));
+    (listed_in(&inventories), silent.map(|i| i.replica.clone()).collect())
 }
 
 /// The segment up to which replica `index` holds everything in its right size.

@@ -3,10 +3,12 @@
 //! Owns running passes when `memory` says so, mending at once what reads have met, commands, and what `status` shows. Writes nothing itself.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use futures::FutureExt;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
@@ -90,6 +92,7 @@ type Tasks = [JoinHandle<()>; 2];
 pub struct Reconciler {
     shared: Arc<Shared>,
     workers: Mutex<BTreeMap<ReplicaName, (Arc<Worker>, Tasks)>>,
+    ended: AtomicBool,
 }
 
 /// One replica's work.
@@ -132,7 +135,11 @@ impl Reconciler {
         mut closing: watch::Receiver<bool>,
     ) -> Arc<Self> {
         let shared = Arc::new(Shared { settings, roster, identity, fence, catalog, outbox, handle });
-        let me = Arc::new(Self { shared: Arc::clone(&shared), workers: Mutex::default() });
+        let me = Arc::new(Self {
+            shared: Arc::clone(&shared),
+            workers: Mutex::default(),
+            ended: AtomicBool::new(false),
+        });
         me.follow();
         let follower = Arc::clone(&me);
         shared.handle.clone().spawn(async move {
@@ -148,19 +155,31 @@ impl Reconciler {
                     }
                 }
             }
-            let workers = std::mem::take(&mut *follower.workers.lock());
-            for (worker, tasks) in workers.into_values() {
-                tasks.iter().for_each(JoinHandle::abort);
-                worker.save().await;
-            }
+            follower.end().await;
         });
         me
+    }
+
+    /// Ends all passes and repairs, for good; when it returns nothing more is written. What is under way goes on at the next start.
+    pub async fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+        let workers = std::mem::take(&mut *self.workers.lock());
+        for (worker, tasks) in workers.into_values() {
+            for task in tasks {
+                task.abort();
+                let _ = task.await;
+            }
+            worker.save().await;
+        }
     }
 
     /// Begins with those that are new on the list, and leaves those that are gone.
     fn follow(&self) {
         let all = self.shared.roster.all();
         let mut workers = self.workers.lock();
+        if self.ended.load(Ordering::Relaxed) {
+            return;
+        }
         workers.retain(|_, (worker, tasks)| {
             // One that was detached and attached again in between is another one.
             let stays = all.iter().any(|r| Arc::ptr_eq(r, worker.replica()));
@@ -174,10 +193,7 @@ impl Reconciler {
                 continue;
             }
             let worker = Worker::new(&self.shared, replica);
-            let tasks = [
-                self.shared.handle.spawn(Arc::clone(&worker).passes()),
-                self.shared.handle.spawn(Arc::clone(&worker).damages()),
-            ];
+            let tasks = [worker.keep("passes", |w| w.passes()), worker.keep("repairs", |w| w.damages())];
             workers.insert(replica.name().clone(), (worker, tasks));
         }
     }
@@ -283,6 +299,24 @@ impl Worker {
             attention: AtomicBool::new(false),
             wake: Notify::new(),
             cancel: watch::channel(0).0,
+        })
+    }
+
+    /// Runs a task; begins it anew if it panics, so that a replica is never left alone in silence.
+    fn keep<F>(self: &Arc<Self>, what: &'static str, work: fn(Arc<Self>) -> F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let me = Arc::clone(self);
+        self.shared.handle.spawn(async move {
+            while AssertUnwindSafe(work(Arc::clone(&me))).catch_unwind().await.is_err() {
+                log::error!(
+                    "replica {}: its {what} broke off by a fault of mirrorfs; they begin again",
+                    me.replica().name()
+                );
+                me.set(ScrubState::Waiting, Some(format!("its {what} broke off; see the log")));
+                tokio::time::sleep(me.shared.settings.retry).await;
+            }
         })
     }
 
