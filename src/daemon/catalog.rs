@@ -14,7 +14,6 @@ use crate::format::tables::{BlockEntry, local_key, segment_key};
 use crate::ids::SegmentNo;
 use crate::journal::{Journal, JournalError};
 use crate::reconcile::{Catalog, Sealed};
-use crate::replica::Outbox;
 use crate::txg::Staging;
 
 /// The local tables as the reconciler sees them.
@@ -33,7 +32,7 @@ fn name(key: &str) -> Bytes {
 
 impl Catalog for Tables {
     fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String> {
-        let staged = self.staging.segments_after(after, limit);
+        let staged = self.staging.known_after(after, limit);
         staged
             .into_iter()
             .map(|staged| {

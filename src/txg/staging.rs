@@ -258,6 +258,20 @@ impl Staging {
         self.discard(&gone);
     }
 
+    /// Up to `limit` segments with numbers above `after`, in order, also beyond a gap (a segment that was lost everywhere).
+    pub fn known_after(&self, after: SegmentNo, limit: usize) -> Vec<Staged> {
+        let state = self.state.lock();
+        let staged = |(number, known): (&SegmentNo, &Known)| Staged {
+            kind: StagedKind::Segment,
+            number: *number,
+            epoch: known.epoch,
+            path: self.segment_path(*number, known.epoch),
+            len: known.len,
+            cut_at: known.cut_at,
+        };
+        state.known.range(after.next()..).take(limit).map(staged).collect()
+    }
+
     /// Oldest segment that still has a file, and the bytes of all files.
     pub fn oldest(&self) -> (Option<SegmentNo>, u64) {
         let state = self.state.lock();
@@ -301,24 +315,12 @@ fn segment_files(dir: &Path) -> Result<Vec<PathBuf>, StagingError> {
 
 impl Outbox for Staging {
     fn segments_after(&self, after: SegmentNo, limit: usize) -> Vec<Staged> {
-        let state = self.state.lock();
         let mut next = after.next();
-        let mut out = Vec::new();
-        for (number, known) in state.known.range(next..).take(limit) {
-            if *number != next {
-                break;
-            }
-            next = number.next();
-            out.push(Staged {
-                kind: StagedKind::Segment,
-                number: *number,
-                epoch: known.epoch,
-                path: self.segment_path(*number, known.epoch),
-                len: known.len,
-                cut_at: known.cut_at,
-            });
-        }
-        out
+        let mut found = self.known_after(after, limit);
+        let run =
+            found.iter().take_while(|s| s.number == std::mem::replace(&mut next, s.number.next())).count();
+        found.truncate(run);
+        found
     }
 
     fn backlog(&self, after: SegmentNo) -> Backlog {
