@@ -10,6 +10,7 @@ use crate::control::{Client, ScrubCommand, reason};
 use crate::exit::Exit;
 use crate::ids::ReplicaName;
 use crate::reconcile::{ScrubRequest, ScrubState, ScrubStatus};
+use crate::replica::unix_now;
 
 /// How often a command that waits asks.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -127,13 +128,9 @@ pub(super) fn run(args: Args) -> Outcome {
     if args.json {
         output::print_json(&statuses)?;
     } else {
-        output::print(&show(&statuses, now()))?;
+        output::print(&show(&statuses, unix_now()))?;
     }
     if wait { verdict(&statuses, &given_up) } else { Ok(()) }
-}
-
-fn now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64())
 }
 
 fn chosen(statuses: Vec<ScrubStatus>, replica: Option<&ReplicaName>) -> Vec<ScrubStatus> {

@@ -6,7 +6,7 @@ use super::locate::{self, Located};
 use super::{CommandError, Outcome, human, output, runtime};
 use crate::control::{Status, reason};
 use crate::ids::Epoch;
-use crate::replica::{ReplicaState, ReplicaStatus};
+use crate::replica::{ReplicaState, ReplicaStatus, unix_now};
 
 /// Show the state of one mount, or of all
 #[derive(Debug, clap::Args)]
@@ -25,7 +25,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
-    let now = now();
+    let now = unix_now();
     if let Some(mountpoint) = &args.mountpoint {
         let located = locate::find(mountpoint, true)?;
         let client = located.client()?;
@@ -59,10 +59,6 @@ pub(super) fn run(args: &Args) -> Outcome {
     }
     // One that does not answer is told of, but the question what is mounted has been answered.
     Ok(())
-}
-
-fn now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64())
 }
 
 fn show(status: &Status, now: f64) -> String {

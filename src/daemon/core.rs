@@ -414,16 +414,16 @@ fn assemble(
                 blocks: Arc::clone(&blocks),
                 wanted,
             };
-            let reconciler = Reconciler::start(
+            let shared = reconcile::Shared {
                 settings,
-                Arc::clone(&fleet.roster),
-                shipping.identity,
-                shipping.fence,
-                Arc::new(catalog),
-                staging,
-                handle.clone(),
-                closing_seen,
-            );
+                roster: Arc::clone(&fleet.roster),
+                identity: shipping.identity,
+                fence: shipping.fence,
+                catalog: Arc::new(catalog),
+                outbox: staging,
+                handle: handle.clone(),
+            };
+            let reconciler = Reconciler::start(shared, closing_seen);
             (Some(engine), Some(reconciler))
         }
     };

@@ -61,6 +61,14 @@ impl Cursors {
         cursor_of(replica, &self.url(replica))
     }
 
+    fn put(&self, key: Bytes, value: Vec<u8>) -> Result<(), String> {
+        let saved = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(key, value);
+            Ok(())
+        });
+        saved.map(|_| ()).map_err(|e| e.to_string())
+    }
+
     /// Forgets a replica: when it comes back it is looked at from the beginning.
     fn forget(&self, replica: &ReplicaName) -> Result<(), String> {
         let url = self.url(replica);
@@ -82,14 +90,7 @@ impl CursorStore for Cursors {
     }
 
     fn save(&self, replica: &ReplicaName, cursor: SegmentNo) -> Result<(), String> {
-        let key = self.key(replica);
-        self.journal
-            .transact::<_, JournalError>(|tx| {
-                tx.put(key, cursor.0.to_le_bytes().to_vec());
-                Ok(())
-            })
-            .map(|_| ())
-            .map_err(|e| e.to_string())
+        self.put(self.key(replica), cursor.0.to_le_bytes().to_vec())
     }
 
     fn load_filesystem(&self, replica: &ReplicaName) -> Result<Option<String>, String> {
@@ -99,12 +100,7 @@ impl CursorStore for Cursors {
     }
 
     fn save_filesystem(&self, replica: &ReplicaName, filesystem: &str) -> Result<(), String> {
-        let key = filesystem_of(replica, &self.url(replica));
-        let saved = self.journal.transact::<_, JournalError>(|tx| {
-            tx.put(key, filesystem.as_bytes().to_vec());
-            Ok(())
-        });
-        saved.map(|_| ()).map_err(|e| e.to_string())
+        self.put(filesystem_of(replica, &self.url(replica)), filesystem.as_bytes().to_vec())
     }
 }
 
@@ -120,6 +116,17 @@ pub(super) struct Shipping {
 struct Task {
     stop: watch::Sender<bool>,
     handle: JoinHandle<()>,
+}
+
+impl Task {
+    /// Tells it to end, and drops it if it has not by `until`.
+    async fn end(self, until: tokio::time::Instant) {
+        self.stop.send_replace(true);
+        let abort = self.handle.abort_handle();
+        if tokio::time::timeout_at(until, self.handle).await.is_err() {
+            abort.abort();
+        }
+    }
 }
 
 /// What is known of the list besides the replicas themselves.
@@ -233,10 +240,7 @@ impl Fleet {
         }
         let until = tokio::time::Instant::now() + patience;
         for task in tasks.into_values() {
-            let abort = task.handle.abort_handle();
-            if tokio::time::timeout_at(until, task.handle).await.is_err() {
-                abort.abort();
-            }
+            task.end(until).await;
         }
     }
 
@@ -320,11 +324,7 @@ impl Fleet {
         self.roster.remove(name);
         let task = self.listed.lock().tasks.remove(name);
         if let Some(task) = task {
-            task.stop.send_replace(true);
-            let abort = task.handle.abort_handle();
-            if tokio::time::timeout(END, task.handle).await.is_err() {
-                abort.abort();
-            }
+            task.end(tokio::time::Instant::now() + END).await;
         }
         self.listed.lock().specs.retain(|s| s.name != *name);
         if let Err(e) = self.cursors.forget(name) {
@@ -490,10 +490,12 @@ impl Fleet {
                 }
             }
             drop(one);
-            let dumped = self.roster.voters().iter().map(|r| r.checkpoint()).min().unwrap_or_default();
-            let staging = Arc::clone(&self.staging);
-            if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
-                log::error!("trimming the staging area: {e}");
+            if self.staging.has_checkpoints() {
+                let dumped = self.roster.voters().iter().map(|r| r.checkpoint()).min().unwrap_or_default();
+                let staging = Arc::clone(&self.staging);
+                if let Err(e) = tokio::task::spawn_blocking(move || staging.trim_checkpoints(dumped)).await {
+                    log::error!("trimming the staging area: {e}");
+                }
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(200)) => {}

@@ -32,7 +32,7 @@ use crate::format::tables::Time;
 use crate::format::volume::{self as format_volume, Volume};
 use crate::ids::VolumeId;
 use crate::journal::JournalError;
-use crate::replica::{Store, volume};
+use crate::replica::{Store, unix_now, volume};
 
 /// Why a volume could not be created or served.
 #[derive(Debug, thiserror::Error)]
@@ -99,11 +99,6 @@ pub struct ReadyInfo {
 
 /// Called once: when the mount is live, or when it cannot be.
 pub type Ready = Box<dyn FnOnce(Result<ReadyInfo, &Error>) + Send>;
-
-/// Seconds since 1970.
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
-}
 
 /// The wall clock as file times have it.
 fn wall_clock() -> Time {

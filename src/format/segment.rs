@@ -230,6 +230,13 @@ impl Footer {
         start..start + self.records_len + self.index_len
     }
 
+    /// Whether the body of `object`, the whole segment with this footer, is the one that the footer speaks of.
+    #[must_use]
+    pub fn covers(&self, object: &[u8]) -> bool {
+        let body = object.get(..object.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
+        *blake3::hash(body).as_bytes() == self.body_hash
+    }
+
     /// Refuses a segment that is not the one asked for.
     pub fn expect(&self, volume: VolumeId, number: SegmentNo, epoch: Epoch) -> Result<(), FormatError> {
         let h = &self.header;
@@ -445,10 +452,10 @@ fn check_entry(header: &SegmentHeader, frames_len: u64, entry: &BlockEntry) -> R
 /// of blocks are left to those who decode them.
 pub fn verify_whole(bytes: &[u8]) -> Result<SegmentMeta, FormatError> {
     let footer = parse_footer(bytes, bytes.len() as u64)?;
-    let body = &bytes[..bytes.len() - FOOTER_LEN];
-    if *blake3::hash(body).as_bytes() != footer.body_hash {
+    if !footer.covers(bytes) {
         return Err(FormatError::new(WHAT, "its content is damaged"));
     }
+    let body = &bytes[..bytes.len() - FOOTER_LEN];
     if parse_header(body)? != footer.header {
         return Err(FormatError::new(WHAT, "header and footer disagree"));
     }

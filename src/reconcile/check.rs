@@ -5,7 +5,7 @@
 use crate::format::checkpoint::{self, Manifest};
 use crate::format::codec::FormatError;
 use crate::format::names::ObjectName;
-use crate::format::segment::{self, FOOTER_LEN, SegmentHash};
+use crate::format::segment::{self, SegmentHash};
 use crate::format::volume::{Claim, Release, Volume};
 use crate::ids::VolumeId;
 use crate::replica::Identity;
@@ -71,8 +71,7 @@ fn check_segment(
         Ok(footer) => footer,
         Err(e) => return damaged(&e),
     };
-    let body = bytes.get(..bytes.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
-    if *blake3::hash(body).as_bytes() != footer.body_hash {
+    if !footer.covers(bytes) {
         return Verdict::Damaged("its content does not match its hash".into());
     }
     if footer.header.volume != volume {

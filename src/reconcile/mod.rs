@@ -23,5 +23,5 @@ mod runner;
 mod types;
 
 pub use catalog::{Catalog, Sealed};
-pub use runner::{Reconciler, Settings};
+pub use runner::{Reconciler, Settings, Shared};
 pub use types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus, Summary};

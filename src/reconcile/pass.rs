@@ -12,7 +12,7 @@ use futures::StreamExt;
 use futures::stream;
 use parking_lot::Mutex;
 
-use super::catalog::{Catalog, Sealed};
+use super::catalog::Sealed;
 use super::inventory::Inventory;
 use super::memory::Current;
 use super::plan::{Expected, Plan, Wrong};
@@ -66,15 +66,13 @@ pub(super) trait Listener: Send + Sync {
     fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64);
     /// An object is behind the pass. `position` moves on when it is given.
     fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>);
-    /// What the pass waits for at the moment.
-    /// `stuck` says that it does not go on by itself.
+    /// What the pass waits for at the moment; `stuck` says that it does not go on by itself.
     fn waits(&self, what: Option<String>, stuck: bool);
 }
 
 /// What a pass over a replica needs.
 pub(super) struct Pass {
     pub mender: Mender,
-    pub catalog: Arc<dyn Catalog>,
     pub outbox: Arc<dyn Outbox>,
     pub fence: Arc<Fence>,
     /// How often each object could not be read.
@@ -285,7 +283,7 @@ impl Pass {
 
     /// Looks at one object and mends it. One that cannot be read again and again is passed over.
     pub async fn examine(&self, target: &Target, mend: bool) -> Result<Outcome, Broken> {
-        let outcome = self.mender.examine(target, false).await;
+        let outcome = self.mender.examine(target).await;
         match (self.forgive(target, outcome)?, mend) {
             (Outcome::Left(what, None), true) => self.repair(target, what).await,
             (outcome, _) => Ok(outcome),
@@ -301,7 +299,7 @@ impl Pass {
             Outcome::Left(what, Some(_)),
         ) = (target.name, &outcome)
         {
-            self.catalog.want_checkpoint(number);
+            self.mender.catalog.want_checkpoint(number);
             return Ok(Outcome::Useless(what.clone()));
         }
         if let (ObjectName::Release(_), Outcome::Left(what, Some(_))) = (target.name, &outcome) {
@@ -368,13 +366,9 @@ impl Pass {
             Ok(Found::Volume(_) | Found::Empty | Found::Headless) => Ok(()),
             Err(VolumeError::Store(e)) if e.kind != crate::replica::ErrorKind::Corrupt => Err(e.into()),
             Err(e) if e.is_damage() => {
-                let ours = async {
-                    let claim = identity.claims.last()?;
-                    let found = volume::read_claim(replica.store(), claim.epoch, claim.volume).await.ok()?;
-                    (found.claim_id == claim.claim_id).then_some(())
-                };
-                let any = async {
-                    for claim in &identity.claims {
+                // The newest first: it is the likeliest to be there.
+                let proof = async {
+                    for claim in identity.claims.iter().rev() {
                         let found = volume::read_claim(replica.store(), claim.epoch, claim.volume).await;
                         if found.is_ok_and(|f| f.claim_id == claim.claim_id) {
                             return true;
@@ -382,15 +376,13 @@ impl Pass {
                     }
                     false
                 };
-                if ours.await.is_none() && !any.await {
+                if !proof.await {
                     return Err(Broken::Never(format!(
                         "{e}; no claim there proves that it is this volume's, so it is left alone"
                     )));
                 }
                 if !dry_run {
-                    let target =
-                        Target { name: ObjectName::Volume, len: 0, hash: None, manifest: None, local: None };
-                    self.repair(&target, e.to_string()).await?;
+                    self.repair(&Target::named(ObjectName::Volume), e.to_string()).await?;
                     replica.recheck();
                 }
                 Ok(())
@@ -408,9 +400,7 @@ impl Pass {
         for claim in &identity.claims {
             match volume::read_claim(replica.store(), claim.epoch, claim.volume).await {
                 Err(e) if e.is_damage() && !dry_run => {
-                    let name = ObjectName::Claim(claim.epoch);
-                    let target = Target { name, len: 0, hash: None, manifest: None, local: None };
-                    self.repair(&target, e.to_string()).await?;
+                    self.repair(&Target::named(ObjectName::Claim(claim.epoch)), e.to_string()).await?;
                 }
                 _ => {}
             }
@@ -418,11 +408,16 @@ impl Pass {
         Ok(())
     }
 
+    /// What is sealed, asked for off the async threads.
+    async fn sealed(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, Broken> {
+        let catalog = Arc::clone(&self.mender.catalog);
+        let sealed = tokio::task::spawn_blocking(move || catalog.segments(after, limit)).await;
+        sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)
+    }
+
     /// Gathers what the replica should hold.
     async fn ground(&self, cursor: SegmentNo, found: &Inventory) -> Result<Ground, Broken> {
-        let catalog = Arc::clone(&self.catalog);
-        let sealed = tokio::task::spawn_blocking(move || catalog.segments(SegmentNo(0), usize::MAX)).await;
-        let sealed = sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)?;
+        let sealed = self.sealed(SegmentNo(0), usize::MAX).await?;
         let sealed: BTreeMap<_, _> = sealed.into_iter().map(|s| (s.staged.number, s)).collect();
         let mut keys: BTreeSet<_> = found.checkpoints().collect();
         let mut releases: BTreeSet<_> = found.releases().collect();
@@ -458,9 +453,9 @@ impl Pass {
     }
 
     fn peers(&self) -> Vec<Arc<crate::replica::Replica>> {
-        let all = self.mender.roster.all();
-        let others = all.iter().filter(|p| p.name() != self.mender.replica.name() && p.is_attached());
-        others.cloned().collect()
+        let mut others = self.mender.roster.others(self.mender.replica.name());
+        others.retain(|p| p.is_attached());
+        others
     }
 
     /// A checkpoint's manifest, from whoever has an intact one.
@@ -481,12 +476,9 @@ impl Pass {
     /// What is known of an object that was named while reading.
     pub async fn target_of(&self, name: ObjectName) -> Result<Target, Broken> {
         let ObjectName::Segment(number, _) = name else {
-            return Ok(Target { name, len: 0, hash: None, manifest: None, local: None });
+            return Ok(Target::named(name));
         };
-        let catalog = Arc::clone(&self.catalog);
-        let before = SegmentNo(number.0.saturating_sub(1));
-        let sealed = tokio::task::spawn_blocking(move || catalog.segments(before, 1)).await;
-        let sealed = sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)?;
+        let sealed = self.sealed(SegmentNo(number.0.saturating_sub(1)), 1).await?;
         let sealed = sealed.into_iter().next().filter(|s| s.staged.number == number);
         Ok(segment_target(name, 0, sealed.as_ref()))
     }
@@ -515,9 +507,9 @@ impl Ground {
             }
             ObjectName::CheckpointManifest(number, epoch) => {
                 let local = self.staged.get(&(number, epoch)).cloned();
-                Target { name, len, hash: None, manifest: None, local }
+                Target { len, local, ..Target::named(name) }
             }
-            _ => Target { name, len, hash: None, manifest: None, local: None },
+            _ => Target { len, ..Target::named(name) },
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::format::checkpoint::Manifest;
 use crate::format::names::{MANIFEST, ObjectName, part_file};
 use crate::format::segment::SegmentHash;
 use crate::replica::health::{self, Event, HealthState};
-use crate::replica::{Created, ErrorKind, Identity, Replica, Roster, Store, StoreError};
+use crate::replica::{Created, ErrorKind, Identity, Replica, Roster, Store, StoreError, jitter};
 
 /// How often an object is asked for before it is given up, and the first wait in between.
 const TRIES: u32 = 4;
@@ -37,6 +37,11 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// An object of which nothing is known but its name.
+    pub fn named(name: ObjectName) -> Self {
+        Self { name, len: 0, hash: None, manifest: None, local: None }
+    }
+
     pub fn known(&self) -> Known<'_> {
         Known { hash: self.hash, manifest: self.manifest.as_deref() }
     }
@@ -78,8 +83,8 @@ pub(super) struct Mender {
 }
 
 impl Mender {
-    /// Reads an object and mends it when it is bad and `mend` is set.
-    pub async fn examine(&self, target: &Target, mend: bool) -> Result<Outcome, Stop> {
+    /// Reads an object and says whether it is bad.
+    pub async fn examine(&self, target: &Target) -> Result<Outcome, Stop> {
         let mut seen = self.verdict(target).await?;
         if matches!(seen, Verdict::Damaged(_)) {
             // Once more: it may have been the way here that was at fault.
@@ -88,7 +93,6 @@ impl Mender {
         match seen {
             Verdict::Intact => Ok(Outcome::Intact),
             Verdict::Other(what) => Ok(Outcome::Other(what)),
-            Verdict::Damaged(what) if mend => self.repair(target, what).await,
             Verdict::Damaged(what) => Ok(Outcome::Left(what, None)),
         }
     }
@@ -219,8 +223,7 @@ impl Mender {
 
     /// The other replicas, those first that answer and are near.
     fn peers(&self, len: u64) -> Vec<Arc<Replica>> {
-        let all = self.roster.all();
-        let peers: Vec<_> = all.iter().filter(|p| p.name() != self.replica.name()).cloned().collect();
+        let peers = self.roster.others(self.replica.name());
         let healths: Vec<_> = peers.iter().map(|p| p.health()).collect();
         health::order(&healths, len, Instant::now())
             .into_iter()
@@ -242,8 +245,7 @@ impl Mender {
                     return Ok(value);
                 }
                 Err(e) => {
-                    let random = getrandom::u32().map_or(0.5, |n| f64::from(n) / f64::from(u32::MAX));
-                    self.replica.note(&Event::of_error(&e, random));
+                    self.replica.note(&Event::of_error(&e, jitter()));
                     let down = self.replica.health().state() == HealthState::Offline;
                     if !e.kind.is_passing() || down || tries >= TRIES {
                         return Err(Stop::Replica(e));

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use parking_lot::{Mutex, MutexGuard};
@@ -22,7 +22,7 @@ use super::types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus}
 use crate::format::names::ObjectName;
 use crate::ids::ReplicaName;
 use crate::replica::health::HealthState;
-use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState, Roster};
+use crate::replica::{DamageKind, Fence, Identity, Outbox, Replica, ReplicaState, Roster, unix_now};
 
 mod listen;
 
@@ -52,18 +52,6 @@ pub struct Settings {
     pub rate: Option<u64>,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            deep_every: Some(Duration::from_secs(7 * 86400)),
-            check_every: Some(Duration::from_secs(6 * 3600)),
-            attention: Duration::from_secs(60),
-            retry: Duration::from_secs(10),
-            rate: None,
-        }
-    }
-}
-
 impl Settings {
     fn intervals(&self) -> Intervals {
         Intervals {
@@ -75,14 +63,21 @@ impl Settings {
 }
 
 /// What the reconciler shares with the rest of the daemon.
-struct Shared {
-    settings: Settings,
-    roster: Arc<Roster>,
-    identity: Arc<Identity>,
-    fence: Arc<Fence>,
-    catalog: Arc<dyn Catalog>,
-    outbox: Arc<dyn Outbox>,
-    handle: Handle,
+pub struct Shared {
+    /// How often and how fast.
+    pub settings: Settings,
+    /// The replicas to look after.
+    pub roster: Arc<Roster>,
+    /// What must stand on each.
+    pub identity: Arc<Identity>,
+    /// Raised when another writer is seen: then nothing more is written.
+    pub fence: Arc<Fence>,
+    /// What is sealed.
+    pub catalog: Arc<dyn Catalog>,
+    /// What is staged.
+    pub outbox: Arc<dyn Outbox>,
+    /// Where the tasks run.
+    pub handle: Handle,
 }
 
 /// The tasks of one replica.
@@ -123,18 +118,8 @@ struct Live {
 
 impl Reconciler {
     /// Begins to look after every replica on the list, and everyone that joins it, until `closing`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn start(
-        settings: Settings,
-        roster: Arc<Roster>,
-        identity: Arc<Identity>,
-        fence: Arc<Fence>,
-        catalog: Arc<dyn Catalog>,
-        outbox: Arc<dyn Outbox>,
-        handle: Handle,
-        mut closing: watch::Receiver<bool>,
-    ) -> Arc<Self> {
-        let shared = Arc::new(Shared { settings, roster, identity, fence, catalog, outbox, handle });
+    pub fn start(shared: Shared, mut closing: watch::Receiver<bool>) -> Arc<Self> {
+        let shared = Arc::new(shared);
         let me = Arc::new(Self {
             shared: Arc::clone(&shared),
             workers: Mutex::default(),
@@ -284,7 +269,6 @@ impl Worker {
                 identity: Arc::clone(&shared.identity),
                 catalog: Arc::clone(&shared.catalog),
             },
-            catalog: Arc::clone(&shared.catalog),
             outbox: Arc::clone(&shared.outbox),
             fence: Arc::clone(&shared.fence),
             failures: Mutex::new(HashMap::new()),
@@ -689,9 +673,4 @@ impl Worker {
             next_deep_at: memory.next_deep(&self.shared.settings.intervals()),
         }
     }
-}
-
-/// Seconds since 1970.
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }

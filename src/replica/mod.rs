@@ -31,7 +31,7 @@ pub use error::{ErrorKind, StoreError};
 pub use fence::{Fence, FenceNote, FenceReason, Fenced, confirm, look_for_rivals, release};
 pub use reader::{DEADLINE, Local, Reader};
 pub use roster::Roster;
-pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus};
+pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus, jitter, unix_now};
 pub use shipper::{Shipper, Tuning, status};
 pub use store::{Conditional, Created, Limits, ObjectInfo, Requests, Store};
 pub use target::{Place, ReplicaSpec, Scheme, TargetError, check_distinct, same_place};

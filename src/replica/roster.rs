@@ -31,6 +31,12 @@ impl Roster {
         self.all().iter().filter(|r| !r.is_joining()).cloned().collect()
     }
 
+    /// All but the one of that name.
+    #[must_use]
+    pub fn others(&self, name: &ReplicaName) -> Vec<Arc<Replica>> {
+        self.all().iter().filter(|r| r.name() != name).cloned().collect()
+    }
+
     /// The one of that name.
     #[must_use]
     pub fn get(&self, name: &ReplicaName) -> Option<Arc<Replica>> {

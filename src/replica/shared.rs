@@ -491,11 +491,13 @@ fn prune(uploads: &mut VecDeque<(Instant, u64)>) {
 }
 
 /// Seconds since 1970.
-pub(super) fn unix_now() -> f64 {
+#[must_use]
+pub fn unix_now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
 /// A random number from 0 to 1; 0.5 when there is no randomness to be had.
-pub(super) fn jitter() -> f64 {
+#[must_use]
+pub fn jitter() -> f64 {
     getrandom::u32().map_or(0.5, |n| f64::from(n) / f64::from(u32::MAX))
 }

@@ -407,7 +407,7 @@ impl Shipper {
     /// Segments that the outbox knows nothing of any more, as the peers list them.
     async fn unstaged(&self, after: SegmentNo, last: SegmentNo) -> Result<Vec<Staged>, End> {
         let mut listed = BTreeMap::new();
-        for peer in self.peers.all().iter().filter(|p| p.name() != self.replica.name()) {
+        for peer in self.peers.others(self.replica.name()) {
             match attach::list_segments(peer.store()).await {
                 Ok(segments) => listed.extend(segments),
                 Err(e) => peer.note_error(&e),

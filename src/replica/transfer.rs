@@ -268,8 +268,7 @@ fn check_segment(
 ) -> Result<SegmentHash, FormatError> {
     let footer = segment::parse_footer(bytes, bytes.len() as u64)?;
     footer.expect(volume, number, epoch)?;
-    let body = bytes.get(..bytes.len().saturating_sub(FOOTER_LEN)).unwrap_or_default();
-    if *blake3::hash(body).as_bytes() != footer.body_hash {
+    if !footer.covers(bytes) {
         return Err(FormatError::new("segment", "its content is damaged"));
     }
     Ok(footer.hash)

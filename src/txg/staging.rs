@@ -208,6 +208,11 @@ impl Staging {
         self.newest.send_modify(|_| {});
     }
 
+    /// Whether a checkpoint is staged.
+    pub fn has_checkpoints(&self) -> bool {
+        !self.state.lock().checkpoints.is_empty()
+    }
+
     /// Removes checkpoints up to `upto`, which no replica waits for any more; all of them when writers are refused for want of
     /// space: a checkpoint only makes restores shorter, and another one will be made.
     pub fn trim_checkpoints(&self, upto: SegmentNo) {
