@@ -14,6 +14,7 @@ use crate::exit::Exit;
 
 mod args;
 mod background;
+mod guard;
 mod helper;
 mod human;
 mod init;
@@ -22,6 +23,7 @@ mod mount;
 mod mountpoint;
 mod output;
 mod progress;
+mod remount;
 mod replica;
 mod restore;
 mod salvage;
@@ -62,6 +64,8 @@ enum Command {
     Restore(restore::Args),
     Salvage(salvage::Args),
     Version(version::Args),
+    #[command(hide = true)]
+    Guard(guard::Args),
 }
 
 /// Why a command did not do what it was asked, and the code it ends with.
@@ -107,24 +111,50 @@ type Outcome = Result<(), CommandError>;
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
-    let arguments = helper::translate(std::env::args_os().collect());
-    let cli = match Cli::try_parse_from(&arguments) {
+    match helper::translate(std::env::args_os().collect()) {
+        helper::Call::Own(arguments) => run_as(&arguments).into(),
+        helper::Call::Mount { arguments, fake } => {
+            helper::exit_code(if fake { mount::check_only(&arguments) } else { run_as(&arguments) }).into()
+        }
+        helper::Call::Remount { mountpoint, options } => {
+            start_log(None, "warn");
+            helper::exit_code(finish(remount::run(mountpoint.as_ref(), options))).into()
+        }
+        helper::Call::Wrong(why) => {
+            helper::exit_code(finish(Err(CommandError::new(Exit::Usage, why)))).into()
+        }
+    }
+}
+
+fn run_as(arguments: &[OsString]) -> Exit {
+    let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             // Help goes to standard output and is no error; a reader that closed early is none either.
             let _ = error.print();
-            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+            return if error.use_stderr() { Exit::Usage } else { Exit::Done };
         }
     };
     let quiet = !matches!(cli.command, Command::Mount(_));
     start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
-    match run(cli.command, &arguments) {
-        Ok(()) => Exit::Done.into(),
+    finish(run(cli.command, arguments))
+}
+
+/// Says why a command failed; answers its code.
+fn finish(outcome: Outcome) -> Exit {
+    match outcome {
+        Ok(()) => Exit::Done,
         Err(error) => {
             output::note(&format!("mirrorfs: {error}"));
-            error.exit.into()
+            error.exit
         }
     }
+}
+
+/// Whether `mirrorfs WORD` is a command.
+fn is_command(word: &str) -> bool {
+    use clap::CommandFactory;
+    word == "help" || Cli::command().find_subcommand(word).is_some()
 }
 
 fn run(command: Command, arguments: &[OsString]) -> Outcome {
@@ -139,6 +169,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
         Command::Version(args) => version::run(&args),
+        Command::Guard(args) => guard::run(&args),
     }
 }
 

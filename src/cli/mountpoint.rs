@@ -41,6 +41,9 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
                 "the mountpoint {shown} does not exist; create it with: mkdir -p {shown}"
             )));
         }
+        // A dead mount, of which the kernel remembers nothing.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => std::path::absolute(given)
+            .map_err(|error| usage(format!("cannot use the mountpoint {shown}: {error}")))?,
         Err(error) => return Err(usage(format!("cannot use the mountpoint {shown}: {error}"))),
     };
     if let Some(mount) = mounts::at(mounts, &path) {

@@ -29,7 +29,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Control(pub Arc<Running>);
 
 impl Control {
-    fn status_now(&self) -> Status {
+    pub fn status_now(&self) -> Status {
         let r = &self.0;
         let space = &r.core.blocks.space;
         let progress = r.core.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
@@ -264,6 +264,16 @@ impl Backend for Control {
             let closed = running.wait_closed().await;
             closed.map_err(|(exit, message)| Failure::new(exit, message))?;
             Ok(self.status_now())
+        }
+        .boxed()
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async move {
+            if self.0.core.engine.is_some() {
+                return Err(Failure::new(Exit::Usage, "it is mounted writable already"));
+            }
+            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))
         }
         .boxed()
     }

@@ -68,7 +68,11 @@ fn detach_dead(mountpoint: &Path) -> Result<PathBuf, MountError> {
         return Err(bad(why.into()));
     }
     log::warn!("detaching what a daemon that is gone left mounted at {}", path.display());
-    detach(&path, true).map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?;
+    match detach(&path, true) {
+        // Its guardian was faster.
+        Err(_) if !is_gone(&path) => {}
+        done => done.map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?,
+    }
     path.canonicalize().map_err(|e| bad(e.to_string()))
 }
 
@@ -109,6 +113,15 @@ fn mount_directly(mountpoint: &Path, options: &MountOptions, device: &File) -> R
     if options.allow_other {
         data.push_str(",allow_other");
     }
+    if Path::new("/sys/fs/selinux").exists() {
+        for label in &options.labels {
+            // The kernel takes values with commas in quotes.
+            match label.split_once('=') {
+                Some((key, value)) => data.push_str(&format!(",{key}=\"{value}\"")),
+                None => data.push_str(&format!(",{label}")),
+            }
+        }
+    }
     let text = |s: &[u8]| CString::new(s).map_err(|e| failed(e.into()));
     let (source, target) = (text(options.fsname.as_bytes())?, text(mountpoint.as_os_str().as_bytes())?);
     let (fstype, data) = (text(FSTYPE.as_bytes())?, text(data.as_bytes())?);
@@ -143,12 +156,33 @@ fn mount_flags(options: &MountOptions) -> libc::c_ulong {
         (!options.dev, libc::MS_NODEV),
         (options.noexec, libc::MS_NOEXEC),
         (options.noatime, libc::MS_NOATIME),
+        (options.nosymfollow, libc::MS_NOSYMFOLLOW),
+        (options.sync, libc::MS_SYNCHRONOUS),
+        (options.dirsync, libc::MS_DIRSYNC),
     ] {
         if on {
             flags |= flag;
         }
     }
     flags
+}
+
+/// Gives the mount at `mountpoint` these flags instead of those it has. What FUSE cannot change (`allow_other`, the source) stays,
+/// and so does what `options` does not say about access times: that needs `atime`.
+///
+/// # Errors
+/// What mount(2) answers: `ResourceBusy` when it is to be read-only and something is open for writing, `PermissionDenied`
+/// without root.
+pub fn remount(mountpoint: &Path, options: &MountOptions, atime: bool) -> io::Result<()> {
+    let target = CString::new(mountpoint.as_os_str().as_bytes())?;
+    let mut flags = mount_flags(options) | libc::MS_REMOUNT;
+    if atime {
+        flags |= libc::MS_RELATIME;
+    }
+    // SAFETY: the string outlives the call; a remount takes no source and no type, and FUSE no data.
+    let done =
+        unsafe { libc::mount(std::ptr::null(), target.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The options in the words of the helper.
@@ -163,6 +197,8 @@ fn helper_options(options: &MountOptions) -> OsString {
         (options.dev, "dev"),
         (options.noexec, "noexec"),
         (options.noatime, "noatime"),
+        (options.sync, "sync"),
+        (options.dirsync, "dirsync"),
     ] {
         if on {
             words.push(word.into());
@@ -271,6 +307,11 @@ pub(super) fn detach(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     if error.raw_os_error() != Some(libc::EPERM) {
         return Err(error);
     }
+    detach_by_helper(mountpoint, lazy)
+}
+
+/// The same through `fusermount3`, which may detach what its caller has mounted.
+pub(super) fn detach_by_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let how = OsStr::new(if lazy { "-uz" } else { "-u" });
     let output = Command::new(HELPER).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
     if output.status.success() {

@@ -3,12 +3,16 @@
 //! The only place that names `fuser`. Owns the kernel's connection and the threads that serve it; knows nothing of what
 //! is behind [`FileSystem`].
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -20,12 +24,13 @@ mod attach;
 mod convert;
 mod errno;
 mod guard;
+pub mod guardian;
 pub mod mountinfo;
 mod pool;
 mod reply;
 mod shared;
 
-pub use attach::is_gone;
+pub use attach::{is_gone, remount};
 
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,8 +49,19 @@ pub struct MountOptions {
     pub noexec: bool,
     /// Access times are not kept.
     pub noatime: bool,
+    /// Symbolic links are not followed.
+    pub nosymfollow: bool,
+    /// What is written to a file is synced before the call returns.
+    pub sync: bool,
+    /// Changes of names are synced before the call returns.
+    pub dirsync: bool,
+    /// Options for SELinux, such as `context=…`; passed over where the kernel has none.
+    pub labels: Vec<String>,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
+    /// A process of its own takes the mount away when this one dies ([`guardian`]). This program must then understand the
+    /// guardian's call.
+    pub guarded: bool,
 }
 
 impl Default for MountOptions {
@@ -59,7 +75,12 @@ impl Default for MountOptions {
             dev: false,
             noexec: false,
             noatime: false,
+            nosymfollow: false,
+            sync: false,
+            dirsync: false,
+            labels: Vec::new(),
             threads,
+            guarded: false,
         }
     }
 }
@@ -96,7 +117,12 @@ pub struct Session {
     mountpoint: PathBuf,
     /// Tells whether the mount is still there; serves nothing.
     connection: OwnedFd,
-    serving: Mutex<Option<JoinHandle<io::Result<()>>>>,
+    /// Its device number, as `major:minor`; empty when the kernel's list did not show it.
+    device: String,
+    /// Says once how serving ended.
+    ended: Mutex<Option<mpsc::Receiver<io::Result<()>>>>,
+    say: mpsc::Sender<io::Result<()>>,
+    _guardian: Option<guardian::Guardian>,
 }
 
 /// Mounts `fs` at `mountpoint` and serves it on threads of its own. When this returns the mount is live.
@@ -134,19 +160,43 @@ fn serve(
     let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config)?;
     // The cell is new, so this cannot fail.
     let _ = notifier.set(session.notifier());
-    let serving = thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || session.run())?;
-    let session = Session { mountpoint: path.to_owned(), connection, serving: Mutex::new(Some(serving)) };
-    raise_read_ahead(path);
-    Ok(session)
+    let entry = mountinfo::mount_at(path).ok().flatten();
+    let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
+    // Before serving: from now on nothing can fail that would leave the mount to nobody.
+    let guardian = (options.guarded && !device.is_empty())
+        .then(|| guardian::Guardian::start(&device, path))
+        .transpose()
+        .unwrap_or_else(|e| {
+            log::warn!(
+                "no guardian: when this process is killed {} must be unmounted by hand: {e}",
+                path.display()
+            );
+            None
+        });
+    let (say, ended) = mpsc::channel();
+    let tell = say.clone();
+    thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(|| session.run()));
+        let _ = tell.send(outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked"))));
+    })?;
+    raise_read_ahead(&device);
+    Ok(Session {
+        mountpoint: path.to_owned(),
+        connection,
+        device,
+        ended: Mutex::new(Some(ended)),
+        say,
+        _guardian: guardian,
+    })
 }
 
 /// Lets the kernel read 1 MiB ahead instead of 128 KiB: fewer requests. Needs root; without, all works the same.
-fn raise_read_ahead(path: &Path) {
-    if let Ok(Some(entry)) = mountinfo::mount_at(path) {
-        let knob = format!("/sys/class/bdi/{}/read_ahead_kb", entry.device);
-        if let Err(e) = fs::write(&knob, "1024") {
-            log::debug!("{knob} stays as it is: {e}");
-        }
+fn raise_read_ahead(device: &str) {
+    let knob = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    if !device.is_empty()
+        && let Err(e) = fs::write(&knob, "1024")
+    {
+        log::debug!("{knob} stays as it is: {e}");
     }
 }
 
@@ -163,6 +213,12 @@ impl Session {
         attach::is_attached(&self.connection)
     }
 
+    /// Whether it is mounted where it was: it may have been detached while in use, and something else be mounted there by now.
+    fn is_in_place(&self) -> bool {
+        let there = mountinfo::mount_at(&self.mountpoint).ok().flatten();
+        there.is_some_and(|entry| self.device.is_empty() || entry.device == self.device)
+    }
+
     /// Unmounts, unless that has been done already. The kernel hands over its unwritten pages first. `lazy` takes
     /// the mount out of the tree even when files are open in it; it then ends when the last of them is closed.
     ///
@@ -171,6 +227,10 @@ impl Session {
     pub fn unmount(&self, lazy: bool) -> io::Result<()> {
         if !self.is_live() {
             return Ok(());
+        }
+        if !self.is_in_place() {
+            // Detached, and still in use.
+            return if lazy { Ok(()) } else { Err(io::ErrorKind::ResourceBusy.into()) };
         }
         match attach::detach(&self.mountpoint, lazy) {
             // Somebody was faster.
@@ -188,18 +248,63 @@ impl Session {
             // Unmounting has handed them over.
             return Ok(());
         }
-        use std::os::unix::ffi::OsStrExt;
-        apart::syncfs(&std::ffi::CString::new(self.mountpoint.as_os_str().as_bytes())?)
+        if !self.is_in_place() {
+            // There is no way to it: whoever still uses it must hand them over.
+            return Ok(());
+        }
+        apart::syncfs(&self.c_path()?)
+    }
+
+    /// Takes the mount out of the tree although it is in use, and has the kernel hand over its pages. Whoever has files open
+    /// keeps them as long as somebody serves.
+    ///
+    /// # Errors
+    /// What the calls answer.
+    pub fn evict(&self) -> io::Result<()> {
+        if !self.is_live() || !self.is_in_place() {
+            return Ok(());
+        }
+        match apart::evict(&self.c_path()?) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                apart::syncfs(&self.c_path()?)?;
+                attach::detach_by_helper(&self.mountpoint, true)
+            }
+            done => done,
+        }
+    }
+
+    /// Whether the mount answers a question through the kernel.
+    ///
+    /// # Errors
+    /// `TimedOut` when it does not within `limit`; or what it answers.
+    pub fn answers(&self, limit: Duration) -> io::Result<()> {
+        apart::answers(&self.c_path()?, limit)
+    }
+
+    fn c_path(&self) -> io::Result<CString> {
+        Ok(CString::new(self.mountpoint.as_os_str().as_bytes())?)
+    }
+
+    /// The device number of its files, as `major:minor`; empty when not known.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        &self.device
     }
 
     /// Returns when the mount has ended, by [`Session::unmount`] or from outside, and no request is being served any
-    /// more. Returns at once when another call has waited already.
+    /// more, or after [`Session::abandon`]. Returns at once when another call has waited already.
     ///
     /// # Errors
     /// When serving ended for another reason than an unmount.
     pub fn wait(&self) -> io::Result<()> {
-        let Some(serving) = self.serving.lock().take() else { return Ok(()) };
-        serving.join().unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")))
+        let Some(ended) = self.ended.lock().take() else { return Ok(()) };
+        ended.recv().unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")))
+    }
+
+    /// Has [`Session::wait`] return although somebody still uses the mount. It is served until the process ends.
+    pub fn abandon(&self) {
+        // Nobody waits any more: it has ended by itself.
+        let _ = self.say.send(Ok(()));
     }
 }
 
