@@ -110,14 +110,20 @@ fn as_helper(mut rest: impl Iterator<Item = OsString>) -> Result<Call, String> {
         arguments.push("--quiet".into());
     }
     // What is shown as mounted is what was named, so that `mount -a` and `umount SOURCE` know it again.
-    let name = format!("fsname={}", escape_value(&source.to_string_lossy()));
-    let list =
-        [name].into_iter().chain(options.iter().map(|o| escape_option(o))).collect::<Vec<_>>().join(",");
-    arguments.extend(["-o".into(), list.into()]);
+    let text = source.to_string_lossy().into_owned();
+    let mut list = vec![format!("fsname={}", escape_value(&text))];
     if source != "none" && source != "mirrorfs" {
-        arguments.push(if is_config(&source) { "--config".into() } else { "--replica".into() });
-        arguments.push(as_path(source));
+        if is_config(&source) {
+            arguments.extend(["--config".into(), as_path(source)]);
+        } else if source.to_str().is_some() {
+            // Beside others that the list may name.
+            list.push(format!("replica={}", escape_value(&text)));
+        } else {
+            return Err(format!("the replica {text} is not valid text"));
+        }
     }
+    list.extend(options.iter().map(|o| escape_option(o)));
+    arguments.extend(["-o".into(), list.join(",").into()]);
     arguments.push(as_path(mountpoint));
     Ok(Call::Mount { arguments, fake })
 }
@@ -179,11 +185,11 @@ mod tests {
             ("mirrorfs status /m", "mirrorfs status /m"),
             (
                 "/sbin/mount.mirrorfs /etc/m.toml /m",
-                "mirrorfs mount --quiet -o fsname=/etc/m.toml --config /etc/m.toml /m",
+                "mirrorfs mount --quiet --config /etc/m.toml -o fsname=/etc/m.toml /m",
             ),
             (
                 "mount.mirrorfs s3://b/p /m -n -t mirrorfs -o rw,noauto",
-                "mirrorfs mount --quiet -o fsname=s3://b/p,noauto --replica s3://b/p /m",
+                "mirrorfs mount --quiet -o fsname=s3://b/p,replica=s3://b/p,noauto /m",
             ),
             (
                 "mount.fuse.mirrorfs none /m -sv -o config=/c",
@@ -191,10 +197,10 @@ mod tests {
             ),
             (
                 "mount.fuse.mirrorfs /a,b /m -o ro,replica=x\\,y",
-                "mirrorfs mount --quiet -o fsname=/a\\,b,replica=x\\,y,ro --replica /a,b /m",
+                "mirrorfs mount --quiet -o fsname=/a\\,b,replica=/a\\,b,replica=x\\,y,ro /m",
             ),
             // As mount.fuse3 does.
-            ("mirrorfs /r /m -o rw,dev,suid", "mirrorfs mount --quiet -o fsname=/r,dev,suid --replica /r /m"),
+            ("mirrorfs /r /m -o rw,dev,suid", "mirrorfs mount --quiet -o fsname=/r,replica=/r,dev,suid /m"),
             ("mount.mirrorfs -x /m -f", "Wrong(\"unknown flag -x\")"),
         ] {
             assert_eq!(words(given), taken, "{given}");
