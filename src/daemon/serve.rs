@@ -79,6 +79,11 @@ impl Running {
         self.unmount().await.inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
     }
 
+    /// Whether somebody can still use what was mounted.
+    pub fn is_live(&self) -> bool {
+        self.session.get().is_some_and(Session::is_live)
+    }
+
     /// Takes the mount away although it is in use, after having the kernel hand over what it has not written. Blocking.
     pub fn evict(&self) -> std::io::Result<()> {
         self.session.get().map_or(Ok(()), Session::evict)

@@ -83,7 +83,11 @@ pub(super) async fn unmount_on_signal(running: Arc<Running>, mut signals: Signal
     let begin = Instant::now();
     let mut told = false;
     loop {
-        let Err(busy) = running.unmount().await else { return };
+        let busy = match running.unmount().await {
+            Ok(()) if !running.is_live() => return,
+            Ok(()) => format!("{} is unmounted, but still in use elsewhere", running.mountpoint.display()),
+            Err(busy) => busy,
+        };
         if !std::mem::replace(&mut told, true) {
             log::warn!("{busy}; detaching it anyway in {} s, or at a second signal", BUSY.as_secs());
         }

@@ -122,6 +122,16 @@ pub(super) fn evict(path: &CStr) -> io::Result<()> {
     })
 }
 
+/// Has every filesystem of this machine write out what it holds; made apart, and for some seconds at most.
+pub(super) fn sync_all(limit: Duration) -> io::Result<()> {
+    let sync = || {
+        // SAFETY: no preconditions, and no outcome.
+        unsafe { libc::sync() };
+        0
+    };
+    apart_within(sync, Some(limit))
+}
+
 /// `statfs` at `path`, made apart: asks the server. An error when there is no answer within `limit`.
 pub(super) fn answers(path: &CStr, limit: Duration) -> io::Result<()> {
     // SAFETY: all zeros is a valid statfs; the string outlives the call.

@@ -322,6 +322,14 @@ pub(super) fn detach_by_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> 
     Err(io::Error::new(kind, told))
 }
 
+/// Whether requests of the kernel wait to be read from `fd`.
+pub(super) fn has_requests(fd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd, no waiting.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n > 0 && poll.revents & libc::POLLIN != 0
+}
+
 /// Whether the kernel still serves `fd`'s mount.
 pub(super) fn is_attached(fd: &OwnedFd) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };

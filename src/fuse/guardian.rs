@@ -25,7 +25,7 @@ use super::mountinfo::{MountEntry, is_mirrorfs, mounts};
 /// The word by which the program knows that it is to be a guardian; the device number and the mountpoint follow.
 pub const COMMAND: &str = "guard";
 
-/// How long a daemon may take to end once its pipe is closed. Until then its mount may still answer.
+/// How long to try when detaching fails.
 const ENDING: Duration = Duration::from_secs(120);
 /// How often to look meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -102,17 +102,17 @@ fn stand_alone() {
     }
 }
 
-/// Detaches the dead mounts of a device; answers how many mounts of it are left.
+/// Detaches the dead mounts of a device; answers how many are to be tried again.
 fn detach_dead(device: &str) -> usize {
     let Ok(all) = mounts() else { return 0 };
     let ours = all.into_iter().filter(|m| m.device == device && is_mirrorfs(m));
     ours.filter(|entry| match detach_if_dead(entry) {
-        Ok(gone) => {
-            if gone {
-                log::warn!("the daemon is gone: detached {}", entry.mountpoint.display());
-            }
-            !gone
+        Ok(true) => {
+            log::warn!("the daemon is gone: detached {}", entry.mountpoint.display());
+            false
         }
+        // It answers: the number of the device has been given to a new mount.
+        Ok(false) => false,
         Err(e) => {
             log::debug!("{} stays for now: {e}", entry.mountpoint.display());
             true

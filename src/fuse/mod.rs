@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -31,6 +31,14 @@ mod reply;
 mod shared;
 
 pub use attach::{is_gone, remount};
+use mountinfo::MountEntry;
+
+/// How long everything on this machine may take to be written out.
+const SYNC_ALL: Duration = Duration::from_secs(20);
+/// How long the kernel's last requests are waited for when the mount is taken away.
+const DRAIN: Duration = Duration::from_secs(10);
+/// More places than anybody binds one mount to.
+const MOST_PLACES: usize = 1000;
 
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,10 +221,20 @@ impl Session {
         attach::is_attached(&self.connection)
     }
 
-    /// Whether it is mounted where it was: it may have been detached while in use, and something else be mounted there by now.
-    fn is_in_place(&self) -> bool {
-        let there = mountinfo::mount_at(&self.mountpoint).ok().flatten();
-        there.is_some_and(|entry| self.device.is_empty() || entry.device == self.device)
+    /// Where it can be reached now: it may have been moved, or detached while in use and something else be mounted there by now.
+    fn place(&self) -> Option<PathBuf> {
+        let all = mountinfo::mounts().unwrap_or_default();
+        let ours = |entry: &&MountEntry| match self.device.as_str() {
+            "" => entry.mountpoint == self.mountpoint,
+            device => entry.device == device,
+        };
+        // What lies over it hides it.
+        let seen = |entry: &&MountEntry| {
+            all.iter().rev().find(|e| e.mountpoint == entry.mountpoint).is_some_and(|top| top.id == entry.id)
+        };
+        let mut found: Vec<_> = all.iter().filter(ours).filter(seen).map(|entry| &entry.mountpoint).collect();
+        found.sort_by_key(|place| **place != self.mountpoint);
+        found.first().map(|place| (*place).clone())
     }
 
     /// Unmounts, unless that has been done already. The kernel hands over its unwritten pages first. `lazy` takes
@@ -228,11 +246,11 @@ impl Session {
         if !self.is_live() {
             return Ok(());
         }
-        if !self.is_in_place() {
+        let Some(place) = self.place() else {
             // Detached, and still in use.
             return if lazy { Ok(()) } else { Err(io::ErrorKind::ResourceBusy.into()) };
-        }
-        match attach::detach(&self.mountpoint, lazy) {
+        };
+        match attach::detach(&place, lazy) {
             // Somebody was faster.
             Err(_) if !self.is_live() => Ok(()),
             done => done,
@@ -248,41 +266,58 @@ impl Session {
             // Unmounting has handed them over.
             return Ok(());
         }
-        if !self.is_in_place() {
-            // There is no way to it: whoever still uses it must hand them over.
-            return Ok(());
+        match self.place() {
+            Some(place) => apart::syncfs(&c_path(&place)?),
+            // Detached, and still in use.
+            None => apart::sync_all(SYNC_ALL),
         }
-        apart::syncfs(&self.c_path()?)
     }
 
-    /// Takes the mount out of the tree although it is in use, and has the kernel hand over its pages. Whoever has files open
-    /// keeps them as long as somebody serves.
+    /// Takes the mount out of the tree although it is in use, wherever it is, and has the kernel hand over its pages. Whoever
+    /// has files open keeps them as long as somebody serves.
     ///
     /// # Errors
     /// What the calls answer.
     pub fn evict(&self) -> io::Result<()> {
-        if !self.is_live() || !self.is_in_place() {
-            return Ok(());
-        }
-        match apart::evict(&self.c_path()?) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-                apart::syncfs(&self.c_path()?)?;
-                attach::detach_by_helper(&self.mountpoint, true)
+        let mut flushed = false;
+        // One for each place where it is bound, and an end.
+        for _ in 0..MOST_PLACES {
+            let Some(place) = self.place().filter(|_| self.is_live()) else { break };
+            match apart::evict(&c_path(&place)?) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                    apart::syncfs(&c_path(&place)?)?;
+                    attach::detach_by_helper(&place, true)?;
+                }
+                done => done?,
             }
-            done => done,
+            flushed = true;
+        }
+        if !flushed && self.is_live() {
+            apart::sync_all(SYNC_ALL)?;
+        }
+        self.drain();
+        Ok(())
+    }
+
+    /// Waits until the requests that the kernel has made are read. Kernels differ in whether a sync waits for their answers.
+    fn drain(&self) {
+        let until = Instant::now() + DRAIN;
+        let mut quiet = 0;
+        while quiet < 10 && Instant::now() < until {
+            quiet = if attach::has_requests(&self.connection) { 0 } else { quiet + 1 };
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Whether the mount answers a question through the kernel.
+    /// Whether the mount answers a question through the kernel; also when nothing is mounted any more.
     ///
     /// # Errors
     /// `TimedOut` when it does not within `limit`; or what it answers.
     pub fn answers(&self, limit: Duration) -> io::Result<()> {
-        apart::answers(&self.c_path()?, limit)
-    }
-
-    fn c_path(&self) -> io::Result<CString> {
-        Ok(CString::new(self.mountpoint.as_os_str().as_bytes())?)
+        match self.place() {
+            Some(place) => apart::answers(&c_path(&place)?, limit),
+            None => Ok(()),
+        }
     }
 
     /// The device number of its files, as `major:minor`; empty when not known.
@@ -306,6 +341,10 @@ impl Session {
         // Nobody waits any more: it has ended by itself.
         let _ = self.say.send(Ok(()));
     }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 impl Drop for Session {
