@@ -22,6 +22,16 @@ use super::{MountError, MountOptions};
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
+/// Where it is looked for beside the path: mount(8) may call us without any.
+const USUAL: [&str; 4] = ["/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin"];
+
+/// Where the helper is that mounts for users; `None` when it is not installed.
+#[must_use]
+pub fn helper() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(USUAL.map(PathBuf::from));
+    folders.map(|folder| folder.join(HELPER)).find(|file| file.is_file())
+}
 
 /// Makes sure that `mountpoint` is a directory that can be mounted on, and answers its canonical path. What a killed
 /// daemon of ours left mounted there is detached first.
@@ -212,7 +222,7 @@ fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd,
     let failed = |why: String| MountError::Refused { path: mountpoint.to_owned(), why };
     let (ours, theirs) = UnixStream::pair().map_err(|e| failed(e.to_string()))?;
     let inherited = theirs.as_raw_fd();
-    let mut command = Command::new(HELPER);
+    let mut command = Command::new(helper().ok_or(MountError::NoHelper)?);
     command.arg("-o").arg(helper_options(options)).arg("--").arg(mountpoint);
     command.env("_FUSE_COMMFD", inherited.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -313,7 +323,8 @@ pub(super) fn detach(mountpoint: &Path, lazy: bool) -> io::Result<()> {
 /// The same through `fusermount3`, which may detach what its caller has mounted.
 pub(super) fn detach_by_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let how = OsStr::new(if lazy { "-uz" } else { "-u" });
-    let output = Command::new(HELPER).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
+    let program = helper().ok_or(io::ErrorKind::PermissionDenied)?;
+    let output = Command::new(program).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
     if output.status.success() {
         return Ok(());
     }

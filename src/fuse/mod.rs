@@ -30,7 +30,7 @@ mod pool;
 mod reply;
 mod shared;
 
-pub use attach::{is_gone, remount};
+pub use attach::{helper, is_gone, remount};
 use mountinfo::MountEntry;
 
 /// How long everything on this machine may take to be written out.
