@@ -55,6 +55,7 @@ pub mod cli;
 pub mod daemon;
 pub mod config;
 pub mod control;
+pub mod bench;
 
 pub mod fuse;
 pub mod vfs;

@@ -14,6 +14,7 @@ use crate::exit::Exit;
 
 mod args;
 mod background;
+mod bench;
 mod guard;
 mod helper;
 mod human;
@@ -63,6 +64,7 @@ enum Command {
     Scrub(scrub::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
+    Bench(bench::Args),
     Version(version::Args),
     #[command(hide = true)]
     Guard(guard::Args),
@@ -168,6 +170,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Scrub(args) => scrub::run(args),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
         Command::Guard(args) => guard::run(&args),
     }
