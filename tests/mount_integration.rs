@@ -77,7 +77,11 @@ fn a_guardian_touches_nothing_but_its_own_dead_mount() {
     let new = volume.mount();
     fs::write(new.path("f"), "new").unwrap();
     kill(guardian, libc::SIGCONT);
-    let gone = || !Path::new(&format!("/proc/{guardian}")).exists();
+    // In a container nobody may care for orphans: a zombie has ended, too.
+    let gone = || {
+        let stat = fs::read_to_string(format!("/proc/{guardian}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
+    };
     wait_until(LIMIT, "the guardian ends", gone);
     assert_eq!(fs::read(new.path("f")).unwrap(), b"new");
     assert!(is_mounted(new.root()));
@@ -149,21 +153,27 @@ impl Supervisor {
 struct Frozen(Vec<i32>);
 
 impl Frozen {
-    fn servers(pid: u32) -> Self {
+    /// `None`, visibly, where threads may not be stopped so.
+    fn servers(pid: u32) -> Option<Self> {
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(Result::unwrap);
         let serving =
             tasks.filter(|t| fs::read_to_string(t.path().join("comm")).unwrap().starts_with("fuser-"));
         let all: Vec<i32> = serving.map(|t| t.file_name().to_str().unwrap().parse().unwrap()).collect();
         assert!(!all.is_empty());
-        for tid in &all {
+        let mut frozen = Self(Vec::new());
+        for tid in all {
             // SAFETY: numbers only; the thread is one of our child's.
             unsafe {
-                assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, *tid, 0, 0), 0);
-                assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, *tid, 0, 0), 0);
-                assert_eq!(libc::waitpid(*tid, std::ptr::null_mut(), libc::__WALL), *tid);
+                if libc::ptrace(libc::PTRACE_SEIZE, tid, 0, 0) != 0 {
+                    println!("SKIP: the watchdog's test: ptrace: {}", std::io::Error::last_os_error());
+                    return None;
+                }
+                frozen.0.push(tid);
+                assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0), 0);
+                assert_eq!(libc::waitpid(tid, std::ptr::null_mut(), libc::__WALL), tid);
             }
         }
-        Self(all)
+        Some(frozen)
     }
 }
 
@@ -189,8 +199,7 @@ fn a_supervisor_is_told_and_its_watchdog_means_it() {
     assert!(supervisor.heard.concat().contains("EXTEND_TIMEOUT_USEC="), "{:?}", supervisor.heard);
     assert!(supervisor.heard.concat().contains("STATUS=volume "), "{:?}", supervisor.heard);
     supervisor.wait_for("WATCHDOG=1");
-    if is_root() {
-        let frozen = Frozen::servers(m.pid());
+    if let Some(frozen) = Frozen::servers(m.pid()) {
         wait_until(LIMIT, "the watchdog notices", || m.told().contains("the watchdog is not told"));
         supervisor.listen();
         std::thread::sleep(Duration::from_millis(700));
