@@ -7,7 +7,7 @@
 //! What it detaches is certain: it opens the directory, compares the number of the mount, sees that nobody serves it, and detaches
 //! what it has opened, not what lies at the path by then. So a new mount in the same place is never touched.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use super::attach::{detach_by_helper, is_gone};
 use super::mountinfo::{MountEntry, is_mirrorfs, mounts};
 
-/// The word by which the program knows that it is to be a guardian; the device number and the mountpoint follow.
+/// The word by which the program knows that it is to be a guardian; what tells its mount ([`Mounted`]) and the mountpoint follow.
 pub const COMMAND: &str = "guard";
 
 /// How long to try when detaching fails.
@@ -32,6 +32,24 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How long the daemon waits for its guardian when all is over.
 const LEAVING: Duration = Duration::from_secs(2);
 
+/// What tells one mount from all others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// The number of its device, as `major:minor`; given again to others when it is gone.
+    pub device: String,
+    /// A number that is never given again; 0 when the kernel has none (before Linux 6.8).
+    pub unique: u64,
+}
+
+impl Mounted {
+    /// That of the mount of `device` at `path`.
+    pub(super) fn at(device: &str, path: &Path) -> Self {
+        let unique =
+            CString::new(path.as_os_str().as_bytes()).ok().and_then(|p| unique_id(libc::AT_FDCWD, &p, 0));
+        Self { device: device.to_owned(), unique: unique.unwrap_or(0) }
+    }
+}
+
 /// The daemon's end of its guardian. Dropping it tells the guardian that the daemon is done.
 #[derive(Debug)]
 pub(super) struct Guardian {
@@ -40,13 +58,14 @@ pub(super) struct Guardian {
 }
 
 impl Guardian {
-    /// Starts one for the mount of `device` (`major:minor`) at `mountpoint`.
-    pub fn start(device: &str, mountpoint: &Path) -> io::Result<Self> {
+    /// Starts one for a mount at `mountpoint`.
+    pub fn start(mounted: &Mounted, mountpoint: &Path) -> io::Result<Self> {
         // Not by its name: the file may have been replaced since this process began.
         let mut child = Command::new("/proc/self/exe")
             .arg0("mirrorfs")
             .arg(COMMAND)
-            .arg(device)
+            .arg(&mounted.device)
+            .arg(mounted.unique.to_string())
             .arg(mountpoint)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -66,9 +85,8 @@ impl Drop for Guardian {
     }
 }
 
-/// Waits until the other end of standard input closes, then detaches what is left of the mounts of `device`
-/// (`major:minor`), as far as they are dead.
-pub fn guard(device: &str, mountpoint: &Path) {
+/// Waits until the other end of standard input closes, then detaches that mount if it is still there and dead.
+pub fn guard(mounted: &Mounted, mountpoint: &Path) {
     stand_alone();
     let mut rest = Vec::new();
     // Nobody writes to it: this returns when the daemon is gone.
@@ -78,7 +96,7 @@ pub fn guard(device: &str, mountpoint: &Path) {
     }
     let until = Instant::now() + ENDING;
     loop {
-        let left = detach_dead(device);
+        let left = detach_dead(mounted);
         if left == 0 || Instant::now() >= until {
             return;
         }
@@ -102,11 +120,11 @@ fn stand_alone() {
     }
 }
 
-/// Detaches the dead mounts of a device; answers how many are to be tried again.
-fn detach_dead(device: &str) -> usize {
+/// Detaches a mount if it is dead; answers how many are to be tried again.
+fn detach_dead(mounted: &Mounted) -> usize {
     let Ok(all) = mounts() else { return 0 };
-    let ours = all.into_iter().filter(|m| m.device == device && is_mirrorfs(m));
-    ours.filter(|entry| match detach_if_dead(entry) {
+    let ours = all.into_iter().filter(|m| m.device == mounted.device && is_mirrorfs(m));
+    ours.filter(|entry| match detach_if_dead(entry, mounted.unique) {
         Ok(true) => {
             log::warn!("the daemon is gone: detached {}", entry.mountpoint.display());
             false
@@ -122,7 +140,7 @@ fn detach_dead(device: &str) -> usize {
 }
 
 /// Detaches this very mount if nobody serves it; answers whether it did.
-fn detach_if_dead(entry: &MountEntry) -> io::Result<bool> {
+fn detach_if_dead(entry: &MountEntry, unique: u64) -> io::Result<bool> {
     // Only a place, which needs no answer from the daemon.
     let place = OpenOptions::new()
         .read(true)
@@ -130,6 +148,10 @@ fn detach_if_dead(entry: &MountEntry) -> io::Result<bool> {
         .open(&entry.mountpoint)?;
     if mount_id(&place)? != Some(entry.id) {
         // Something else lies over it.
+        return Ok(false);
+    }
+    if unique_id(place.as_raw_fd(), c"", libc::AT_EMPTY_PATH).is_some_and(|id| unique != 0 && id != unique) {
+        // Another one, which has got the number of our device.
         return Ok(false);
     }
     let this = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
@@ -157,6 +179,19 @@ fn mount_id(place: &File) -> io::Result<Option<u64>> {
     Ok(line.and_then(|id| id.trim().parse().ok()))
 }
 
+/// The number of a mount that is never given again. Asks the kernel alone, not the server.
+fn unique_id(dir: i32, path: &CStr, flags: i32) -> Option<u64> {
+    // Not in every libc's headers yet.
+    const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+    // SAFETY: all zeros is a valid statx; the string and it outlive the call.
+    let (answer, found) = unsafe {
+        let mut found: libc::statx = std::mem::zeroed();
+        let flags = flags | libc::AT_STATX_DONT_SYNC | libc::AT_SYMLINK_NOFOLLOW;
+        (libc::statx(dir, path.as_ptr(), flags, STATX_MNT_ID_UNIQUE, &raw mut found), found)
+    };
+    (answer == 0 && found.stx_mask & STATX_MNT_ID_UNIQUE != 0).then_some(found.stx_mnt_id)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,8 +206,8 @@ mod tests {
     #[test]
     fn what_lives_or_is_something_else_is_not_touched() {
         let root = mount_at(Path::new("/")).unwrap().unwrap();
-        assert!(!detach_if_dead(&root).unwrap(), "it answers");
-        assert!(!detach_if_dead(&MountEntry { id: root.id + 1_000_000, ..root }).unwrap(), "another one");
-        assert_eq!(detach_dead("0:999999"), 0);
+        assert!(!detach_if_dead(&root, 0).unwrap(), "it answers");
+        assert!(!detach_if_dead(&MountEntry { id: root.id + 1_000_000, ..root }, 0).unwrap(), "another one");
+        assert_eq!(detach_dead(&Mounted { device: "0:999999".into(), unique: 0 }), 0);
     }
 }

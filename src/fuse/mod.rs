@@ -170,23 +170,20 @@ fn serve(
     let _ = notifier.set(session.notifier());
     let entry = mountinfo::mount_at(path).ok().flatten();
     let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
-    // Before serving: from now on nothing can fail that would leave the mount to nobody.
-    let guardian = (options.guarded && !device.is_empty())
-        .then(|| guardian::Guardian::start(&device, path))
-        .transpose()
-        .unwrap_or_else(|e| {
-            log::warn!(
-                "no guardian: when this process is killed {} must be unmounted by hand: {e}",
-                path.display()
-            );
-            None
-        });
     let (say, ended) = mpsc::channel();
     let tell = say.clone();
     thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || {
         let outcome = catch_unwind(AssertUnwindSafe(|| session.run()));
         let _ = tell.send(outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked"))));
     })?;
+    let guardian = (options.guarded && !device.is_empty())
+        .then(|| guardian::Guardian::start(&guardian::Mounted::at(&device, path), path))
+        .transpose()
+        .unwrap_or_else(|e| {
+            let path = path.display();
+            log::warn!("no guardian: when this process is killed {path} must be unmounted by hand: {e}");
+            None
+        });
     raise_read_ahead(&device);
     Ok(Session {
         mountpoint: path.to_owned(),
