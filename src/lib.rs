@@ -57,6 +57,7 @@ pub mod config;
 pub mod control;
 
 pub mod fuse;
+pub mod fsck;
 pub mod vfs;
 pub mod txg;
 pub mod cache;

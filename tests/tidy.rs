@@ -14,12 +14,13 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 16] = [
+const ORDER: [&str; 17] = [
     "cli",
     "daemon",
     "config",
     "control",
     "fuse",
+    "fsck",
     "vfs",
     "txg",
     "cache",

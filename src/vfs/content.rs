@@ -21,7 +21,7 @@ const BLOCKS_PER_STEP: usize = 4096;
 const GIVE_UP: u64 = 64 << 20;
 
 /// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
-pub(super) fn units(len: u32) -> u64 {
+pub(crate) fn units(len: u32) -> u64 {
     u64::from(len).div_ceil(4096) * 8
 }
 
