@@ -10,10 +10,11 @@ use clap::{Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::control::{ClientError, Failure};
 use crate::daemon;
-use crate::exit::Exit;
+use crate::exit::{Exit, FsckExit};
 
 mod args;
 mod background;
+mod fsck;
 mod helper;
 mod human;
 mod init;
@@ -59,6 +60,7 @@ enum Command {
     Status(status::Args),
     Replica(replica::Args),
     Scrub(scrub::Args),
+    Fsck(fsck::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
     Version(version::Args),
@@ -113,11 +115,19 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help goes to standard output and is no error; a reader that closed early is none either.
             let _ = error.print();
-            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+            return match error.use_stderr() {
+                // It has codes of its own, those of fsck(8).
+                true if fsck::is_meant(&arguments) => FsckExit::USAGE.into(),
+                true => Exit::Usage.into(),
+                false => Exit::Done.into(),
+            };
         }
     };
     let quiet = !matches!(cli.command, Command::Mount(_));
     start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
+    if let Command::Fsck(args) = &cli.command {
+        return fsck::run(args).into();
+    }
     match run(cli.command, &arguments) {
         Ok(()) => Exit::Done.into(),
         Err(error) => {
@@ -136,6 +146,8 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Status(args) => status::run(&args),
         Command::Replica(args) => replica::run(args),
         Command::Scrub(args) => scrub::run(args),
+        // Dispatched before, as it has codes of its own.
+        Command::Fsck(_) => Ok(()),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
         Command::Version(args) => version::run(&args),

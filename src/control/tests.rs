@@ -98,6 +98,10 @@ impl Drop for NotesDrop {
 }
 
 impl Backend for Fake {
+    fn fsck(&self, _: FsckRequest) -> BoxFuture<'_, Result<crate::fsck::Report, Failure>> {
+        async { Ok(crate::fsck::Report::default()) }.boxed()
+    }
+
     fn status(&self) -> BoxFuture<'_, Status> {
         async { sample_status() }.boxed()
     }

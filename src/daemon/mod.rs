@@ -7,6 +7,7 @@ mod catalog;
 mod checkpoints;
 mod core;
 mod fleet;
+mod fsck;
 mod members;
 mod open;
 mod parts;
@@ -19,6 +20,7 @@ mod tenure;
 
 pub use self::core::{Core, CoreOptions, StoreMaker};
 pub use fleet::Fleet;
+pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
 
 pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 

@@ -110,7 +110,10 @@ impl Blocks {
         if newest.map_or(SegmentNo(0), |(n, _)| *n) != mark.segment {
             findings.about(Kind::SealedMark, None, || {
                 let newest = newest.map_or(0, |(n, _)| n.0);
-                format!("the log is sealed up to segment {}, but the newest segment is {newest}", mark.segment)
+                format!(
+                    "the log is sealed up to segment {}, but the newest segment is {newest}",
+                    mark.segment
+                )
             });
         } else if let Some((number, value)) = newest {
             if value.blake3 != mark.blake3 {
@@ -120,7 +123,10 @@ impl Blocks {
             }
             if value.commit > mark.lsn {
                 findings.about(Kind::SealedMark, None, || {
-                    format!("segment {number} ends with change {}, the sealed mark is at {}", value.commit, mark.lsn)
+                    format!(
+                        "segment {number} ends with change {}, the sealed mark is at {}",
+                        value.commit, mark.lsn
+                    )
                 });
             }
         }
@@ -140,7 +146,10 @@ impl Blocks {
         };
         if segment.epoch != loc.epoch {
             let (is, says) = (segment.epoch, loc.epoch);
-            return Some(format!("it should lie in segment {} of epoch {says}, but that is of epoch {is}", loc.segment));
+            return Some(format!(
+                "it should lie in segment {} of epoch {says}, but that is of epoch {is}",
+                loc.segment
+            ));
         }
         let end = loc.offset.saturating_add(u64::from(loc.stored_len));
         // A length of 0 was never told.
@@ -154,7 +163,8 @@ impl Blocks {
         let mut dirty = input.rows(table::DIRTY);
         let mut slots: HashMap<u32, u64> = HashMap::new();
         loop {
-            let id = match (sealed.peek_number()?, if input.is_local() { dirty.peek_number()? } else { None }) {
+            let id = match (sealed.peek_number()?, if input.is_local() { dirty.peek_number()? } else { None })
+            {
                 (None, None) => break,
                 (Some(a), Some(b)) => a.min(b),
                 (Some(n), None) | (None, Some(n)) => n,
@@ -169,7 +179,9 @@ impl Blocks {
             {
                 if whole {
                     findings.about(Kind::BlockTwice, None, || {
-                        format!("block {id} waits to be sealed, and is sealed already; what waits is what is read")
+                        format!(
+                            "block {id} waits to be sealed, and is sealed already; what waits is what is read"
+                        )
                     });
                 }
                 node.flags &= !MISPLACED;
@@ -182,7 +194,14 @@ impl Blocks {
         super::inodes::check_next(input, NEXT_BLOCK, "block", least, 1, findings)
     }
 
-    fn sealed(&mut self, value: &[u8], node: &mut Node, whole: &mut bool, most: u32, findings: &mut Findings) {
+    fn sealed(
+        &mut self,
+        value: &[u8],
+        node: &mut Node,
+        whole: &mut bool,
+        most: u32,
+        findings: &mut Findings,
+    ) {
         match BlockEntry::decode(value) {
             Ok(entry) => {
                 node.len = entry.loc.raw_len;
@@ -219,7 +238,8 @@ impl Blocks {
             Ok(value) => value,
             Err(e) => {
                 node.flags |= UNREADABLE;
-                findings.about(Kind::DirtyBlock, None, || format!("block {id}, which waits to be sealed: {e}"));
+                findings
+                    .about(Kind::DirtyBlock, None, || format!("block {id}, which waits to be sealed: {e}"));
                 return;
             }
         };
@@ -231,23 +251,35 @@ impl Blocks {
             });
         }
         if let Some(why) = value.base.and_then(|base| self.misplaced(&base.entry)) {
-            findings.about(Kind::BlockPlace, None, || format!("the block below block {id} is not to be had: {why}"));
+            findings.about(Kind::BlockPlace, None, || {
+                format!("the block below block {id} is not to be had: {why}")
+            });
         }
         if let Some(other) = slots.insert(value.slot, id) {
             findings.about(Kind::SlotTwice, None, || {
-                format!("blocks {other} and {id} lie in the same slot {}: one has the other's content", value.slot)
+                format!(
+                    "blocks {other} and {id} lie in the same slot {}: one has the other's content",
+                    value.slot
+                )
             });
         }
         let at = u64::from(value.slot) * u64::from(input.block_size) + u64::from(end);
         if end > 0 && input.slots_len.is_some_and(|len| len < at) {
             findings.about(Kind::SlotBeyondEnd, None, || {
-                format!("block {id} lies in slot {}, beyond the end of the slot file: its content is gone", value.slot)
+                format!(
+                    "block {id} lies in slot {}, beyond the end of the slot file: its content is gone",
+                    value.slot
+                )
             });
         }
     }
 
     /// Compares the frame table with the blocks; gives the live bytes of each segment.
-    fn check_frames(&mut self, input: &Input<'_>, findings: &mut Findings) -> Result<BTreeMap<SegmentNo, u64>, Stop> {
+    fn check_frames(
+        &mut self,
+        input: &Input<'_>,
+        findings: &mut Findings,
+    ) -> Result<BTreeMap<SegmentNo, u64>, Stop> {
         let mut live: BTreeMap<SegmentNo, u64> = BTreeMap::new();
         let hashes = std::mem::take(&mut self.hashes);
         let mut users = hashes.chunk_by(|a, b| a == b).peekable();
@@ -300,11 +332,17 @@ impl Blocks {
         while let Some((key, value)) = rows.next()? {
             let Ok(entry) = BlockEntry::decode(&value) else { continue };
             let at = prefix(&entry.hash.0);
-            let Some(uses) = missing.get(&at).filter(|_| !entry.is_without_content() && met.insert(at)) else { continue };
+            let Some(uses) = missing.get(&at).filter(|_| !entry.is_without_content() && met.insert(at))
+            else {
+                continue;
+            };
             *live.entry(entry.loc.segment).or_default() += u64::from(entry.loc.stored_len);
             let fix = Fix::SetFrame { hash: entry.hash, entry: Some(Box::new(entry)), uses: *uses };
             findings.about(Kind::FrameUses, Some(fix), || {
-                format!("the frame of block {} is not in the table of frames; {uses} blocks use it", number_of(&key))
+                format!(
+                    "the frame of block {} is not in the table of frames; {uses} blocks use it",
+                    number_of(&key)
+                )
             });
         }
         Ok(())
@@ -376,7 +414,8 @@ impl Blocks {
     fn check_node(&self, node: &Node, stored: Option<u64>, findings: &mut Findings) {
         let id = node.id;
         if node.uses == 0 {
-            let fix = (node.flags & UNREADABLE == 0).then_some(Fix::AdoptBlock { block: BlockId(id), len: node.len });
+            let fix = (node.flags & UNREADABLE == 0)
+                .then_some(Fix::AdoptBlock { block: BlockId(id), len: node.len });
             findings.about(Kind::BlockUnused, fix, || {
                 format!("block {id} ({} bytes of some file's content) belongs to no file", node.len)
             });
@@ -387,7 +426,10 @@ impl Blocks {
         if counted != more.saturating_add(1) || stored == Some(0) {
             let fix = Fix::SetReferences { block: BlockId(id), references: counted };
             findings.about(Kind::BlockReferences, Some(fix), || {
-                format!("block {id}: {} references are counted, but {counted} places name it", more.saturating_add(1))
+                format!(
+                    "block {id}: {} references are counted, but {counted} places name it",
+                    more.saturating_add(1)
+                )
             });
         }
     }
@@ -410,15 +452,20 @@ fn check_cached(input: &Input<'_>, findings: &mut Findings) -> Result<(), Stop> 
             (Ok(value), Ok(hash)) => {
                 if let Some(dirty) = taken.insert(value.slot, false) {
                     findings.about(Kind::CachedSlot, fix, || {
-                        let whose = if dirty { "a block that waits to be sealed" } else { "another cached block" };
+                        let whose =
+                            if dirty { "a block that waits to be sealed" } else { "another cached block" };
                         format!("cached block {hash} is said to lie in slot {}, as {whose} does", value.slot)
                     });
                 } else if value.len > input.block_size {
-                    findings.about(Kind::CachedSlot, fix, || format!("cached block {hash} has {} bytes", value.len));
+                    findings.about(Kind::CachedSlot, fix, || {
+                        format!("cached block {hash} has {} bytes", value.len)
+                    });
                 }
             }
             (Err(e), _) => findings.about(Kind::Unreadable, fix, || format!("a row of the cache: {e}")),
-            (_, Err(_)) => findings.about(Kind::Unreadable, fix, || "a row of the cache names no hash".to_owned()),
+            (_, Err(_)) => {
+                findings.about(Kind::Unreadable, fix, || "a row of the cache names no hash".to_owned())
+            }
         }
     }
     Ok(())

@@ -135,7 +135,9 @@ fn read_content(
                     let why = blocks.why_misplaced(input, *id)?;
                     findings.at(Kind::BlockPlace, ino, None, || {
                         let to = from.saturating_add(u64::from(len));
-                        format!("bytes {from} to {to} (block {id}) can be read only while they are cached: {why}")
+                        format!(
+                            "bytes {from} to {to} (block {id}) can be read only while they are cached: {why}"
+                        )
                     });
                     len
                 }
@@ -153,10 +155,17 @@ fn read_attributes(rows: &mut Rows<'_>, ino: Ino, findings: &mut Findings) -> Re
     while let Some((key, value)) = rows.next_of(ino.0)? {
         any = true;
         let name = key.get(9..).unwrap_or_default();
-        if name.is_empty() || name.len() > XATTR_NAME_MAX || value.len() > XATTR_VALUE_MAX || name.contains(&0) {
+        if name.is_empty()
+            || name.len() > XATTR_NAME_MAX
+            || value.len() > XATTR_VALUE_MAX
+            || name.contains(&0)
+        {
             findings.at(Kind::Attribute, ino, None, || {
                 let name = name.escape_ascii();
-                format!("it has the impossible attribute \"{name}\" of {} bytes: remove it, or copy the file", value.len())
+                format!(
+                    "it has the impossible attribute \"{name}\" of {} bytes: remove it, or copy the file",
+                    value.len()
+                )
             });
         }
     }

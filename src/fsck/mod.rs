@@ -18,6 +18,7 @@ mod inodes;
 mod names;
 mod paths;
 mod repair;
+mod report;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -35,7 +36,8 @@ use crate::restore::Tables;
 pub use compare::{Difference, compare};
 pub use paths::{Names, name_all};
 pub use repair::{Mend, plan};
-pub use types::{Finding, Findings, Fix, Kind, Line, Outcome, Report, Severity, Totals};
+pub use report::Reporter;
+pub use types::{Finding, Findings, Fix, Kind, Line, Outcome, Place, Report, Severity, Totals};
 
 /// Rows of a table read at a time.
 const PAGE: usize = 1024;

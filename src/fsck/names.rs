@@ -127,7 +127,8 @@ pub(super) fn check(
         nodes.missing.remove(&Ino::ROOT);
     } else if nodes.index(Ino::ROOT.0).is_some_and(|i| !nodes.list[i].is_dir()) {
         findings.about(Kind::RootMissing, None, || {
-            "the root is no directory: bring the volume back from a replica, with an empty state folder".to_owned()
+            "the root is no directory: bring the volume back from a replica, with an empty state folder"
+                .to_owned()
         });
     }
     for (ino, Missing { directory, size }) in std::mem::take(&mut nodes.missing) {
@@ -155,7 +156,8 @@ fn entry(
     let parent = Ino(number_of(key));
     let (Some((cookie, name)), Ok(dirent)) = (split_dirent_key(key), Dirent::decode(value)) else {
         findings.at(Kind::Unreadable, parent, None, || {
-            "it holds a name that cannot be read: remove it, or bring it back with mirrorfs restore".to_owned()
+            "it holds a name that cannot be read: remove it, or bring it back with mirrorfs restore"
+                .to_owned()
         });
         return Ok(());
     };

@@ -13,6 +13,7 @@ use crate::ids::Ino;
 use crate::restore::text;
 
 /// Names of inodes and of the directories above them.
+#[derive(Default)]
 pub struct Names(HashMap<Ino, (Ino, Bytes)>);
 
 /// Looks for the paths of `places`.
@@ -38,7 +39,9 @@ pub fn name_all<'a>(
     if !wanted.is_empty() {
         let mut rows = input.rows(table::DIRENT);
         while let Some((key, value)) = rows.next()? {
-            let (Ok(dirent), Some((_, name))) = (Dirent::decode(&value), split_dirent_key(&key)) else { continue };
+            let (Ok(dirent), Some((_, name))) = (Dirent::decode(&value), split_dirent_key(&key)) else {
+                continue;
+            };
             let parent = Ino(number_of(&key));
             if wanted.get(&dirent.ino) == Some(&parent) {
                 names.entry(dirent.ino).or_insert_with(|| (parent, key.slice_ref(name)));

@@ -12,8 +12,8 @@ use super::{Source, Stop};
 use crate::format::local::{FrameValue, SegmentValue};
 use crate::format::record::Op;
 use crate::format::tables::{
-    Body, Dirent, Extents, FileKind, Inode, Time, block_refs_key, chunk_of_extent_key, dirent_key, dirent_range,
-    extent_key, frame_key, inode_key, orphan_key, segment_key, split_dirent_key, volume_key,
+    Body, Dirent, Extents, FileKind, Inode, Time, block_refs_key, chunk_of_extent_key, dirent_key,
+    dirent_range, extent_key, frame_key, inode_key, orphan_key, segment_key, split_dirent_key, volume_key,
 };
 use crate::ids::{BlockHash, BlockId, Ino};
 use crate::vfs::{NEXT_INO, USAGE, Usage, units};
@@ -34,12 +34,20 @@ pub struct Mend {
 
 /// Plans what mends `findings`, one after the other. Where structure is to be mended only that is planned: what is counted is to be
 /// checked anew behind it. A finding for which nothing can be done is left out.
-pub fn plan(source: &dyn Source, findings: &[Finding], now: Time, owner: (u32, u32)) -> Result<Vec<Mend>, Stop> {
+pub fn plan(
+    source: &dyn Source,
+    findings: &[Finding],
+    now: Time,
+    owner: (u32, u32),
+) -> Result<Vec<Mend>, Stop> {
     let structure = findings.iter().any(|f| f.fix.as_ref().is_some_and(Fix::is_structure));
     let mut work = Work { source, now, owner, changes: BTreeMap::new(), ops: Vec::new() };
     let wanted = |fix: &Fix| fix.is_structure() == structure;
-    let mut fixes: Vec<(usize, &Fix)> =
-        findings.iter().enumerate().filter_map(|(n, f)| Some((n, f.fix.as_ref().filter(|x| wanted(x))?))).collect();
+    let mut fixes: Vec<(usize, &Fix)> = findings
+        .iter()
+        .enumerate()
+        .filter_map(|(n, f)| Some((n, f.fix.as_ref().filter(|x| wanted(x))?)))
+        .collect();
     // New numbers are given by others: first of all they must be right. Then there must be a root to put things into.
     fixes.sort_by_key(|(_, fix)| match fix {
         Fix::SetNext { .. } => 0,
@@ -109,7 +117,9 @@ impl Work<'_> {
         match fix {
             Fix::RemoveName { key } | Fix::DeleteRow { key } => self.delete(key.clone()),
             Fix::MoveName { key } => {
-                let (Some(value), Some((_, name))) = (self.get(key)?, split_dirent_key(key)) else { return Ok(false) };
+                let (Some(value), Some((_, name))) = (self.get(key)?, split_dirent_key(key)) else {
+                    return Ok(false);
+                };
                 self.delete(key.clone());
                 self.put(dirent_key(Ino(super::number_of(key)), name), value);
             }
@@ -120,7 +130,8 @@ impl Work<'_> {
             }
             Fix::MakeInode { ino, directory, size } => {
                 let parent = if *ino == Ino::ROOT { Ino::ROOT } else { Ino(0) };
-                let inode = Inode { size: if *directory { 0 } else { *size }, parent, ..self.new_inode(*directory) };
+                let inode =
+                    Inode { size: if *directory { 0 } else { *size }, parent, ..self.new_inode(*directory) };
                 self.put(inode_key(*ino), inode.encode());
             }
             Fix::SetParent { ino, parent } => return self.change(*ino, |i| i.parent = *parent),
@@ -276,7 +287,9 @@ impl Work<'_> {
 
     fn move_blocks(&mut self, ino: Ino, size: u64) -> Result<bool, Stop> {
         let new = self.new_ino()?;
-        let Some(_) = self.name_there(new, FileKind::Regular, &format!("#{ino}.blocks"))? else { return Ok(false) };
+        let Some(_) = self.name_there(new, FileKind::Regular, &format!("#{ino}.blocks"))? else {
+            return Ok(false);
+        };
         let inode = Inode { size, ..self.new_inode(false) };
         self.put(inode_key(new), inode.encode());
         let (mut start, end) = (extent_key(ino, 0), extent_key(Ino(ino.0.saturating_add(1)), 0));
@@ -294,7 +307,9 @@ impl Work<'_> {
 
     fn adopt_block(&mut self, block: BlockId, len: u32) -> Result<bool, Stop> {
         let new = self.new_ino()?;
-        let Some(_) = self.name_there(new, FileKind::Regular, &format!("#block-{block}"))? else { return Ok(false) };
+        let Some(_) = self.name_there(new, FileKind::Regular, &format!("#block-{block}"))? else {
+            return Ok(false);
+        };
         let inode = Inode { size: u64::from(len), blocks: units(len), ..self.new_inode(false) };
         self.put(inode_key(new), inode.encode());
         let mut extents = Extents::default();

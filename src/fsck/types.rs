@@ -242,12 +242,14 @@ impl Findings {
         self.counts.iter().filter(|(k, _)| k.severity() == Severity::Error).map(|(_, n)| n).sum()
     }
 
-    /// Takes in those of another check.
-    pub fn append(&mut self, other: Findings) {
-        for (kind, n) in other.counts {
-            *self.counts.entry(kind).or_default() += n;
+    /// The same, said of something else than the local tables: with `whose` before each text, and nothing that mends them from here.
+    #[must_use]
+    pub fn on(mut self, whose: &str) -> Self {
+        for finding in &mut self.list {
+            finding.text = format!("{whose}: {}", finding.text);
+            finding.fix = None;
         }
-        self.list.extend(other.list);
+        self
     }
 }
 
@@ -324,6 +326,9 @@ pub struct Report {
     pub corrected: u64,
     /// Of these, how many are left.
     pub left: u64,
-    /// What was looked at and how, and what a person should know.
+    /// What a person should know.
     pub notes: Vec<String>,
+    /// What should have been checked and could not be.
+    #[serde(default)]
+    pub failed: Vec<String>,
 }

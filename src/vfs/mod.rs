@@ -39,10 +39,10 @@ use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key
 use crate::ids::{BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 
-pub use self::sync::Durability;
-pub use self::usage::Usage;
 pub(crate) use self::content::units;
+pub use self::sync::Durability;
 pub(crate) use self::usage::USAGE;
+pub use self::usage::Usage;
 pub(crate) use self::xattrs::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
 
 /// Longest file name in bytes.
