@@ -205,3 +205,15 @@ pub fn check(input: &Input<'_>, limit: usize) -> Result<Checked, Stop> {
     totals.segments = blocks.segments.len() as u64;
     Ok(Checked { findings, totals, nodes })
 }
+
+/// All that is wrong as lines with paths, for tests that end with a check: none when all is well.
+pub fn lines(input: &Input<'_>) -> Result<Vec<String>, Stop> {
+    let checked = check(input, 100)?;
+    let list = checked.findings.list();
+    let names = name_all(input, &checked, list.iter().map(|f| &f.place))?;
+    let line = |f: &Finding| {
+        let path = names.show(&f.place).map_or_else(String::new, |path| format!("{path}: "));
+        format!("{}: {path}{}", f.kind.word(), f.text)
+    };
+    Ok(list.iter().filter(|f| f.kind.severity() == Severity::Error).map(line).collect())
+}

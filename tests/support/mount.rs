@@ -189,6 +189,12 @@ impl Volume {
         run(command.args(args).arg("--config").arg(self.config(&only)), LIMIT)
     }
 
+    /// Checks the state folder of that name; with `--replica all` also what the replicas hold.
+    pub fn fsck(&self, state: &str, args: &[&str]) -> Ran {
+        let state = self.path(state);
+        self.run(&[], &[&["fsck", "--state", state.to_str().unwrap()], args].concat())
+    }
+
     /// Restores everything out of one replica into a new folder.
     #[track_caller]
     pub fn restore(&self, replica: &str, to: &str) -> PathBuf {

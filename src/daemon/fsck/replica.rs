@@ -68,6 +68,10 @@ pub(in crate::daemon) async fn check(
             Err(e @ SurveyError::NoVolume { .. }) => return Err(Error::new(Exit::NoVolume, e.to_string())),
         }
     }
+    // Whatever else cannot be made out, this can.
+    if let Some(ground) = ground {
+        listing(store, ground, &mut findings).await?;
+    }
     let expected = ground.map(|g| g.volume.volume);
     let plan = match restore::plan(&inventories, expected) {
         Ok(plan) => plan,
@@ -86,9 +90,6 @@ pub(in crate::daemon) async fn check(
         }),
     }
     drop(tables);
-    if let Some(ground) = ground {
-        listing(store, ground, &mut findings).await?;
-    }
     if args.deep {
         let claims = ground.map_or_else(|| plan.claims.values().cloned().collect(), |g| g.claims.to_vec());
         let hashes = ground.map_or_else(|| Ok(BTreeMap::new()), |g| segments(g.input))?;
