@@ -678,16 +678,17 @@ fn content_is_there(w: &World, known: Known, what: &str) {
     let _ = known;
 }
 
-/// By hand: `cargo test --lib -- --ignored --nocapture a_million`. Shows how long a check takes and what memory.
+/// By hand: `MIRRORFS_FILES=1000000 cargo test --release --lib -- --ignored --nocapture many_files`. Shows how long a check takes and what
+/// memory.
 #[test]
-#[ignore = "takes a minute; for figures"]
-fn a_million_files() {
+#[ignore = "takes minutes; for figures"]
+fn many_files() {
     let resident = || {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let line = status.lines().find(|l| l.starts_with("VmRSS")).unwrap().to_owned();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
     };
-    let n = 1_000_000u64;
+    let n: u64 = std::env::var("MIRRORFS_FILES").map_or(100_000, |n| n.parse().unwrap());
     let w = World::new();
     let mut root = w.inode(Ino::ROOT);
     let dir = tempfile::tempdir().unwrap();

@@ -174,7 +174,6 @@ pub fn consistent(t: &Tables, block_size: u32) -> Decoded {
     let usage = &t[&tables::volume_key("usage")];
     let at = |i: usize| u64::from_le_bytes(usage[i..i + 8].try_into().unwrap());
     assert_eq!((at(0), at(8)), (used_blocks, used_inodes), "usage counters");
-    fsck(t, &d, block_size);
     d
 }
 
@@ -192,7 +191,7 @@ impl Source for Plain<'_> {
 }
 
 /// What `mirrorfs fsck` says of the same tables: it must agree.
-fn fsck(t: &Tables, d: &Decoded, block_size: u32) {
+pub fn fsck(t: &Tables, d: &Decoded, block_size: u32) {
     let is_local = t.last_key_value().is_some_and(|(k, _)| k[0] >= table::FIRST_LOCAL);
     let segments = d.blocks.values().map(|e| {
         let epoch = e.loc.epoch;
