@@ -69,5 +69,6 @@ pub mod checkpoint;
 pub mod replica;
 
 pub mod format;
+pub mod trace;
 pub mod exit;
 pub mod ids;
