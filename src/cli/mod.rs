@@ -14,6 +14,7 @@ use crate::exit::{Exit, FsckExit};
 
 mod args;
 mod background;
+mod bench;
 mod fsck;
 mod helper;
 mod human;
@@ -63,6 +64,7 @@ enum Command {
     Fsck(fsck::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
+    Bench(bench::Args),
     Version(version::Args),
 }
 
@@ -150,6 +152,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Fsck(_) => Ok(()),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
     }
 }

@@ -10,6 +10,7 @@ use crate::fsck::Report;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
 use crate::reconcile::ScrubStatus;
 use crate::replica::{FenceNote, ReplicaStatus};
+use crate::trace::OpFigures;
 
 use super::replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 
@@ -54,6 +55,9 @@ pub struct Status {
     pub sealing_error: Option<String>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
+    /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
+    #[serde(default)]
+    pub ops: Vec<OpFigures>,
 }
 
 /// The local block cache at one moment.
