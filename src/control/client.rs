@@ -129,6 +129,11 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(broken)
     }
 
+    /// Asks for a read-only mount to be made anew, writable; it is unmounted when this returns.
+    pub async fn reopen(&self) -> Result<(), ClientError> {
+        self.whole(Method::POST, "/reopen", Vec::new(), SHUTDOWN).await.map(drop)
+    }
+
     /// Syncs, and shows each step to `watch`. Dropping the future ends only the waiting.
     pub async fn sync(
         &self,

@@ -73,6 +73,7 @@ fn router(backend: Arc<dyn Backend>) -> Router {
         .route("/status", get(status))
         .route("/sync", post(sync))
         .route("/shutdown", post(shutdown))
+        .route("/reopen", post(reopen))
         .route("/replicas", get(replicas).post(change_replicas))
         .route("/scrub", get(scrubs).post(scrub))
         .route("/fsck", post(fsck))
@@ -95,6 +96,10 @@ async fn shutdown(State(backend): State<Arc<dyn Backend>>, request: axum::Json<S
             refuse(StatusCode::INTERNAL_SERVER_ERROR, &failure)
         }
     }
+}
+
+async fn reopen(State(backend): State<Arc<dyn Backend>>) -> Response {
+    answer(tokio::spawn(async move { backend.reopen().await }).await)
 }
 
 async fn replicas(State(backend): State<Arc<dyn Backend>>) -> Response {

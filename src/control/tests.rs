@@ -180,6 +180,10 @@ impl Backend for Fake {
         .boxed()
     }
 
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async { Err(Failure::new(Exit::InUse, "busy")) }.boxed()
+    }
+
     fn metrics(&self) -> BoxFuture<'_, String> {
         async { "mirrorfs_lsn 99\n".to_owned() }.boxed()
     }

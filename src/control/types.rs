@@ -245,6 +245,10 @@ pub trait Backend: Send + Sync + 'static {
     /// end; with a failure when the mount is busy (then everything goes on as before) or when not all could be sealed.
     fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>>;
 
+    /// Unmounts a mount that was made read-only and mounts it again, writable. Answers when it is unmounted; with a failure when
+    /// it is in use or writable already.
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>>;
+
     /// The replicas, in their order.
     fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>>;
 

@@ -32,7 +32,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Control(pub Arc<Running>);
 
 impl Control {
-    fn status_now(&self) -> Status {
+    pub fn status_now(&self) -> Status {
         let r = &self.0;
         let space = &r.core.blocks.space;
         let progress = r.core.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
@@ -287,6 +287,16 @@ impl Backend for Control {
                 Ok(Err(e)) => Err(Failure::new(e.exit_code(), e.to_string())),
                 Err(e) => Err(Failure::new(Exit::Failure, format!("the check broke off: {e}"))),
             }
+        }
+        .boxed()
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async move {
+            if self.0.core.engine.is_some() {
+                return Err(Failure::new(Exit::Usage, "it is mounted writable already"));
+            }
+            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))
         }
         .boxed()
     }

@@ -44,6 +44,9 @@ const GROUP_BYTES: u64 = 16 << 20;
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
 const LAST_TASKS: Duration = Duration::from_secs(5);
+const INTERRUPTED: &str = "interrupted before the mount was live";
+/// Why nothing can be written in a mount that was made read-only.
+pub const MOUNTED_READ_ONLY: &str = "mounted read-only";
 /// zstd level of frames.
 const LEVEL: i32 = 1;
 
@@ -165,7 +168,13 @@ impl Core {
         options: CoreOptions,
         interrupted: impl Future<Output = ()>,
     ) -> Result<Core, Error> {
-        let state = StateDir::lock(&config.state)?;
+        let mut interrupted = std::pin::pin!(interrupted);
+        let state = runtime.block_on(async {
+            tokio::select! {
+                state = StateDir::lock_when_free(&config.state) => state,
+                () = &mut interrupted => Err(Error::new(Exit::Failure, INTERRUPTED)),
+            }
+        })?;
         let members = Members::read(state.path())?;
         let specs = members.apply(&config.replicas)?;
         let stores: Vec<Store> = specs.iter().map(|s| (options.stores)(s)).collect::<Result<_, _>>()?;
@@ -183,7 +192,7 @@ impl Core {
             };
             tokio::select! {
                 parts = open => parts,
-                () = interrupted => Err(Error::new(Exit::Failure, "interrupted before the mount was live")),
+                () = &mut interrupted => Err(Error::new(Exit::Failure, INTERRUPTED)),
             }
         })?;
         if let Err(e) = crate::config::state::remember(&config.state, &specs) {
@@ -352,7 +361,7 @@ fn assemble(
     let mut tasks = JoinSet::new();
     let (engine, reconciler) = match shipping {
         None => {
-            vfs.set_read_only("mounted read-only");
+            vfs.set_read_only(MOUNTED_READ_ONLY);
             fleet.start();
             (None, None)
         }
