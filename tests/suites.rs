@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, SeekFrom};
 use support::mount::{Mount, Volume, drop_page_cache};
-use support::run::{run, seed};
+use support::run::{run, seed, wait_until};
 use support::tree::Content;
 
 const LONG: Duration = Duration::from_secs(300);
@@ -367,4 +367,33 @@ fn open_and_deleted(m: &Mount, n: usize) -> Vec<File> {
         assert_eq!(file.metadata().unwrap().nlink(), 0);
     }
     held
+}
+
+#[test]
+fn memory_is_given_back() {
+    let Some(mut v) = Volume::new("suites: memory") else { return };
+    v.folder("a");
+    v.folder("b");
+    let m = v.mount();
+    let resident = |what: &str| -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", m.pid())).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix(what)).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+    };
+    // Segments of the full size to two replicas at once, while writers bring more.
+    std::thread::scope(|s| {
+        for t in 0..4u64 {
+            let m = &m;
+            s.spawn(move || {
+                for i in 0..5 {
+                    let bytes = Content::new(4 * (t * 10 + i)).take(20 << 20);
+                    fs::write(m.path(format!("{t} {i}")), bytes).unwrap();
+                }
+            });
+        }
+    });
+    m.sync();
+    println!("at most {} MiB", resident("VmHWM:"));
+    wait_until(LONG, "memory is given back", || resident("VmRSS:") < 100);
+    m.unmount();
 }
