@@ -397,3 +397,73 @@ fn memory_is_given_back() {
     wait_until(LONG, "memory is given back", || resident("VmRSS:") < 100);
     m.unmount();
 }
+
+#[test]
+fn times_stay_as_the_kernel_showed_them() {
+    let Some(mut v) = Volume::new("suites: times") else { return };
+    v.folder("a");
+    let m = v.mount();
+    // Written and kept open, so that content and times are handed over apart, in whatever order, by whoever syncs.
+    let files: Vec<File> = (0..12)
+        .map(|i| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(m.path(format!("{i}")))
+                .unwrap();
+            file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
+            file
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(20));
+    let times = |m: &Mount| -> Vec<(i64, i64)> {
+        let of = |i: usize| fs::metadata(m.path(format!("{i}"))).unwrap();
+        (0..files.len()).map(|i| (of(i).mtime(), of(i).mtime_nsec())).collect()
+    };
+    let before = times(&m);
+    m.sync();
+    assert_eq!(times(&m), before);
+    m.kill9();
+    let m = v.mount();
+    assert_eq!(times(&m), before, "after a sync and a crash");
+    m.unmount();
+}
+
+#[test]
+fn programs_killed_within_fallocate_fail_no_sync() {
+    let Some(mut v) = Volume::new("suites: killed") else { return };
+    v.folder("a");
+    let m = v.mount();
+    for round in 0..4 {
+        let mut children = Vec::new();
+        for i in 0..6 {
+            let path = m.path(format!("{round} {i}"));
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path).unwrap();
+            // SAFETY: the child makes system calls only, until it is killed.
+            match unsafe { libc::fork() } {
+                0 => loop {
+                    // SAFETY: a descriptor of our own, and bytes of this program.
+                    unsafe {
+                        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+                        let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                        libc::pwrite(fd, [1u8; 4096].as_ptr().cast(), 4096, 4096);
+                        libc::fallocate(fd, flags, 0, 8192);
+                    }
+                },
+                child => children.push(child),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        for child in children {
+            // SAFETY: children of ours that nobody else waits for.
+            unsafe {
+                assert!(child > 0);
+                libc::kill(child, libc::SIGKILL);
+                libc::waitpid(child, std::ptr::null_mut(), 0);
+            }
+        }
+        m.sync();
+    }
+    m.unmount();
+}
