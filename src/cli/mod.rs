@@ -19,7 +19,6 @@ mod helper;
 mod human;
 mod init;
 mod locate;
-mod memory;
 mod mount;
 mod mountpoint;
 mod output;
@@ -110,7 +109,6 @@ type Outcome = Result<(), CommandError>;
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
-    memory::give_back();
     let arguments = helper::translate(std::env::args_os().collect());
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
