@@ -34,6 +34,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
     let dir = options.dir.clone();
     fs::create_dir_all(&dir).map_err(|e| JournalError::io("create", &dir, e))?;
     let (mut witness, fresh) = find_or_create(&disk, &dir)?;
+    witness.settle()?;
     let said = witness.now;
     if said.state == State::Importing {
         return Err(JournalError::Incomplete(format!("the import into {} was interrupted", dir.display())));
