@@ -10,11 +10,12 @@ use clap::{Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::control::{ClientError, Failure};
 use crate::daemon;
-use crate::exit::Exit;
+use crate::exit::{Exit, FsckExit};
 
 mod args;
 mod background;
 mod bench;
+mod fsck;
 mod guard;
 mod helper;
 mod human;
@@ -62,6 +63,7 @@ enum Command {
     Status(status::Args),
     Replica(replica::Args),
     Scrub(scrub::Args),
+    Fsck(fsck::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
     Bench(bench::Args),
@@ -114,7 +116,7 @@ type Outcome = Result<(), CommandError>;
 #[must_use]
 pub fn main() -> ExitCode {
     match helper::translate(std::env::args_os().collect()) {
-        helper::Call::Own(arguments) => run_as(&arguments).into(),
+        helper::Call::Own(arguments) => run_own(&arguments),
         helper::Call::Mount { arguments, fake } => {
             helper::exit_code(if fake { mount::check_only(&arguments) } else { run_as(&arguments) }).into()
         }
@@ -128,15 +130,32 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run_as(arguments: &[OsString]) -> Exit {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help goes to standard output and is no error; a reader that closed early is none either.
-            let _ = error.print();
-            return if error.use_stderr() { Exit::Usage } else { Exit::Done };
+/// Runs a command as it was typed. `fsck` has codes of its own, those of fsck(8).
+fn run_own(arguments: &[OsString]) -> ExitCode {
+    match parse(arguments) {
+        Ok(Cli { command: Command::Fsck(args), log }) => {
+            start_log(log.as_deref(), "warn");
+            fsck::run(&args).into()
         }
-    };
+        Ok(cli) => run_parsed(cli, arguments).into(),
+        Err(Exit::Usage) if fsck::is_meant(arguments) => FsckExit::USAGE.into(),
+        Err(exit) => exit.into(),
+    }
+}
+
+fn run_as(arguments: &[OsString]) -> Exit {
+    parse(arguments).map_or_else(|exit| exit, |cli| run_parsed(cli, arguments))
+}
+
+/// Help goes to standard output and is no error; a reader that closed early is none either.
+fn parse(arguments: &[OsString]) -> Result<Cli, Exit> {
+    Cli::try_parse_from(arguments).map_err(|error| {
+        let _ = error.print();
+        if error.use_stderr() { Exit::Usage } else { Exit::Done }
+    })
+}
+
+fn run_parsed(cli: Cli, arguments: &[OsString]) -> Exit {
     let quiet = !matches!(cli.command, Command::Mount(_));
     start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
     finish(run(cli.command, arguments))
@@ -168,6 +187,9 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Status(args) => status::run(&args),
         Command::Replica(args) => replica::run(args),
         Command::Scrub(args) => scrub::run(args),
+        // Dispatched before, as it has codes of its own.
+        // Has ended before, with codes of its own.
+        Command::Fsck(_) => Ok(()),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
         Command::Bench(args) => bench::run(&args),
@@ -178,6 +200,8 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
 
 fn start_log(filter: Option<&str>, default: &str) {
     let mut builder = env_logger::Builder::new();
+    // It calls an error that the kernel takes no answer to "was interrupted", which is so whenever a signal meets a request.
+    builder.filter_module("fuser::reply", log::LevelFilter::Off);
     builder.parse_filters(filter.unwrap_or(default)).format_timestamp_millis();
     // Fails only when a log is running already, as in a test that calls main twice.
     let _ = builder.try_init();

@@ -215,6 +215,16 @@ impl Core {
         self.state.path()
     }
 
+    /// The claims that a replica is to hold; none in a read-only mount, which knows of none.
+    pub(super) fn claims(&self) -> Vec<crate::format::volume::Claim> {
+        self.tenure.as_ref().map_or_else(Vec::new, |t| t.identity.claims.clone())
+    }
+
+    /// The runtime in which its tasks run.
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     /// Ends the current group and waits until it is sealed. Gives the segment that covers everything changed before the call. Blocking.
     pub fn seal(&self, deadline: Instant) -> Result<SegmentNo, String> {
         let Some(engine) = &self.engine else { return Ok(self.fleet.staging.newest()) };

@@ -7,6 +7,7 @@ mod catalog;
 mod checkpoints;
 mod core;
 mod fleet;
+mod fsck;
 mod members;
 mod notify;
 mod open;
@@ -21,6 +22,7 @@ mod tenure;
 
 pub use self::core::{Core, CoreOptions, MOUNTED_READ_ONLY, StoreMaker};
 pub use fleet::Fleet;
+pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
 
 pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 

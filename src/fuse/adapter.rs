@@ -320,11 +320,17 @@ impl Filesystem for Adapter {
             {
                 return reply.error(errno(&e));
             }
-            match self.fs().write(ino(n), offset, data, Wait::No) {
+            // What comes out of the page cache may come long after it was written, and after the times that the kernel sends with it.
+            let delayed = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+            let write = move |fs: &dyn FileSystem, data: &[u8], wait: Wait| match delayed {
+                true => fs.write_back(ino(n), offset, data, wait),
+                false => fs.write(ino(n), offset, data, wait),
+            };
+            match write(self.fs(), data, Wait::No) {
                 Err(VfsError::WouldBlock) => {
                     // The buffer belongs to the serving thread, which goes on with the next request.
                     let (fs, data) = (Arc::clone(&self.shared.fs), data.to_vec());
-                    let again = move || reply::written(reply, fs.write(ino(n), offset, &data, Wait::Yes));
+                    let again = move || reply::written(reply, write(&*fs, &data, Wait::Yes));
                     self.shared.writes.run(again);
                 }
                 answer => reply::written(reply, answer),

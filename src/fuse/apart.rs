@@ -93,15 +93,32 @@ pub(super) fn umount(path: &CStr, flags: i32) -> io::Result<()> {
     apart(|| if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 { 0 } else { errno() })
 }
 
+/// How often a `syncfs` that was "interrupted" is made again.
+const SYNCFS_AGAIN: usize = 20;
+
 /// `syncfs` of the filesystem mounted at `path`, made apart.
+///
+/// Nobody interrupts the child. `EINTR` is what a program left behind that was killed within `fallocate`, while the kernel sent us the
+/// file's times (seen in 6.18): the kernel keeps that as an error of writing and tells it to whoever asks first. No content is concerned,
+/// and the times are sent again; so the question is asked again.
 pub(super) fn syncfs(path: &CStr) -> io::Result<()> {
-    apart(|| {
-        // SAFETY: the string outlives the calls; the descriptor is the child's own.
-        unsafe {
-            let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC);
-            if fd < 0 || libc::syncfs(fd) != 0 { errno() } else { 0 }
+    let once = || {
+        apart(|| {
+            // SAFETY: the string outlives the calls; the descriptor is the child's own.
+            unsafe {
+                let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC);
+                if fd < 0 || libc::syncfs(fd) != 0 { errno() } else { 0 }
+            }
+        })
+    };
+    let mut answer = once();
+    for _ in 0..SYNCFS_AGAIN {
+        match &answer {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => answer = once(),
+            _ => break,
         }
-    })
+    }
+    answer
 }
 
 /// Has the filesystem mounted at `path` write out everything, and detaches it although it is in use; made apart.

@@ -39,8 +39,11 @@ use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key
 use crate::ids::{BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 
+pub(crate) use self::content::units;
 pub use self::sync::Durability;
+pub(crate) use self::usage::USAGE;
 pub use self::usage::Usage;
+pub(crate) use self::xattrs::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
 
 /// Longest file name in bytes.
 pub const NAME_MAX: usize = 255;
@@ -54,7 +57,7 @@ pub const LINK_MAX: u32 = 1 << 30;
 type Result<T, E = VfsError> = std::result::Result<T, E>;
 
 const SHARDS: usize = 32;
-const NEXT_INO: &str = "next_ino";
+pub(crate) const NEXT_INO: &str = "next_ino";
 const INO_STEP: u64 = 4096;
 /// How often an operation looks again when what it found by name has changed before it was locked.
 const LOOKS: u32 = 1000;

@@ -8,9 +8,9 @@ use crate::format::tables::{prefix_range, xattr_key};
 use crate::ids::Ino;
 
 /// Longest attribute name in bytes.
-const XATTR_NAME_MAX: usize = 255;
+pub(crate) const XATTR_NAME_MAX: usize = 255;
 /// Longest attribute value in bytes.
-const XATTR_VALUE_MAX: usize = 64 * 1024;
+pub(crate) const XATTR_VALUE_MAX: usize = 64 * 1024;
 
 impl Vfs {
     pub(super) fn do_getxattr(&self, ino: Ino, name: &[u8]) -> Result<Bytes> {

@@ -429,6 +429,9 @@ impl Run {
         let stack = self.world.stack();
         let tables = check::dump(&stack.journal);
         let decoded = check::consistent(&tables, BLOCK_SIZE);
+        check::fsck(&tables, &decoded, BLOCK_SIZE);
+        let sealed = &self.world.replay.tables;
+        check::fsck(sealed, &check::decode(sealed, BLOCK_SIZE), BLOCK_SIZE);
         check::derived(&tables, &decoded);
         let inodes: Vec<_> = decoded.inodes.keys().collect();
         assert_eq!(inodes, self.model.nodes.keys().collect::<Vec<_>>(), "inodes that exist");

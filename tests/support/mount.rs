@@ -171,11 +171,13 @@ impl Volume {
 
     /// Starts the daemon and does not wait until it is live.
     pub fn start(&self, how: &How) -> Mount {
-        let mountpoint = self.path(&format!("mnt-{}", how.state));
+        // The state may lie elsewhere.
+        let name = how.state.trim_start_matches('/').replace('/', "-");
+        let mountpoint = self.path(&format!("mnt-{name}"));
         if !is_mounted(&mountpoint) {
             fs::create_dir_all(&mountpoint).unwrap();
         }
-        let log = self.path(&format!("{}.log", how.state));
+        let log = self.path(&format!("{name}.log"));
         let out = OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let at = out.metadata().unwrap().len();
         let mut command = self.command(how, &mountpoint);
@@ -198,6 +200,12 @@ impl Volume {
         let mut command = mirrorfs();
         command.env("XDG_STATE_HOME", self.path("xdg"));
         run(command.args(args).arg("--config").arg(self.config(&only)), LIMIT)
+    }
+
+    /// Checks the state folder of that name; with `--replica all` also what the replicas hold.
+    pub fn fsck(&self, state: &str, args: &[&str]) -> Ran {
+        let state = self.path(state);
+        self.run(&[], &[&["fsck", "--state", state.to_str().unwrap()], args].concat())
     }
 
     /// Restores everything out of one replica into a new folder.
