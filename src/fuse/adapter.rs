@@ -22,7 +22,7 @@ use fuser::{
 };
 
 use super::convert::{
-    bare_attr, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
+    bare_attr, check_xattr_name, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
     xattr_mode,
 };
 use super::errno::errno;
@@ -31,7 +31,7 @@ use super::reply;
 use super::shared::{Shared, may_write};
 use crate::ids::Ino;
 use crate::vfs::api::FileSystem;
-use crate::vfs::types::{Caller, FileKind, Seek, SetAttr, VfsError, Wait};
+use crate::vfs::types::{Caller, Fallocate, FileKind, Seek, SetAttr, VfsError, Wait};
 
 /// How long the kernel may believe an entry (also that there is none) or attributes.
 pub(super) const TTL: Duration = Duration::from_secs(24 * 3600);
@@ -71,11 +71,6 @@ fn ino(n: INodeNo) -> Ino {
     Ino(n.0)
 }
 
-/// Attributes of the `system` namespace stand for things (access control lists) that we do not enforce, so we do
-/// not keep them either.
-fn is_foreign_xattr(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(b"system.")
-}
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -165,7 +160,9 @@ impl Filesystem for Adapter {
             };
             // The kernel left these bits to us (HANDLE_KILLPRIV_V2). It says who may keep them when truncating, but
             // fuser does not pass that on: take everybody but root as unprivileged.
-            let new_owner = uid.is_some() || gid.is_some();
+            // A chown that names neither owner nor group comes as a new change time alone.
+            let only_ctime = SetAttr { ctime: set.ctime, ..SetAttr::default() };
+            let new_owner = uid.is_some() || gid.is_some() || (ctime.is_some() && set == only_ctime);
             if set.perm.is_none() && (new_owner || (size.is_some() && req.uid() != 0)) {
                 set.perm = self.shared.fallen_privileges(ino(n));
             }
@@ -218,7 +215,7 @@ impl Filesystem for Adapter {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -227,7 +224,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("rename", || {
-            let Some(mode) = rename_mode(flags) else { return reply.error(Errno::EINVAL) };
+            let Some(mode) = rename_mode(flags, caller(req)) else { return reply.error(Errno::EINVAL) };
             let (from, to) = (name.as_bytes(), newname.as_bytes());
             reply::empty(reply, self.fs().rename(ino(parent), from, ino(newparent), to, mode));
         });
@@ -356,8 +353,12 @@ impl Filesystem for Adapter {
     fn fsync(&self, _req: &Request, n: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         // Even a local sync takes the disk's time, in which this thread could serve a hundred other requests; and the
         // more syncs wait together, the more share one.
-        let fs = Arc::clone(&self.shared.fs);
-        self.shared.syncs.run(move || reply::empty(reply, fs.fsync(ino(n), datasync, Wait::Yes)));
+        let shared = Arc::clone(&self.shared);
+        self.shared.syncs.run(move || {
+            let answer = shared.fs.fsync(ino(n), datasync, Wait::Yes);
+            shared.tell_blocks(ino(n));
+            reply::empty(reply, answer);
+        });
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -442,8 +443,8 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = check_xattr_name(name.as_bytes()) {
+                return reply.error(e);
             }
             let Some(mode) = xattr_mode(flags) else { return reply.error(Errno::EINVAL) };
             reply::empty(reply, self.fs().setxattr(ino(n), name.as_bytes(), value, mode));
@@ -452,8 +453,8 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         guarded("getxattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = check_xattr_name(name.as_bytes()) {
+                return reply.error(e);
             }
             match self.fs().getxattr(ino(n), name.as_bytes()) {
                 Ok(value) => reply::xattr(reply, &value, size),
@@ -481,8 +482,8 @@ impl Filesystem for Adapter {
 
     fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("removexattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = check_xattr_name(name.as_bytes()) {
+                return reply.error(e);
             }
             reply::empty(reply, self.fs().removexattr(ino(n), name.as_bytes()));
         });
@@ -495,7 +496,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -505,11 +506,23 @@ impl Filesystem for Adapter {
     ) {
         guarded("fallocate", || {
             let Some(how) = fallocate_mode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
-            match self.fs().fallocate(ino(n), how, offset, length, Wait::No) {
+            let n = ino(n);
+            if let Err(e) = self.shared.drop_privileges_unless_root(n, &caller(req)) {
+                return reply.error(errno(&e));
+            }
+            let enlarges = matches!(how, Fallocate::Allocate | Fallocate::ZeroRange);
+            let tail = self.shared.tail_before(n, if enlarges { offset.saturating_add(length) } else { 0 });
+            let answer = match tail {
+                None => self.fs().fallocate(n, how, offset, length, Wait::No),
+                Some(_) => Err(VfsError::WouldBlock),
+            };
+            match answer {
                 Err(VfsError::WouldBlock) => {
-                    let fs = Arc::clone(&self.shared.fs);
+                    let shared = Arc::clone(&self.shared);
                     self.shared.writes.run(move || {
-                        reply::empty(reply, fs.fallocate(ino(n), how, offset, length, Wait::Yes));
+                        let answer = shared.fs.fallocate(n, how, offset, length, Wait::Yes);
+                        shared.forget_tail(n, tail);
+                        reply::empty(reply, answer);
                     });
                 }
                 answer => reply::empty(reply, answer),
@@ -547,7 +560,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         source: INodeNo,
         _fh_in: FileHandle,
         source_offset: u64,
@@ -562,15 +575,23 @@ impl Filesystem for Adapter {
             // The answer has 32 bits; the kernel comes back for the rest.
             let len = len.min(u64::from(u32::MAX) & !0xfff);
             let (from, to) = (ino(source), ino(target));
-            match self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No) {
+            if let Err(e) = self.shared.drop_privileges_unless_root(to, &caller(req)) {
+                return reply.error(errno(&e));
+            }
+            let tail = self.shared.tail_before(to, target_offset);
+            let answer = match tail {
+                None => self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No),
+                Some(_) => Err(VfsError::WouldBlock),
+            };
+            match answer {
                 Err(VfsError::WouldBlock) => {
-                    let fs = Arc::clone(&self.shared.fs);
+                    let shared = Arc::clone(&self.shared);
                     self.shared.writes.run(move || {
-                        let wait = Wait::Yes;
-                        reply::copied(
-                            reply,
-                            fs.copy_file_range(from, source_offset, to, target_offset, len, wait),
-                        );
+                        let (wait, fs) = (Wait::Yes, &shared.fs);
+                        let answer =
+                            fs.copy_file_range(from, source_offset, to, target_offset, len, wait);
+                        shared.forget_tail(to, tail);
+                        reply::copied(reply, answer);
                     });
                 }
                 answer => reply::copied(reply, answer),

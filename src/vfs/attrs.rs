@@ -46,7 +46,12 @@ impl Vfs {
             }
             self.shed(cell, &mut state, size)?;
             self.mark_pending(cell, &mut state);
+            let same = size == state.inode.size;
             self.truncate_state(ino, &mut state, size)?;
+            if same && *set == (SetAttr { size: Some(size), ..SetAttr::default() }) {
+                // The kernel keeps the times of files itself, and leaves them as they are then: so do we.
+                return Ok(());
+            }
             state.inode.mtime = now;
             apply(&mut state.inode, set, now);
             // With blocks given up there is something to reclaim: commit at once. So truncation by path is in order

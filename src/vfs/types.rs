@@ -98,6 +98,10 @@ pub enum RenameMode {
     NoReplace,
     /// Swaps the two.
     Exchange,
+    /// Replaces it and leaves a whiteout (a character device 0:0) of the caller's in the old place.
+    Whiteout(Caller),
+    /// Leaves a whiteout, but fails with [`VfsError::Exists`] when there is a target.
+    WhiteoutNoReplace(Caller),
 }
 
 /// What `lseek` looks for.
@@ -133,6 +137,8 @@ pub enum XattrMode {
     Create,
     /// Fails with [`VfsError::NoAttribute`] when it is not.
     Replace,
+    /// Fails with either.
+    Both,
 }
 
 /// One directory entry.

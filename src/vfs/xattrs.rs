@@ -28,10 +28,10 @@ impl Vfs {
         let now = self.now();
         let key = xattr_key(ino, name);
         self.modify(ino, |tx, inode| {
-            let exists = tx.get(&key)?.is_some();
+            let there = tx.get(&key)?;
             match mode {
-                XattrMode::Create if exists => return Err(VfsError::Exists),
-                XattrMode::Replace if !exists => return Err(VfsError::NoAttribute),
+                XattrMode::Create | XattrMode::Both if there.is_some() => return Err(VfsError::Exists),
+                XattrMode::Replace | XattrMode::Both if there.is_none() => return Err(VfsError::NoAttribute),
                 _ => {}
             }
             inode.ctime = now;

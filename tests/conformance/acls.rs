@@ -1,0 +1,5 @@
+//! Access control lists.
+
+use crate::Run;
+
+pub const CASES: &[(&str, Run)] = &[];
