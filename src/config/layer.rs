@@ -168,7 +168,8 @@ pub struct MountList {
 }
 
 /// Words of fstab that concern whoever reads fstab, not us.
-const IGNORED: [&str; 15] = [
+const IGNORED: [&str; 16] = [
+    "acl",
     "_netdev",
     "nofail",
     "auto",

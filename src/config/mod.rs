@@ -100,6 +100,12 @@ pub struct MountOptions {
     pub noexec: bool,
     /// Reading does not change access times.
     pub noatime: bool,
+    /// Each reading that is seen changes access times, not only the first since the last change.
+    pub strictatime: bool,
+    /// Listing does not change the access times of directories.
+    pub nodiratime: bool,
+    /// Access control lists are not supported.
+    pub noacl: bool,
 }
 
 /// Everything a volume's daemon needs to know, checked.
@@ -252,6 +258,9 @@ impl Config {
                 nodev: merged.get("nodev", false, yes_or_no)?,
                 noexec: merged.get("noexec", false, yes_or_no)?,
                 noatime: merged.get("noatime", false, yes_or_no)?,
+                strictatime: merged.get("strictatime", false, yes_or_no)?,
+                nodiratime: merged.get("nodiratime", false, yes_or_no)?,
+                noacl: merged.get("noacl", false, yes_or_no)?,
             },
         };
         config.check_state()?;

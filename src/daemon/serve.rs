@@ -177,6 +177,9 @@ fn attach(
         dev: !config.mount.nodev,
         noexec: config.mount.noexec,
         noatime: config.mount.noatime,
+        strictatime: config.mount.strictatime,
+        nodiratime: config.mount.nodiratime,
+        acl: !config.mount.noacl,
         ..fuse::MountOptions::default()
     };
     let server = {

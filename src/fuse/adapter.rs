@@ -30,6 +30,7 @@ use super::guard::guarded;
 use super::reply;
 use super::shared::{Shared, may_write};
 use crate::ids::Ino;
+use crate::vfs::acl::{ACCESS, is_acl};
 use crate::vfs::api::FileSystem;
 use crate::vfs::types::{Caller, Fallocate, FileKind, Seek, SetAttr, VfsError, Wait};
 
@@ -50,12 +51,38 @@ pub(super) struct Adapter {
     shared: Arc<Shared>,
     /// The kernel does without OPENDIR when told that there is none.
     skip_opendir: bool,
+    /// Whether lists are wanted.
+    acl: bool,
+    /// The kernel leaves the umask to us.
+    masks: bool,
 }
 
 impl Adapter {
     /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false }
+    /// `acl`: access control lists are kept and, by the kernel, enforced.
+    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>, acl: bool) -> Self {
+        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false, acl, masks: false }
+    }
+
+    /// Who makes something with this mask.
+    fn maker(&self, req: &Request, umask: u32) -> Caller {
+        let umask = if self.masks { perm_of_mode(umask) & 0o777 } else { 0 };
+        Caller { umask, ..caller(req) }
+    }
+
+    /// A directory is listed, from its start.
+    fn listed(&self, n: INodeNo, offset: u64) {
+        if offset == 0 {
+            self.fs().accessed(ino(n));
+        }
+    }
+
+    /// Refuses attributes that there are not.
+    fn check_xattr(&self, name: &OsStr) -> Result<(), Errno> {
+        if !self.acl && is_acl(name.as_bytes()) {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        check_xattr_name(name.as_bytes())
     }
 
     fn fs(&self) -> &dyn FileSystem {
@@ -64,7 +91,7 @@ impl Adapter {
 }
 
 fn caller(req: &Request) -> Caller {
-    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid() }
+    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid(), umask: 0 }
 }
 
 fn ino(n: INodeNo) -> Ino {
@@ -74,7 +101,7 @@ fn ino(n: INodeNo) -> Ino {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = InitFlags::FUSE_ASYNC_READ
+        let mut wanted = InitFlags::FUSE_ASYNC_READ
             | InitFlags::FUSE_ATOMIC_O_TRUNC
             | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_BIG_WRITES
@@ -88,8 +115,15 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
         // Not FUSE_POSIX_LOCKS, not FUSE_FLOCK_LOCKS: then the kernel keeps locks itself, which is all that one
-        // machine needs. Not FUSE_DONT_MASK: the kernel applies the umask.
+        // machine needs.
         let there = config.capabilities();
+        // Where a default list is inherited the umask does not count, so it is ours to apply.
+        let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
+        self.acl &= there.contains(lists);
+        self.masks = self.acl;
+        if self.acl {
+            wanted |= lists;
+        }
         if config.add_capabilities(wanted & there).is_err() {
             log::debug!("the kernel offers {there:?} and takes less");
         }
@@ -171,7 +205,10 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
-        guarded("readlink", || reply::data(reply, self.fs().readlink(ino(n))));
+        guarded("readlink", || {
+            self.fs().accessed(ino(n));
+            reply::data(reply, self.fs().readlink(ino(n)));
+        });
     }
 
     fn mknod(
@@ -180,21 +217,22 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
         guarded("mknod", || {
             let Some(kind) = kind_of_mode(mode) else { return reply.error(Errno::EINVAL) };
             let (name, perm) = (name.as_bytes(), perm_of_mode(mode));
-            reply::entry(reply, self.fs().mknod(ino(parent), name, kind, perm, rdev, &caller(req)));
+            reply::entry(reply, self.fs().mknod(ino(parent), name, kind, perm, rdev, &self.maker(req, umask)));
         });
     }
 
-    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         guarded("mkdir", || {
             let perm = perm_of_mode(mode);
-            reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &caller(req)));
+            let maker = self.maker(req, umask);
+            reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &maker));
         });
     }
 
@@ -262,12 +300,13 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
         guarded("create", || {
-            match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &caller(req)) {
+            let maker = self.maker(req, umask);
+            match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &maker) {
                 Ok(attr) => {
                     self.shared.opened(attr.ino, OpenFlags(flags));
                     let generation = Generation(attr.generation.into());
@@ -286,16 +325,22 @@ impl Filesystem for Adapter {
         _fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", || match self.fs().read(ino(n), offset, size, Wait::No) {
-            Err(VfsError::WouldBlock) => {
-                let fs = Arc::clone(&self.shared.fs);
-                self.shared.reads.run(move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes)));
+        guarded("read", || {
+            if flags.0 & libc::O_NOATIME == 0 {
+                self.fs().accessed(ino(n));
             }
-            answer => reply::data(reply, answer),
+            match self.fs().read(ino(n), offset, size, Wait::No) {
+                Err(VfsError::WouldBlock) => {
+                    let fs = Arc::clone(&self.shared.fs);
+                    let again = move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes));
+                    self.shared.reads.run(again);
+                }
+                answer => reply::data(reply, answer),
+            }
         });
     }
 
@@ -371,6 +416,7 @@ impl Filesystem for Adapter {
 
     fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         guarded("readdir", || {
+            self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, false, &mut |item| {
                 let name = OsStr::from_bytes(item.name);
@@ -395,6 +441,7 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectoryPlus,
     ) {
         guarded("readdirplus", || {
+            self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, true, &mut |item| {
                 let (number, cookie, name) = (INodeNo(item.ino.0), item.cookie, OsStr::from_bytes(item.name));
@@ -434,7 +481,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -443,17 +490,22 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            if let Err(e) = check_xattr_name(name.as_bytes()) {
+            if let Err(e) = self.check_xattr(name) {
                 return reply.error(e);
             }
             let Some(mode) = xattr_mode(flags) else { return reply.error(Errno::EINVAL) };
+            if name.as_bytes() == ACCESS
+                && let Err(e) = self.shared.drop_foreign_setgid(ino(n), &caller(req))
+            {
+                return reply.error(errno(&e));
+            }
             reply::empty(reply, self.fs().setxattr(ino(n), name.as_bytes(), value, mode));
         });
     }
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         guarded("getxattr", || {
-            if let Err(e) = check_xattr_name(name.as_bytes()) {
+            if let Err(e) = self.check_xattr(name) {
                 return reply.error(e);
             }
             match self.fs().getxattr(ino(n), name.as_bytes()) {
@@ -482,7 +534,7 @@ impl Filesystem for Adapter {
 
     fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("removexattr", || {
-            if let Err(e) = check_xattr_name(name.as_bytes()) {
+            if let Err(e) = self.check_xattr(name) {
                 return reply.error(e);
             }
             reply::empty(reply, self.fs().removexattr(ino(n), name.as_bytes()));

@@ -143,6 +143,8 @@ fn mount_flags(options: &MountOptions) -> libc::c_ulong {
         (!options.dev, libc::MS_NODEV),
         (options.noexec, libc::MS_NOEXEC),
         (options.noatime, libc::MS_NOATIME),
+        (options.strictatime, libc::MS_STRICTATIME),
+        (options.nodiratime, libc::MS_NODIRATIME),
     ] {
         if on {
             flags |= flag;

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 
+use crate::vfs::acl::is_acl;
 use crate::vfs::types::{Attr, Caller, Fallocate, FileKind, RenameMode, SetTime, Time, XattrMode};
 
 /// Permission bits that make a program run with its owner's rights.
@@ -158,6 +159,9 @@ pub(super) fn fallocate_mode(mode: i32) -> Option<Fallocate> {
 /// Whether a name is of a namespace that there is, and has more than its prefix. The rest of `system` (NFSv4 lists, SMB
 /// attributes) stands for what we do not enforce, so it is not kept either.
 pub(super) fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
+    if is_acl(name) {
+        return Ok(());
+    }
     for prefix in [&b"user."[..], b"trusted.", b"security."] {
         if let Some(rest) = name.strip_prefix(prefix) {
             return if rest.is_empty() { Err(Errno::EINVAL) } else { Ok(()) };

@@ -44,6 +44,12 @@ pub struct MountOptions {
     pub noexec: bool,
     /// Access times are not kept.
     pub noatime: bool,
+    /// The kernel shows that each read changes the access time.
+    pub strictatime: bool,
+    /// Access times of directories are not kept.
+    pub nodiratime: bool,
+    /// Access control lists are kept, and enforced by the kernel.
+    pub acl: bool,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
 }
@@ -59,6 +65,9 @@ impl Default for MountOptions {
             dev: false,
             noexec: false,
             noatime: false,
+            strictatime: false,
+            nodiratime: false,
+            acl: true,
             threads,
         }
     }
@@ -126,7 +135,7 @@ fn serve(
 ) -> io::Result<Session> {
     let connection = device.try_clone()?;
     let notifier = Arc::new(OnceLock::new());
-    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier));
+    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier), options.acl);
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(2));
     config.clone_fd = attach::can_open_device();

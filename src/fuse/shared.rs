@@ -132,6 +132,17 @@ impl Shared {
         if caller.uid == 0 { Ok(()) } else { self.drop_privileges(ino, caller) }
     }
 
+    /// Before a list is set: takes set-group-id from `ino` unless the caller is root or in its group, as chmod does. (The
+    /// kernel would say so in a field that fuser 0.18 does not take.)
+    pub(super) fn drop_foreign_setgid(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
+        let attr = self.fs.getattr(ino)?;
+        if attr.perm & 0o2000 == 0 || caller.uid == 0 || attr.gid == caller.gid || in_group(caller, attr.gid) {
+            return Ok(());
+        }
+        let set = SetAttr { perm: Some(attr.perm & !0o2000), ..SetAttr::default() };
+        self.fs.setattr(ino, &set, caller).map(drop)
+    }
+
     /// The permission bits to set because content or owner of `ino` change, if that changes them.
     pub(super) fn fallen_privileges(&self, ino: Ino) -> Option<u16> {
         let attr = self.fs.getattr(ino).ok()?;
@@ -147,6 +158,13 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Whether `gid` is among the caller's supplementary groups, as far as that can be known.
+fn in_group(caller: &Caller, gid: u32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", caller.pid)) else { return false };
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    groups.is_some_and(|g| g.split_whitespace().any(|n| n.parse() == Ok(gid)))
 }
 
 /// Whether a descriptor opened with these flags may write.

@@ -18,12 +18,18 @@ impl Vfs {
 
     pub(super) fn do_setattr(&self, ino: Ino, set: &SetAttr, _caller: &Caller) -> Result<Attr> {
         let now = self.now();
+        if set.atime.is_some() {
+            self.accessed.forget(ino);
+        }
         if let Some(size) = set.size {
             self.set_size(ino, size, set, now)?;
             let inode = self.inode(ino)?;
             return Ok(self.attr(ino, &inode));
         }
-        let (_, inode) = self.modify(ino, |_, inode| {
+        let (_, inode) = self.modify(ino, |tx, inode| {
+            if let Some(perm) = set.perm {
+                self.acl_follows_mode(tx, ino, perm)?;
+            }
             apply(inode, set, now);
             Ok(())
         })?;

@@ -107,7 +107,7 @@ impl Vfs {
             if tx_entry(tx, parent, name)?.is_some() {
                 return Err(VfsError::Exists);
             }
-            let inode = new.inode(&dir, parent, *caller, now);
+            let inode = self.new_inode(tx, ino, new, (parent, &dir), caller, now)?;
             if is_dir {
                 dir.nlink += 1;
             }

@@ -15,6 +15,8 @@ pub struct Caller {
     pub gid: u32,
     /// Process, for messages.
     pub pid: u32,
+    /// Permission bits that what it makes does not get, unless a default access control list says what it gets.
+    pub umask: u16,
 }
 
 /// Whether an operation may wait for the network or for space.
