@@ -22,15 +22,25 @@ pub const VOLUME_KEYS: [&str; 14] = [
 ];
 
 /// Keys of the table `[mount]`.
-pub const MOUNT_KEYS: [&str; 8] =
-    ["allow_other", "nosuid", "nodev", "noexec", "noatime", "strictatime", "nodiratime", "noacl"];
+pub const MOUNT_KEYS: [&str; 9] =
+    ["allow_other", "nosuid", "nodev", "noexec", "noatime", "strictatime", "nodiratime", "acl", "noacl"];
 
 /// Keys that hold tables.
 pub const TABLES: [&str; 2] = ["replica", "mount"];
 
 /// Keys that hold a yes or no; in `-o` they may stand without a value.
-pub const SWITCHES: [&str; 9] =
-    ["read_only", "allow_other", "nosuid", "nodev", "noexec", "noatime", "strictatime", "nodiratime", "noacl"];
+pub const SWITCHES: [&str; 10] = [
+    "read_only",
+    "allow_other",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "noatime",
+    "strictatime",
+    "nodiratime",
+    "acl",
+    "noacl",
+];
 
 /// The static spelling of a key of a volume or of the table `[mount]`.
 #[must_use]

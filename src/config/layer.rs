@@ -168,8 +168,7 @@ pub struct MountList {
 }
 
 /// Words of fstab that concern whoever reads fstab, not us.
-const IGNORED: [&str; 16] = [
-    "acl",
+const IGNORED: [&str; 15] = [
     "_netdev",
     "nofail",
     "auto",

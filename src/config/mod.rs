@@ -104,6 +104,8 @@ pub struct MountOptions {
     pub strictatime: bool,
     /// Listing does not change the access times of directories.
     pub nodiratime: bool,
+    /// Access control lists are on, also where that costs requests and there are none yet.
+    pub acl: bool,
     /// Access control lists are not supported.
     pub noacl: bool,
 }
@@ -260,6 +262,7 @@ impl Config {
                 noatime: merged.get("noatime", false, yes_or_no)?,
                 strictatime: merged.get("strictatime", false, yes_or_no)?,
                 nodiratime: merged.get("nodiratime", false, yes_or_no)?,
+                acl: merged.get("acl", false, yes_or_no)?,
                 noacl: merged.get("noacl", false, yes_or_no)?,
             },
         };

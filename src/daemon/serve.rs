@@ -169,6 +169,9 @@ fn attach(
     runtime: &Arc<Runtime>,
     core: &Core,
 ) -> Result<(Session, Server), Error> {
+    // With them, whoever does not own the mount's root costs a request for each path that he walks (the kernel does not remember
+    // that the root has none), and another for each inode. Where nobody else enters, and where there are lists, they are on.
+    let acl = config.mount.acl || (!config.mount.noacl && (!config.mount.allow_other || core.vfs.has_acls()));
     let mount_options = fuse::MountOptions {
         fsname: format!("mirrorfs:{}", core.volume.volume),
         allow_other: config.mount.allow_other,
@@ -179,7 +182,7 @@ fn attach(
         noatime: config.mount.noatime,
         strictatime: config.mount.strictatime,
         nodiratime: config.mount.nodiratime,
-        acl: !config.mount.noacl,
+        acl,
         ..fuse::MountOptions::default()
     };
     let server = {

@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -22,8 +23,8 @@ use fuser::{
 };
 
 use super::convert::{
-    bare_attr, check_xattr_name, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
-    xattr_mode,
+    bare_attr, check_xattr_name, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode,
+    rename_mode, set_time, time, xattr_mode,
 };
 use super::errno::errno;
 use super::guard::guarded;
@@ -55,13 +56,21 @@ pub(super) struct Adapter {
     acl: bool,
     /// The kernel leaves the umask to us.
     masks: bool,
+    /// It was said that lists are off.
+    said: AtomicBool,
 }
 
 impl Adapter {
     /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
     /// `acl`: access control lists are kept and, by the kernel, enforced.
     pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>, acl: bool) -> Self {
-        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false, acl, masks: false }
+        Self {
+            shared: Arc::new(Shared::new(fs, notifier)),
+            skip_opendir: false,
+            acl,
+            masks: false,
+            said: AtomicBool::new(false),
+        }
     }
 
     /// Who makes something with this mask.
@@ -78,8 +87,12 @@ impl Adapter {
     }
 
     /// Refuses attributes that there are not.
-    fn check_xattr(&self, name: &OsStr) -> Result<(), Errno> {
+    fn check_xattr(&self, name: &OsStr, set: bool) -> Result<(), Errno> {
         if !self.acl && is_acl(name.as_bytes()) {
+            // Said once: `ls -l` asks for each file.
+            if set && !self.said.swap(true, Ordering::Relaxed) {
+                log::info!("access control lists are off in this mount; -o acl turns them on");
+            }
             return Err(Errno::EOPNOTSUPP);
         }
         check_xattr_name(name.as_bytes())
@@ -97,7 +110,6 @@ fn caller(req: &Request) -> Caller {
 fn ino(n: INodeNo) -> Ino {
     Ino(n.0)
 }
-
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -224,7 +236,10 @@ impl Filesystem for Adapter {
         guarded("mknod", || {
             let Some(kind) = kind_of_mode(mode) else { return reply.error(Errno::EINVAL) };
             let (name, perm) = (name.as_bytes(), perm_of_mode(mode));
-            reply::entry(reply, self.fs().mknod(ino(parent), name, kind, perm, rdev, &self.maker(req, umask)));
+            reply::entry(
+                reply,
+                self.fs().mknod(ino(parent), name, kind, perm, rdev, &self.maker(req, umask)),
+            );
         });
     }
 
@@ -490,7 +505,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            if let Err(e) = self.check_xattr(name) {
+            if let Err(e) = self.check_xattr(name, true) {
                 return reply.error(e);
             }
             let Some(mode) = xattr_mode(flags) else { return reply.error(Errno::EINVAL) };
@@ -505,7 +520,7 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         guarded("getxattr", || {
-            if let Err(e) = self.check_xattr(name) {
+            if let Err(e) = self.check_xattr(name, false) {
                 return reply.error(e);
             }
             match self.fs().getxattr(ino(n), name.as_bytes()) {
@@ -534,7 +549,7 @@ impl Filesystem for Adapter {
 
     fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("removexattr", || {
-            if let Err(e) = self.check_xattr(name) {
+            if let Err(e) = self.check_xattr(name, false) {
                 return reply.error(e);
             }
             reply::empty(reply, self.fs().removexattr(ino(n), name.as_bytes()));
@@ -640,8 +655,7 @@ impl Filesystem for Adapter {
                     let shared = Arc::clone(&self.shared);
                     self.shared.writes.run(move || {
                         let (wait, fs) = (Wait::Yes, &shared.fs);
-                        let answer =
-                            fs.copy_file_range(from, source_offset, to, target_offset, len, wait);
+                        let answer = fs.copy_file_range(from, source_offset, to, target_offset, len, wait);
                         shared.forget_tail(to, tail);
                         reply::copied(reply, answer);
                     });

@@ -30,7 +30,10 @@ pub(super) fn time(t: SystemTime) -> Time {
         Ok(d) => Time { secs: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), nanos: d.subsec_nanos() },
         Err(e) => {
             let d = e.duration();
-            Time { secs: 0_i64.checked_sub_unsigned(d.as_secs()).unwrap_or(i64::MIN), nanos: d.subsec_nanos() }
+            Time {
+                secs: 0_i64.checked_sub_unsigned(d.as_secs()).unwrap_or(i64::MIN),
+                nanos: d.subsec_nanos(),
+            }
         }
     }
 }

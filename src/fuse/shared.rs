@@ -136,7 +136,8 @@ impl Shared {
     /// kernel would say so in a field that fuser 0.18 does not take.)
     pub(super) fn drop_foreign_setgid(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
         let attr = self.fs.getattr(ino)?;
-        if attr.perm & 0o2000 == 0 || caller.uid == 0 || attr.gid == caller.gid || in_group(caller, attr.gid) {
+        if attr.perm & 0o2000 == 0 || caller.uid == 0 || attr.gid == caller.gid || in_group(caller, attr.gid)
+        {
             return Ok(());
         }
         let set = SetAttr { perm: Some(attr.perm & !0o2000), ..SetAttr::default() };

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::types::{FileKind, Time, VfsError};
 use super::{Result, Vfs};
+use crate::format::tables::Body;
 use crate::ids::Ino;
 
 /// A day in seconds: then a read counts whatever was before.
@@ -18,6 +19,9 @@ const DAY: i64 = 86400;
 const MANY: usize = 16 << 10;
 /// Noted times above which no more are noted.
 const TOO_MANY: usize = 1 << 20;
+/// Bytes of content in inodes that are written again for their access times: while mounted, every few minutes, and at the end.
+const INLINE_AT_ONCE: usize = 1 << 20;
+const INLINE_AT_END: usize = 16 << 20;
 /// Seconds after which noted times are kept.
 const SOON: i64 = 600;
 
@@ -140,9 +144,21 @@ impl Vfs {
         }
     }
 
-    /// Puts noted access times into the journal: those of some minutes together, or when they are many, or `all`.
+    /// Puts noted access times into the journal: those of some minutes together, or when they are many, or `all`. Not those
+    /// with which much content would go.
     pub fn keep_accessed(&self, all: bool) -> Result<()> {
+        let mut allowance = if all { INLINE_AT_END } else { INLINE_AT_ONCE };
         for (ino, time) in self.accessed.due(self.now(), all) {
+            // With the inode goes the content that lies in it, to the journal and to each replica: for a few files that is
+            // right, for a million that were only read it is not. Those times stay in memory.
+            let carried = match self.load(ino).map(|inode| inode.body) {
+                Ok(Body::Inline(content)) => content.len(),
+                _ => 0,
+            };
+            if carried > allowance {
+                continue;
+            }
+            allowance -= carried;
             let kept = self.modify(ino, |_, inode| {
                 // Unless a time has been set meanwhile.
                 if self.accessed.get(ino) == Some(time) {
@@ -176,9 +192,14 @@ mod tests {
         assert!(!file(11, 10, 20), "read since then");
         assert!(!file(11, 10, 11 + DAY - 1));
         assert!(file(11, 10, 11 + DAY));
-        assert!(counts(Atime::Relative, FileKind::Regular, at(11), (at(10), at(12)), at(20)), "a chmod since");
+        assert!(
+            counts(Atime::Relative, FileKind::Regular, at(11), (at(10), at(12)), at(20)),
+            "a chmod since"
+        );
         let dir = |rule| counts(rule, FileKind::Directory, at(1), (at(2), at(2)), at(3));
-        assert!(dir(Atime::Relative) && dir(Atime::Always) && !dir(Atime::RelativeFiles) && !dir(Atime::Never));
+        assert!(
+            dir(Atime::Relative) && dir(Atime::Always) && !dir(Atime::RelativeFiles) && !dir(Atime::Never)
+        );
         assert!(counts(Atime::Always, FileKind::Regular, at(11), (at(10), at(10)), at(12)));
     }
 

@@ -80,7 +80,8 @@ impl Acl {
 
     /// Owner, named users, group, named groups, mask (needed with anybody named), others: each once but the named.
     fn is_valid(&self) -> bool {
-        let rank = |e: &Entry| [USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER].iter().position(|t| *t == e.tag);
+        let rank =
+            |e: &Entry| [USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER].iter().position(|t| *t == e.tag);
         let count = |tag| self.0.iter().filter(|e| e.tag == tag).count();
         let named = count(USER) + count(GROUP) > 0;
         self.0.iter().all(|e| e.perm & !0o7 == 0 && rank(e).is_some())
@@ -160,7 +161,7 @@ impl Vfs {
     }
 
     /// Whether the volume has, or has had, a list. While it has none, nothing is looked up for their sake.
-    pub(super) fn has_acls(&self) -> bool {
+    pub fn has_acls(&self) -> bool {
         self.acls.load(Ordering::Acquire)
     }
 
@@ -275,7 +276,13 @@ mod tests {
     }
 
     fn usual() -> Acl {
-        acl(&[(USER_OBJ, 7, NOBODY), (USER, 6, 5), (GROUP_OBJ, 5, NOBODY), (MASK, 6, NOBODY), (OTHER, 4, NOBODY)])
+        acl(&[
+            (USER_OBJ, 7, NOBODY),
+            (USER, 6, 5),
+            (GROUP_OBJ, 5, NOBODY),
+            (MASK, 6, NOBODY),
+            (OTHER, 4, NOBODY),
+        ])
     }
 
     #[test]

@@ -51,17 +51,48 @@ fn acl_forms(t: &mut Case) {
         ("empty", vec![]),
         ("header only", acl(&[])),
         ("short header", vec![2, 0]),
-        ("version 1", { let mut a = minimal(6, 4, 0); a[0] = 1; a }),
-        ("cut", { let mut a = minimal(6, 4, 0); a.pop(); a }),
+        ("version 1", {
+            let mut a = minimal(6, 4, 0);
+            a[0] = 1;
+            a
+        }),
+        ("cut", {
+            let mut a = minimal(6, 4, 0);
+            a.pop();
+            a
+        }),
         ("no others", acl(&[(1, 7, NOBODY), (4, 7, NOBODY)])),
         ("wrong order", acl(&[(4, 7, NOBODY), (1, 7, NOBODY), (0x20, 0, NOBODY)])),
         ("named without mask", acl(&[(1, 7, NOBODY), (2, 7, 5), (4, 7, NOBODY), (0x20, 0, NOBODY)])),
         ("mask without named", acl(&[(1, 7, NOBODY), (4, 7, NOBODY), (0x10, 5, NOBODY), (0x20, 0, NOBODY)])),
         ("unknown tag", acl(&[(1, 7, NOBODY), (4, 7, NOBODY), (0x20, 0, NOBODY), (0x40, 0, NOBODY)])),
         ("too many bits", acl(&[(1, 8, NOBODY), (4, 7, NOBODY), (0x20, 0, NOBODY)])),
-        ("twice the same user", acl(&[(1, 7, NOBODY), (2, 7, 5), (2, 6, 5), (4, 7, NOBODY), (0x10, 7, NOBODY), (0x20, 0, NOBODY)])),
-        ("users not sorted", acl(&[(1, 7, NOBODY), (2, 7, 9), (2, 6, 5), (4, 7, NOBODY), (0x10, 7, NOBODY), (0x20, 0, NOBODY)])),
-        ("nobody named", acl(&[(1, 7, NOBODY), (2, 7, NOBODY), (4, 7, NOBODY), (0x10, 7, NOBODY), (0x20, 0, NOBODY)])),
+        (
+            "twice the same user",
+            acl(&[
+                (1, 7, NOBODY),
+                (2, 7, 5),
+                (2, 6, 5),
+                (4, 7, NOBODY),
+                (0x10, 7, NOBODY),
+                (0x20, 0, NOBODY),
+            ]),
+        ),
+        (
+            "users not sorted",
+            acl(&[
+                (1, 7, NOBODY),
+                (2, 7, 9),
+                (2, 6, 5),
+                (4, 7, NOBODY),
+                (0x10, 7, NOBODY),
+                (0x20, 0, NOBODY),
+            ]),
+        ),
+        (
+            "nobody named",
+            acl(&[(1, 7, NOBODY), (2, 7, NOBODY), (4, 7, NOBODY), (0x10, 7, NOBODY), (0x20, 0, NOBODY)]),
+        ),
         ("odd ids", acl(&[(1, 7, 3), (4, 7, 4), (0x20, 0, 5)])),
         ("long", {
             let mut e = vec![(1, 7, NOBODY)];
@@ -86,7 +117,10 @@ fn acl_forms(t: &mut Case) {
     t.note("create flag", setxattr(t.p("f"), ACCESS, &named(7, 7, 7, 7, 7), libc::XATTR_CREATE));
     t.note("create flag again", setxattr(t.p("f"), ACCESS, &named(7, 7, 7, 7, 6), libc::XATTR_CREATE));
     t.note("replace flag", setxattr(t.p("d"), ACCESS, &named(7, 7, 7, 7, 6), libc::XATTR_REPLACE));
-    t.note("other system names", (setxattr(t.p("f"), "system.posix_acl", b"x", 0), getxattr(t.p("f"), "system.posix_acl_x")));
+    t.note(
+        "other system names",
+        (setxattr(t.p("f"), "system.posix_acl", b"x", 0), getxattr(t.p("f"), "system.posix_acl_x")),
+    );
 }
 
 fn acl_and_mode(t: &mut Case) {
@@ -117,7 +151,10 @@ fn acl_kinds(t: &mut Case) {
     mknod(t.p("fifo"), libc::S_IFIFO | 0o600, 0).unwrap();
     symlink("fifo", t.p("l")).unwrap();
     for n in ["fifo", "l"] {
-        t.note(&format!("{n} access"), (setxattr(t.p(n), ACCESS, &named(6, 6, 6, 6, 6), 0), getxattr(t.p(n), ACCESS), mode(t.p(n))));
+        t.note(
+            &format!("{n} access"),
+            (setxattr(t.p(n), ACCESS, &named(6, 6, 6, 6, 6), 0), getxattr(t.p(n), ACCESS), mode(t.p(n))),
+        );
         t.note(&format!("{n} default"), setxattr(t.p(n), DEFAULT, &named(6, 6, 6, 6, 6), 0));
         t.note(&format!("{n} list"), listxattr(t.p(n)));
     }
@@ -126,7 +163,16 @@ fn acl_kinds(t: &mut Case) {
 fn may(p: &Path) -> String {
     [("r", libc::R_OK), ("w", libc::W_OK), ("x", libc::X_OK)]
         .iter()
-        .map(|(c_, how)| if unsafe { libc::syscall(libc::SYS_faccessat2, libc::AT_FDCWD, c(p).as_ptr(), *how, libc::AT_EACCESS) } == 0 { *c_ } else { "-" })
+        .map(|(c_, how)| {
+            if unsafe {
+                libc::syscall(libc::SYS_faccessat2, libc::AT_FDCWD, c(p).as_ptr(), *how, libc::AT_EACCESS)
+            } == 0
+            {
+                *c_
+            } else {
+                "-"
+            }
+        })
         .collect()
 }
 
@@ -136,7 +182,15 @@ fn acl_enforced(t: &mut Case) {
     lchown(&f, 50, 60).unwrap();
     // Owner, named user, named group, owning group, mask, others.
     let list = |mask| {
-        acl(&[(1, 6, NOBODY), (2, 7, 12_345), (2, 0, 12_346), (4, 4, NOBODY), (8, 3, 777), (0x10, mask, NOBODY), (0x20, 1, NOBODY)])
+        acl(&[
+            (1, 6, NOBODY),
+            (2, 7, 12_345),
+            (2, 0, 12_346),
+            (4, 4, NOBODY),
+            (8, 3, 777),
+            (0x10, mask, NOBODY),
+            (0x20, 1, NOBODY),
+        ])
     };
     for mask in [7, 5, 0] {
         setxattr(&f, ACCESS, &list(mask), 0).unwrap();
@@ -160,9 +214,21 @@ fn acl_enforced(t: &mut Case) {
     let x = t.p("d/x");
     t.note("closed", as_nobody(|| stat(&x).map(|_| ())));
     setxattr(t.p("d"), ACCESS, &named(7, 5, 0, 5, 0), 0).unwrap();
-    t.note("opened", as_nobody(|| (stat(&x).map(|_| ()), std::fs::read_dir(x.parent().unwrap()).is_ok(), open(x.with_file_name("y"), libc::O_CREAT | libc::O_WRONLY).map(drop))));
+    t.note(
+        "opened",
+        as_nobody(|| {
+            (
+                stat(&x).map(|_| ()),
+                std::fs::read_dir(x.parent().unwrap()).is_ok(),
+                open(x.with_file_name("y"), libc::O_CREAT | libc::O_WRONLY).map(drop),
+            )
+        }),
+    );
     chmod(t.p("d"), 0o710).unwrap();
-    t.note("cut by chmod", as_nobody(|| (stat(&x).map(|_| ()), std::fs::read_dir(x.parent().unwrap()).is_ok())));
+    t.note(
+        "cut by chmod",
+        as_nobody(|| (stat(&x).map(|_| ()), std::fs::read_dir(x.parent().unwrap()).is_ok())),
+    );
     removexattr(t.p("d"), ACCESS).unwrap();
     t.note("taken away", as_nobody(|| stat(&x).map(|_| ())));
     setxattr(t.p("d"), ACCESS, &named(7, 7, 0, 7, 0), 0).unwrap();
@@ -231,7 +297,9 @@ fn acl_inherited(t: &mut Case) {
 }
 
 fn acl_setgid(t: &mut Case) {
-    for (key, gid, groups) in [("member", 777, &[777][..]), ("outsider", 777, &[][..]), ("own group", 12_345, &[][..])] {
+    for (key, gid, groups) in
+        [("member", 777, &[777][..]), ("outsider", 777, &[][..]), ("own group", 12_345, &[][..])]
+    {
         let f = t.p(key);
         drop(new_file(&f));
         lchown(&f, 12_345, gid).unwrap();
@@ -248,7 +316,9 @@ fn acl_setgid(t: &mut Case) {
     mkdir(&d, 0o755).unwrap();
     lchown(&d, 12_345, 777).unwrap();
     chmod(&d, 0o2755).unwrap();
-    let done = as_user(12_345, 12_345, &[], || (setxattr(&d, DEFAULT, &named(7, 5, 5, 5, 5), 0), setxattr(&d, ACCESS, &named(7, 5, 5, 5, 5), 0)));
+    let done = as_user(12_345, 12_345, &[], || {
+        (setxattr(&d, DEFAULT, &named(7, 5, 5, 5, 5), 0), setxattr(&d, ACCESS, &named(7, 5, 5, 5, 5), 0))
+    });
     t.note("directory", (done, mode(&d)));
 }
 
@@ -256,7 +326,17 @@ fn acl_rights(t: &mut Case) {
     let f = t.p("f");
     drop(new_file(&f));
     setxattr(&f, ACCESS, &named(6, 6, 6, 6, 6), 0).unwrap();
-    t.note("another", as_nobody(|| (getxattr(&f, ACCESS).is_ok(), setxattr(&f, ACCESS, &minimal(6, 6, 6), 0), removexattr(&f, ACCESS), listxattr(&f))));
+    t.note(
+        "another",
+        as_nobody(|| {
+            (
+                getxattr(&f, ACCESS).is_ok(),
+                setxattr(&f, ACCESS, &minimal(6, 6, 6), 0),
+                removexattr(&f, ACCESS),
+                listxattr(&f),
+            )
+        }),
+    );
     lchown(&f, 12_345, 12_345).unwrap();
     t.note("owner", as_nobody(|| (setxattr(&f, ACCESS, &named(6, 4, 4, 4, 4), 0), removexattr(&f, ACCESS))));
 }
@@ -298,7 +378,11 @@ fn acl_times(t: &mut Case) {
         ((s.st_mtime, s.st_mtime_nsec), (s.st_ctime, s.st_ctime_nsec))
     };
     let mut notes = Vec::new();
-    for (key, what) in [("set", named(6, 6, 6, 6, 6)), ("set same mode", named(6, 4, 6, 6, 6)), ("minimal", minimal(6, 4, 4))] {
+    for (key, what) in [
+        ("set", named(6, 6, 6, 6, 6)),
+        ("set same mode", named(6, 4, 6, 6, 6)),
+        ("minimal", minimal(6, 4, 4)),
+    ] {
         let before = times();
         nap();
         setxattr(&f, ACCESS, &what, 0).unwrap();

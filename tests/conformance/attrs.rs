@@ -72,11 +72,19 @@ fn which_times_move(t: &mut Case) {
         ("fallocate", Box::new(|| fallocate(&f, 0, 0, 20_000))),
         ("fallocate inside", Box::new(|| fallocate(&f, 0, 0, 10_000))),
         ("fallocate keep", Box::new(|| fallocate(&f, libc::FALLOC_FL_KEEP_SIZE, 0, 90_000))),
-        ("punch", Box::new(|| fallocate(&f, libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE, 0, 4096))),
+        (
+            "punch",
+            Box::new(|| fallocate(&f, libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE, 0, 4096)),
+        ),
         ("zero", Box::new(|| fallocate(&f, libc::FALLOC_FL_ZERO_RANGE, 0, 4096))),
         ("link", Box::new(|| link(&pf, pf.with_file_name("f2")))),
         ("unlink", Box::new(|| unlink(pf.with_file_name("f2")))),
-        ("rename", Box::new(|| rename(&pf, pf.with_file_name("f3"), 0).and_then(|()| rename(pf.with_file_name("f3"), &pf, 0)))),
+        (
+            "rename",
+            Box::new(|| {
+                rename(&pf, pf.with_file_name("f3"), 0).and_then(|()| rename(pf.with_file_name("f3"), &pf, 0))
+            }),
+        ),
         ("setxattr", Box::new(|| setxattr(&pf, "user.a", b"1", 0))),
         ("setxattr same", Box::new(|| setxattr(&pf, "user.a", b"1", 0))),
         ("getxattr", Box::new(|| getxattr(&pf, "user.a").map(drop))),
@@ -85,7 +93,10 @@ fn which_times_move(t: &mut Case) {
         ("utimens now", Box::new(|| utimens(&pf, (0, libc::UTIME_NOW), (0, libc::UTIME_NOW)))),
         ("utimens omit", Box::new(|| utimens(&pf, (0, libc::UTIME_OMIT), (0, libc::UTIME_OMIT)))),
         ("utimens only atime", Box::new(|| utimens(&pf, (9, 0), (0, libc::UTIME_OMIT)))),
-        ("read after", Box::new(|| ok(unsafe { libc::pread(fd, room.as_mut_ptr().cast(), 100, 0) } as i64).map(drop))),
+        (
+            "read after",
+            Box::new(|| ok(unsafe { libc::pread(fd, room.as_mut_ptr().cast(), 100, 0) } as i64).map(drop)),
+        ),
     ];
     for (key, mut step) in steps {
         let before = times(t.p("f"));
@@ -106,7 +117,12 @@ fn which_times_move(t: &mut Case) {
         ("d: create below", Box::new(|| open(pd.join("s/x"), libc::O_CREAT | libc::O_WRONLY).map(drop))),
         ("d: failed mkdir", Box::new(|| mkdir(pd.join("s"), 0o755))),
         ("d: symlink", Box::new(|| symlink("x", pd.join("l")))),
-        ("d: own rename", Box::new(|| rename(&pd, pd.with_file_name("e"), 0).and_then(|()| rename(pd.with_file_name("e"), &pd, 0)))),
+        (
+            "d: own rename",
+            Box::new(|| {
+                rename(&pd, pd.with_file_name("e"), 0).and_then(|()| rename(pd.with_file_name("e"), &pd, 0))
+            }),
+        ),
     ];
     for (key, step) in steps {
         let before = times(t.p("d"));
@@ -194,7 +210,16 @@ fn utimens_rules(t: &mut Case) {
     nap();
     t.note("futimens", {
         let fd = open(&f, libc::O_RDONLY).unwrap();
-        unit(unsafe { libc::futimens(fd.as_raw_fd(), [libc::timespec { tv_sec: 3, tv_nsec: 4 }, libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT }].as_ptr()) })
+        unit(unsafe {
+            libc::futimens(
+                fd.as_raw_fd(),
+                [
+                    libc::timespec { tv_sec: 3, tv_nsec: 4 },
+                    libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
+                ]
+                .as_ptr(),
+            )
+        })
     });
     t.note("result", times(&f)[..2].to_vec());
     // A time that was set stays although the file is written and closed later.
@@ -248,10 +273,8 @@ const CHANGES: &[(&str, Change)] = &[
     }),
     ("copy_file_range", |f, p| {
         let from = open(p.with_file_name("source"), libc::O_RDONLY)?;
-        ok(unsafe {
-            libc::copy_file_range(from.as_raw_fd(), &mut 0, f.as_raw_fd(), &mut 0, 4096, 0)
-        } as i64)
-        .map(drop)
+        ok(unsafe { libc::copy_file_range(from.as_raw_fd(), &mut 0, f.as_raw_fd(), &mut 0, 4096, 0) } as i64)
+            .map(drop)
     }),
     ("splice", |f, _| {
         let mut p = [0; 2];
@@ -303,7 +326,9 @@ fn privileges_on_chown(t: &mut Case) {
     let users: [(&str, Option<&[u32]>); 2] = [("root", None), ("user", Some(&[777]))];
     for (who, groups) in users {
         for before in [0o6755, 0o2745, 0o4711, 0o6777, 0o2777] {
-            for (how, uid, gid) in [("gid", u32::MAX, 777), ("same", 12_345, 12_345), ("none", u32::MAX, u32::MAX)] {
+            for (how, uid, gid) in
+                [("gid", u32::MAX, 777), ("same", 12_345, 12_345), ("none", u32::MAX, u32::MAX)]
+            {
                 let name = format!("{who}-{before:o}-{how}");
                 drop(suid_file(t, &name, before));
                 let p = t.p(&name);
@@ -353,7 +378,10 @@ fn capabilities(t: &mut Case) {
     for (how, uid, gid) in [("gid", u32::MAX, 777), ("none", u32::MAX, u32::MAX)] {
         drop(suid_file(t, how, 0o777));
         setxattr(t.p(how), "security.capability", &CAPS, 0).unwrap();
-        t.note(&format!("chown {how}"), (lchown(t.p(how), uid, gid), getxattr(t.p(how), "security.capability").is_ok()));
+        t.note(
+            &format!("chown {how}"),
+            (lchown(t.p(how), uid, gid), getxattr(t.p(how), "security.capability").is_ok()),
+        );
     }
     drop(suid_file(t, "bad", 0o777));
     t.note("bad value", setxattr(t.p("bad"), "security.capability", b"x", 0));
@@ -374,8 +402,14 @@ fn chmod_rules(t: &mut Case) {
             t.note(&format!("{n} {m:o}"), (chmod(t.p(n), m), mode(t.p(n))));
         }
         let p = t.p(n);
-        t.note(&format!("{n} by owner, no member"), as_user(12_345, 12_345, &[], || (chmod(&p, 0o7755), mode(&p))));
-        t.note(&format!("{n} by owner, member"), as_user(12_345, 12_345, &[777], || (chmod(&p, 0o7755), mode(&p))));
+        t.note(
+            &format!("{n} by owner, no member"),
+            as_user(12_345, 12_345, &[], || (chmod(&p, 0o7755), mode(&p))),
+        );
+        t.note(
+            &format!("{n} by owner, member"),
+            as_user(12_345, 12_345, &[777], || (chmod(&p, 0o7755), mode(&p))),
+        );
         t.note(&format!("{n} by another"), as_user(54_321, 777, &[], || chmod(&p, 0o777)));
     }
     t.note("by descriptor of read", {
@@ -400,7 +434,14 @@ fn chown_rules(t: &mut Case) {
     });
     t.note("owner", told);
     t.note("another", as_user(54_321, 12_345, &[], || lchown(&f, u32::MAX, 12_345)));
-    t.note("symlink", (lchown(t.p("l"), 1, 2), stat(t.p("l")).map(|s| (s.st_uid, s.st_gid)), stat(t.p("f")).map(|s| s.st_uid)));
+    t.note(
+        "symlink",
+        (
+            lchown(t.p("l"), 1, 2),
+            stat(t.p("l")).map(|s| (s.st_uid, s.st_gid)),
+            stat(t.p("f")).map(|s| s.st_uid),
+        ),
+    );
     t.note("big", (lchown(&f, u32::MAX - 1, u32::MAX - 1), stat(&f).map(|s| (s.st_uid, s.st_gid))));
 }
 
@@ -420,11 +461,20 @@ fn statx(t: &mut Case) {
     chmod(t.p("f"), 0o600).unwrap();
     let st = get(&t.p("f"), all, 0).unwrap();
     t.note("it stays", (st.stx_btime.tv_sec, st.stx_btime.tv_nsec) == first);
-    t.note("it is below ctime", (st.stx_btime.tv_sec, st.stx_btime.tv_nsec) < (st.stx_ctime.tv_sec, st.stx_ctime.tv_nsec));
-    t.note("size only", get(&t.p("f"), libc::STATX_SIZE, 0).map(|s| (s.stx_size, s.stx_mask & libc::STATX_SIZE != 0)));
+    t.note(
+        "it is below ctime",
+        (st.stx_btime.tv_sec, st.stx_btime.tv_nsec) < (st.stx_ctime.tv_sec, st.stx_ctime.tv_nsec),
+    );
+    t.note(
+        "size only",
+        get(&t.p("f"), libc::STATX_SIZE, 0).map(|s| (s.stx_size, s.stx_mask & libc::STATX_SIZE != 0)),
+    );
     t.note("dont sync", get(&t.p("f"), all, libc::AT_STATX_DONT_SYNC).map(|s| s.stx_size));
     t.note("force sync", get(&t.p("f"), all, libc::AT_STATX_FORCE_SYNC).map(|s| s.stx_size));
-    t.note("root is a mount root", get(&t.root, all, 0).map(|s| s.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0));
+    t.note(
+        "root is a mount root",
+        get(&t.root, all, 0).map(|s| s.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0),
+    );
     t.note("device as in stat", {
         let s = stat(t.p("f")).unwrap();
         libc::makedev(st.stx_dev_major, st.stx_dev_minor) == s.st_dev
@@ -438,7 +488,10 @@ fn statfs_numbers(t: &mut Case) {
     t.note("sums", (s.f_bavail <= s.f_bfree, s.f_bfree <= s.f_blocks, s.f_ffree <= s.f_files));
     let id: [i32; 2] = unsafe { std::mem::transmute(s.f_fsid) };
     t.note("id is not zero", id != [0, 0]);
-    t.note("id is the same for all", { let o: [i32; 2] = unsafe { std::mem::transmute(statfs(&t.root).f_fsid) }; o == id });
+    t.note("id is the same for all", {
+        let o: [i32; 2] = unsafe { std::mem::transmute(statfs(&t.root).f_fsid) };
+        o == id
+    });
 }
 
 fn atime(t: &mut Case) {
@@ -454,30 +507,74 @@ fn atime(t: &mut Case) {
     drop(new_file(t.p("d/x")));
     symlink("f", t.p("l")).unwrap();
     old(&t.p("f"));
-    t.note("stat", { stat(t.p("f")).unwrap(); state(&t.p("f")) });
-    t.note("open", { drop(open(t.p("f"), libc::O_RDONLY)); state(&t.p("f")) });
-    t.note("read of nothing", { let f = open(t.p("f"), libc::O_RDONLY).unwrap(); pread(&f, 0, 0).unwrap(); state(&t.p("f")) });
-    t.note("read with noatime", { let f = open(t.p("f"), libc::O_RDONLY | libc::O_NOATIME).unwrap(); pread(&f, 4, 0).unwrap(); state(&t.p("f")) });
-    t.note("read", { fs::read(t.p("f")).unwrap(); state(&t.p("f")) });
+    t.note("stat", {
+        stat(t.p("f")).unwrap();
+        state(&t.p("f"))
+    });
+    t.note("open", {
+        drop(open(t.p("f"), libc::O_RDONLY));
+        state(&t.p("f"))
+    });
+    t.note("read of nothing", {
+        let f = open(t.p("f"), libc::O_RDONLY).unwrap();
+        pread(&f, 0, 0).unwrap();
+        state(&t.p("f"))
+    });
+    t.note("read with noatime", {
+        let f = open(t.p("f"), libc::O_RDONLY | libc::O_NOATIME).unwrap();
+        pread(&f, 4, 0).unwrap();
+        state(&t.p("f"))
+    });
+    t.note("read", {
+        fs::read(t.p("f")).unwrap();
+        state(&t.p("f"))
+    });
     // Relative: a day old, or not newer than the last change.
     newer(&t.p("g"));
     nap();
     let before = times(t.p("g"))[0];
     fs::read(t.p("g")).unwrap();
-    t.note("read again is not noted", { nap(); fs::read(t.p("g")).unwrap(); times(t.p("g"))[0] == before || state(&t.p("g")) == "now" });
+    t.note("read again is not noted", {
+        nap();
+        fs::read(t.p("g")).unwrap();
+        times(t.p("g"))[0] == before || state(&t.p("g")) == "now"
+    });
     old(&t.p("g"));
     drop_caches(&t.root);
-    t.note("read from the disk", { fs::read(t.p("g")).unwrap(); state(&t.p("g")) });
+    t.note("read from the disk", {
+        fs::read(t.p("g")).unwrap();
+        state(&t.p("g"))
+    });
     old(&t.p("g"));
-    t.note("direct read", { let f = open(t.p("g"), libc::O_RDONLY | libc::O_DIRECT).unwrap(); pread_direct(&f); state(&t.p("g")) });
+    t.note("direct read", {
+        let f = open(t.p("g"), libc::O_RDONLY | libc::O_DIRECT).unwrap();
+        pread_direct(&f);
+        state(&t.p("g"))
+    });
     old(&t.p("g"));
-    t.note("mmap", { let f = open(t.p("g"), libc::O_RDWR).unwrap(); let m = Map::new(&f, 4096).unwrap(); m.get(9); drop(m); state(&t.p("g")) });
+    t.note("mmap", {
+        let f = open(t.p("g"), libc::O_RDWR).unwrap();
+        let m = Map::new(&f, 4096).unwrap();
+        m.get(9);
+        drop(m);
+        state(&t.p("g"))
+    });
     old(&t.p("d"));
-    t.note("listing", { fs::read_dir(t.p("d")).unwrap().count(); state(&t.p("d")) });
+    t.note("listing", {
+        fs::read_dir(t.p("d")).unwrap().count();
+        state(&t.p("d"))
+    });
     old(&t.p("l"));
-    t.note("readlink", { fs::read_link(t.p("l")).unwrap(); state(&t.p("l")) });
+    t.note("readlink", {
+        fs::read_link(t.p("l")).unwrap();
+        state(&t.p("l"))
+    });
     old(&t.p("l"));
-    t.note("following", { stat(t.p("l")).unwrap(); open(t.p("l"), libc::O_RDONLY).unwrap(); state(&t.p("l")) });
+    t.note("following", {
+        stat(t.p("l")).unwrap();
+        open(t.p("l"), libc::O_RDONLY).unwrap();
+        state(&t.p("l"))
+    });
     old(&t.p("f"));
     fs::read(t.p("f")).unwrap();
     drop_caches(&t.root);
@@ -512,22 +609,40 @@ fn pread_direct(f: &OwnedFd) {
 
 fn sizes(t: &mut Case) {
     let f = new_file(t.p("f"));
-    t.note("empty", { let s = fstat(&f); (s.st_size, s.st_blocks) });
+    t.note("empty", {
+        let s = fstat(&f);
+        (s.st_size, s.st_blocks)
+    });
     write(&f, b"x").unwrap();
     fsync(&f).unwrap();
-    t.note("one byte", { let s = fstat(&f); (s.st_size, s.st_blocks) });
+    t.note("one byte", {
+        let s = fstat(&f);
+        (s.st_size, s.st_blocks)
+    });
     pwrite(&f, &[1; 8192], 0).unwrap();
     fsync(&f).unwrap();
-    t.note("two pages", { let s = fstat(&f); (s.st_size, s.st_blocks, s.st_blksize) });
+    t.note("two pages", {
+        let s = fstat(&f);
+        (s.st_size, s.st_blocks, s.st_blksize)
+    });
     ftruncate(&f, 0).unwrap();
-    t.note("cut", { let s = fstat(&f); (s.st_size, s.st_blocks) });
+    t.note("cut", {
+        let s = fstat(&f);
+        (s.st_size, s.st_blocks)
+    });
     ftruncate(&f, 1 << 30).unwrap();
-    t.note("hole", { let s = fstat(&f); (s.st_size, s.st_blocks) });
+    t.note("hole", {
+        let s = fstat(&f);
+        (s.st_size, s.st_blocks)
+    });
     pwrite(&f, &[1; 1 << 20], 1 << 20).unwrap();
     fsync(&f).unwrap();
     t.note("a MiB in it", fstat(&f).st_blocks);
     mkdir(t.p("d"), 0o755).unwrap();
-    t.note("directory", { let s = stat(t.p("d")).unwrap(); (s.st_size, s.st_blksize, s.st_nlink) });
+    t.note("directory", {
+        let s = stat(t.p("d")).unwrap();
+        (s.st_size, s.st_blksize, s.st_nlink)
+    });
 }
 
 fn file_flags(t: &mut Case) {
@@ -548,7 +663,10 @@ fn file_flags(t: &mut Case) {
     t.note("get version", unit(unsafe { libc::ioctl(f.as_raw_fd(), 0x8008_7601, &raw mut version) }));
     let mut xattr = [0_u8; 28];
     t.note("fsgetxattr", unit(unsafe { libc::ioctl(f.as_raw_fd(), 0x801c_581f, xattr.as_mut_ptr()) }));
-    t.note("fsgetxattr of a directory", unit(unsafe { libc::ioctl(d.as_raw_fd(), 0x801c_581f, xattr.as_mut_ptr()) }));
+    t.note(
+        "fsgetxattr of a directory",
+        unit(unsafe { libc::ioctl(d.as_raw_fd(), 0x801c_581f, xattr.as_mut_ptr()) }),
+    );
     t.note("unknown", unit(unsafe { libc::ioctl(f.as_raw_fd(), 0x1234_5678, 0) }));
     t.note("unknown of a directory", unit(unsafe { libc::ioctl(d.as_raw_fd(), 0x1234_5678, 0) }));
     let mut n: libc::c_int = 0;
@@ -557,21 +675,27 @@ fn file_flags(t: &mut Case) {
     let mut block: libc::c_int = 0;
     t.note("FIBMAP", unit(unsafe { libc::ioctl(f.as_raw_fd(), 1, &raw mut block) }));
     let user = t.p("f");
-    t.note("FIBMAP by a user", as_nobody(|| {
-        let f = open(&user, libc::O_RDONLY).unwrap();
-        let mut block: libc::c_int = 0;
-        unit(unsafe { libc::ioctl(f.as_raw_fd(), 1, &raw mut block) })
-    }));
+    t.note(
+        "FIBMAP by a user",
+        as_nobody(|| {
+            let f = open(&user, libc::O_RDONLY).unwrap();
+            let mut block: libc::c_int = 0;
+            unit(unsafe { libc::ioctl(f.as_raw_fd(), 1, &raw mut block) })
+        }),
+    );
     let mut size: libc::c_int = 0;
     t.note("FIGETBSZ", (unit(unsafe { libc::ioctl(f.as_raw_fd(), 2, &raw mut size) }), size));
     let mut map = [0_u8; 32 + 56 * 4];
     map[8..16].copy_from_slice(&u64::MAX.to_ne_bytes());
     t.note("FIEMAP", unit(unsafe { libc::ioctl(f.as_raw_fd(), 0xc020_660b, map.as_mut_ptr()) }));
     let range = [0_u64, u64::MAX, 0];
-    t.note("FITRIM by a user", as_nobody(|| {
-        let d = open(user.parent().unwrap(), libc::O_RDONLY).unwrap();
-        unit(unsafe { libc::ioctl(d.as_raw_fd(), 0xc018_5879, range.as_ptr()) })
-    }));
+    t.note(
+        "FITRIM by a user",
+        as_nobody(|| {
+            let d = open(user.parent().unwrap(), libc::O_RDONLY).unwrap();
+            unit(unsafe { libc::ioctl(d.as_raw_fd(), 0xc018_5879, range.as_ptr()) })
+        }),
+    );
     t.note("FICLONE", unit(unsafe { libc::ioctl(f.as_raw_fd(), 0x4004_9409, f.as_raw_fd()) }));
 }
 

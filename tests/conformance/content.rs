@@ -126,7 +126,10 @@ fn mmap_at_the_end(t: &mut Case) {
         pread(&f, 8192, 0).map(|b| runs(&b))
     });
     t.note("in the mapping too", runs(&map.bytes(4990, 8192)));
-    t.note("now in the third page", { ftruncate(&f, 12_288).unwrap(); touch_byte(&map, 8192) });
+    t.note("now in the third page", {
+        ftruncate(&f, 12_288).unwrap();
+        touch_byte(&map, 8192)
+    });
     let n = Map::new(&open(t.p("f"), libc::O_RDONLY).unwrap(), 4096).map(drop);
     t.note("shared and writable of read only", n);
     let e = new_file(t.p("empty"));
@@ -180,7 +183,14 @@ fn mmap_and_write(t: &mut Case) {
     drop(map);
     drop_caches(&t.root);
     t.note("after drop", content(t.p("f")));
-    let (a, b) = (times_of(&f), { let m = Map::new(&f, 4096).unwrap(); nap(); m.set(0, 77); m.sync().unwrap(); drop(m); times_of(&f) });
+    let (a, b) = (times_of(&f), {
+        let m = Map::new(&f, 4096).unwrap();
+        nap();
+        m.set(0, 77);
+        m.sync().unwrap();
+        drop(m);
+        times_of(&f)
+    });
     t.note("mtime and ctime moved", (b.0 > a.0, b.1 > a.1));
 }
 
@@ -208,7 +218,14 @@ fn private_mmap(t: &mut Case) {
     let f = new_file(t.p("f"));
     write(&f, &[1; 8192]).unwrap();
     let at = unsafe {
-        libc::mmap(std::ptr::null_mut(), 8192, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, f.as_raw_fd(), 0)
+        libc::mmap(
+            std::ptr::null_mut(),
+            8192,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE,
+            f.as_raw_fd(),
+            0,
+        )
     };
     assert_ne!(at, libc::MAP_FAILED);
     unsafe { at.cast::<u8>().write(9) };
@@ -236,7 +253,14 @@ fn truncate_rules(t: &mut Case) {
 }
 
 fn truncate_zeros_the_tail(t: &mut Case) {
-    for (name, size) in [("small", 3000_i64), ("page", 4096), ("inline edge", 4097), ("middle", 70_000), ("block", 1 << 20), ("more", (1 << 20) + 5000)] {
+    for (name, size) in [
+        ("small", 3000_i64),
+        ("page", 4096),
+        ("inline edge", 4097),
+        ("middle", 70_000),
+        ("block", 1 << 20),
+        ("more", (1 << 20) + 5000),
+    ] {
         let f = new_file(t.p(name));
         write(&f, &vec![1; size as usize]).unwrap();
         if size % 2 == 0 {
@@ -273,7 +297,10 @@ fn limits_of_size(t: &mut Case) {
     t.note("fallocate too far", fallocate(&f, 0, i64::MAX - 10, 100));
     t.note("fallocate nothing", fallocate(&f, 0, 0, 0));
     t.note("fallocate negative", fallocate(&f, 0, -1, 10));
-    t.note("read into bad memory", ok(unsafe { libc::pread(f.as_raw_fd(), 8 as *mut _, 10, 1 << 31) } as i64));
+    t.note(
+        "read into bad memory",
+        ok(unsafe { libc::pread(f.as_raw_fd(), 8 as *mut _, 10, 1 << 31) } as i64),
+    );
     t.note("write from bad memory", ok(unsafe { libc::pwrite(f.as_raw_fd(), 8 as *const _, 10, 0) } as i64));
 }
 
@@ -292,23 +319,37 @@ fn rlimit_fsize(t: &mut Case) {
     let data = [2_u8; 4096];
     let fd = f.as_raw_fd();
     t.note("write below", limited(&|| unsafe { libc::pwrite(fd, data.as_ptr().cast(), 4096, 0) } as i64));
-    t.note("write across", limited(&|| unsafe { if libc::pwrite(fd, data.as_ptr().cast(), 4096, 4096) == 904 { 0 } else { -1 } }));
+    t.note(
+        "write across",
+        limited(&|| unsafe {
+            if libc::pwrite(fd, data.as_ptr().cast(), 4096, 4096) == 904 { 0 } else { -1 }
+        }),
+    );
     t.note("size", fstat(&f).st_size);
     t.note("write at", limited(&|| unsafe { libc::pwrite(fd, data.as_ptr().cast(), 1, 5000) } as i64));
     t.note("ftruncate", limited(&|| unsafe { libc::ftruncate(fd, 5001) }.into()));
     t.note("truncate", limited(&|| unsafe { libc::truncate(p.as_ptr(), 5001) }.into()));
     t.note("ftruncate to it", limited(&|| unsafe { libc::ftruncate(fd, 5000) }.into()));
     t.note("fallocate", limited(&|| unsafe { libc::fallocate(fd, 0, 0, 6000) }.into()));
-    t.note("fallocate keep", limited(&|| unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, 0, 6000) }.into()));
-    t.note("signal", in_child(|| unsafe {
-        libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
-        let limit = libc::rlimit { rlim_cur: 5000, rlim_max: 5000 };
-        libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit);
-        libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
-        libc::pwrite(fd, data.as_ptr().cast(), 1, 9000);
-        0
-    }));
-    t.note("copy_file_range", limited(&|| unsafe { libc::copy_file_range(fd, &mut 0, fd, &mut 8192, 100, 0) } as i64));
+    t.note(
+        "fallocate keep",
+        limited(&|| unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, 0, 6000) }.into()),
+    );
+    t.note(
+        "signal",
+        in_child(|| unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+            let limit = libc::rlimit { rlim_cur: 5000, rlim_max: 5000 };
+            libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit);
+            libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+            libc::pwrite(fd, data.as_ptr().cast(), 1, 9000);
+            0
+        }),
+    );
+    t.note(
+        "copy_file_range",
+        limited(&|| unsafe { libc::copy_file_range(fd, &mut 0, fd, &mut 8192, 100, 0) } as i64),
+    );
     t.note("size at last", fstat(&f).st_size);
 }
 
@@ -365,7 +406,11 @@ fn appending(t: &mut Case) {
     t.note("pwrite appends", pwrite(&a, b"c", 0));
     t.note("content", io(fs::read(&p)).map(|b| String::from_utf8(b).unwrap()));
     t.note("position", seek(&a, 0, libc::SEEK_CUR));
-    t.note("after a truncate", { truncate(&p, 1).unwrap(); write(&b, b"x").unwrap(); io(fs::read(&p)) });
+    t.note("after a truncate", {
+        truncate(&p, 1).unwrap();
+        write(&b, b"x").unwrap();
+        io(fs::read(&p))
+    });
     t.note("flag by fcntl", {
         let w = open(&p, libc::O_RDWR).unwrap();
         unsafe { libc::fcntl(w.as_raw_fd(), libc::F_SETFL, libc::O_APPEND) };
@@ -411,7 +456,16 @@ fn pipes_and_sendfile(t: &mut Case) {
         }
         let mut left = n as usize;
         while left > 0 {
-            let n = unsafe { libc::splice(p[0], std::ptr::null_mut(), h.as_raw_fd(), &raw mut to, left, libc::SPLICE_F_MOVE) };
+            let n = unsafe {
+                libc::splice(
+                    p[0],
+                    std::ptr::null_mut(),
+                    h.as_raw_fd(),
+                    &raw mut to,
+                    left,
+                    libc::SPLICE_F_MOVE,
+                )
+            };
             assert!(n > 0);
             left -= n as usize;
         }
@@ -421,7 +475,8 @@ fn pipes_and_sendfile(t: &mut Case) {
 }
 
 fn cfr(a: &OwnedFd, mut x: i64, b: &OwnedFd, mut y: i64, n: usize, flags: u32) -> R<i64> {
-    ok(unsafe { libc::copy_file_range(a.as_raw_fd(), &raw mut x, b.as_raw_fd(), &raw mut y, n, flags) } as i64)
+    ok(unsafe { libc::copy_file_range(a.as_raw_fd(), &raw mut x, b.as_raw_fd(), &raw mut y, n, flags) }
+        as i64)
 }
 
 fn copies(t: &mut Case) {
@@ -481,17 +536,29 @@ fn advice(t: &mut Case) {
         t.note(&format!("fadvise {a}"), unsafe { libc::posix_fadvise(f.as_raw_fd(), 0, 0, a) });
     }
     t.note("readahead", unsafe { unit(libc::readahead(f.as_raw_fd(), 0, 50_000) as i64) });
-    t.note("readahead of write only", unsafe { unit(libc::readahead(open(t.p("f"), libc::O_WRONLY).unwrap().as_raw_fd(), 0, 50_000) as i64) });
+    t.note("readahead of write only", unsafe {
+        unit(libc::readahead(open(t.p("f"), libc::O_WRONLY).unwrap().as_raw_fd(), 0, 50_000) as i64)
+    });
     t.note("sync_file_range", unsafe { unit(libc::sync_file_range(f.as_raw_fd(), 0, 0, 7)) });
     t.note("sync_file_range flags", unsafe { unit(libc::sync_file_range(f.as_raw_fd(), 0, 0, 64)) });
     t.note("posix_fallocate", unsafe { libc::posix_fallocate(f.as_raw_fd(), 0, 200_000) });
     t.note("size", fstat(&f).st_size);
     let map = Map::new(&f, 100_000).unwrap();
-    for a in [libc::MADV_DONTNEED, libc::MADV_WILLNEED, libc::MADV_RANDOM, libc::MADV_REMOVE, libc::MADV_PAGEOUT, libc::MADV_POPULATE_WRITE] {
+    for a in [
+        libc::MADV_DONTNEED,
+        libc::MADV_WILLNEED,
+        libc::MADV_RANDOM,
+        libc::MADV_REMOVE,
+        libc::MADV_PAGEOUT,
+        libc::MADV_POPULATE_WRITE,
+    ] {
         t.note(&format!("madvise {a}"), unsafe { unit(libc::madvise(map.at.cast(), 8192, a)) });
     }
     t.note("removed by madvise", runs(&map.bytes(0, 10_000)));
-    t.note("mincore", { let mut v = [0_u8; 25]; unsafe { unit(libc::mincore(map.at.cast(), 100_000, v.as_mut_ptr())) } });
+    t.note("mincore", {
+        let mut v = [0_u8; 25];
+        unsafe { unit(libc::mincore(map.at.cast(), 100_000, v.as_mut_ptr())) }
+    });
     t.note("mlock", unsafe { unit(libc::mlock(map.at.cast(), 8192)) });
 }
 
@@ -511,7 +578,10 @@ fn descriptors(t: &mut Case) {
     all.iter().for_each(|f| assert_eq!(write(f, b"x"), Ok(1)));
     (0..300).for_each(|i| unlink(t.p(&format!("n{i}"))).unwrap());
     t.note("300 open without names", all.iter().all(|f| pread(f, 2, 0) == Ok(b"x".to_vec())));
-    t.note("fd flags", unsafe { libc::fcntl(g.as_raw_fd(), libc::F_GETFL) } & (libc::O_APPEND | libc::O_ACCMODE));
+    t.note(
+        "fd flags",
+        unsafe { libc::fcntl(g.as_raw_fd(), libc::F_GETFL) } & (libc::O_APPEND | libc::O_ACCMODE),
+    );
     t.note("lease read", unit(unsafe { libc::fcntl(g.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) }));
     t.note("pipe size of a file", unit(unsafe { libc::fcntl(g.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) }));
     let mut p = libc::pollfd { fd: g.as_raw_fd(), events: libc::POLLIN | libc::POLLOUT, revents: 0 };
@@ -594,10 +664,16 @@ fn busy_programs(t: &mut Case) {
     child.wait().unwrap();
     fs::copy("/bin/true", t.p("true")).unwrap();
     let f = open(t.p("true"), libc::O_WRONLY).unwrap();
-    t.note("run what is being written", io(std::process::Command::new(t.p("true")).status()).map(|s| s.success()));
+    t.note(
+        "run what is being written",
+        io(std::process::Command::new(t.p("true")).status()).map(|s| s.success()),
+    );
     drop(f);
     chmod(t.p("true"), 0o644).unwrap();
-    t.note("run what is no program", io(std::process::Command::new(t.p("true")).status()).map(|s| s.success()));
+    t.note(
+        "run what is no program",
+        io(std::process::Command::new(t.p("true")).status()).map(|s| s.success()),
+    );
 }
 
 fn inline_edge(t: &mut Case) {

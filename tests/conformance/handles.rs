@@ -28,13 +28,17 @@ fn handle_of(p: &Path) -> R<Handle> {
     let mut h = Handle { bytes: 128, kind: 0, data: [0; 128] };
     let mut mount = 0;
     let p = c(p);
-    unit(unsafe { libc::syscall(libc::SYS_name_to_handle_at, libc::AT_FDCWD, p.as_ptr(), &raw mut h, &raw mut mount, 0) })?;
+    unit(unsafe {
+        libc::syscall(libc::SYS_name_to_handle_at, libc::AT_FDCWD, p.as_ptr(), &raw mut h, &raw mut mount, 0)
+    })?;
     Ok(h)
 }
 
 fn open_handle(root: &Path, h: &Handle, flags: i32) -> R<OwnedFd> {
     let dir = open(root, libc::O_RDONLY | libc::O_DIRECTORY).unwrap();
-    let n = ok(unsafe { libc::syscall(libc::SYS_open_by_handle_at, dir.as_raw_fd(), h, flags | libc::O_CLOEXEC) })?;
+    let n = ok(unsafe {
+        libc::syscall(libc::SYS_open_by_handle_at, dir.as_raw_fd(), h, flags | libc::O_CLOEXEC)
+    })?;
     Ok(unsafe { OwnedFd::from_raw_fd(n as i32) })
 }
 
@@ -43,7 +47,8 @@ fn open_by_handle(t: &mut Case) {
     mkdir(t.p("d"), 0o755).unwrap();
     fs::write(t.p("d/deep"), b"deep").unwrap();
     symlink("f", t.p("l")).unwrap();
-    let (f, d, deep) = (handle_of(&t.p("f")).unwrap(), handle_of(&t.p("d")).unwrap(), handle_of(&t.p("d/deep")).unwrap());
+    let (f, d, deep) =
+        (handle_of(&t.p("f")).unwrap(), handle_of(&t.p("d")).unwrap(), handle_of(&t.p("d/deep")).unwrap());
     let read = |h: &Handle| open_handle(&t.root, h, libc::O_RDONLY).and_then(|f| pread(&f, 99, 0));
     let mut notes = vec![("cached", read(&f)), ("deep", read(&deep))];
     drop_caches(&t.root);
@@ -99,7 +104,16 @@ fn open_by_handle(t: &mut Case) {
     t.note("by a user", user);
     let mut small = Handle { bytes: 0, kind: 0, data: [0; 128] };
     let (p, mut mount) = (c(&t.dir), 0);
-    let done = unit(unsafe { libc::syscall(libc::SYS_name_to_handle_at, libc::AT_FDCWD, p.as_ptr(), &raw mut small, &raw mut mount, 0) });
+    let done = unit(unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            p.as_ptr(),
+            &raw mut small,
+            &raw mut mount,
+            0,
+        )
+    });
     t.note("size is told", (done, small.bytes > 0));
 }
 
@@ -116,13 +130,22 @@ fn handles_are_not_reused(t: &mut Case) {
     let now = handle_of(&t.p("g")).unwrap();
     let differ = all.iter().enumerate().all(|(i, a)| *a != now && all[..i].iter().all(|b| a != b));
     t.note("all differ", differ);
-    let stale: std::collections::BTreeSet<_> = all.iter().map(|h| open_handle(&t.root, h, libc::O_RDONLY).map(drop)).collect();
+    let stale: std::collections::BTreeSet<_> =
+        all.iter().map(|h| open_handle(&t.root, h, libc::O_RDONLY).map(drop)).collect();
     t.note("none opens", stale);
 }
 
 fn remount(t: &Case, flags: libc::c_ulong, data: &str) -> R<()> {
     let (at, data) = (c(&t.root), CString::new(data).unwrap());
-    unit(unsafe { libc::mount(std::ptr::null(), at.as_ptr(), std::ptr::null(), libc::MS_REMOUNT | flags, data.as_ptr().cast()) })
+    unit(unsafe {
+        libc::mount(
+            std::ptr::null(),
+            at.as_ptr(),
+            std::ptr::null(),
+            libc::MS_REMOUNT | flags,
+            data.as_ptr().cast(),
+        )
+    })
 }
 
 fn remount_read_only(t: &mut Case) {
@@ -139,7 +162,10 @@ fn remount_read_only(t: &mut Case) {
     t.note("read only", remount(t, libc::MS_RDONLY, ""));
     t.note("create", open(t.p("x"), libc::O_CREAT | libc::O_WRONLY).map(drop));
     t.note("create what is there", open(t.p("f"), libc::O_CREAT | libc::O_RDONLY).map(drop));
-    t.note("exclusive what is there", open(t.p("f"), libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY).map(drop));
+    t.note(
+        "exclusive what is there",
+        open(t.p("f"), libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY).map(drop),
+    );
     t.note("open for writing then", open(t.p("f"), libc::O_WRONLY).map(drop));
     t.note("open trunc", open(t.p("f"), libc::O_RDONLY | libc::O_TRUNC).map(drop));
     t.note("mkdir", mkdir(t.p("y"), 0o755));
@@ -182,11 +208,20 @@ fn remount_options(t: &mut Case) {
     let mut notes = vec![("run", format!("{:?}", run()))];
     notes.push(("noexec", format!("{:?}", (remount(t, libc::MS_NOEXEC, ""), run()))));
     notes.push(("exec", format!("{:?}", (remount(t, 0, ""), run()))));
-    notes.push(("nodev", format!("{:?}", (remount(t, libc::MS_NODEV, ""), open(t.p("null"), libc::O_WRONLY).map(drop)))));
+    notes.push((
+        "nodev",
+        format!("{:?}", (remount(t, libc::MS_NODEV, ""), open(t.p("null"), libc::O_WRONLY).map(drop))),
+    ));
     notes.push(("dev", format!("{:?}", (remount(t, 0, ""), open(t.p("null"), libc::O_WRONLY).map(drop)))));
-    notes.push(("sync", format!("{:?}", (remount(t, libc::MS_SYNCHRONOUS, ""), io(fs::write(t.p("f"), b"x"))))));
+    notes.push((
+        "sync",
+        format!("{:?}", (remount(t, libc::MS_SYNCHRONOUS, ""), io(fs::write(t.p("f"), b"x")))),
+    ));
     notes.push(("async", format!("{:?}", remount(t, 0, ""))));
-    notes.push(("dirsync", format!("{:?}", (remount(t, libc::MS_DIRSYNC, ""), mkdir(t.p("d"), 0o755), remount(t, 0, "")))));
+    notes.push((
+        "dirsync",
+        format!("{:?}", (remount(t, libc::MS_DIRSYNC, ""), mkdir(t.p("d"), 0o755), remount(t, 0, ""))),
+    ));
     notes.push(("unknown option", format!("{:?}", remount(t, 0, "nonsense_option=1").is_err())));
     for (k, v) in notes {
         t.note(k, v);

@@ -50,7 +50,18 @@ fn seek_rules(t: &mut Case) {
     t.note("hole only, hole", seek(&f, 100, libc::SEEK_HOLE));
     pwrite(&f, &[1; 4096], 1 << 20).unwrap();
     fsync(&f).unwrap();
-    for at in [0, 4095, 1 << 20, (1 << 20) + 1, (1 << 20) + 4095, (1 << 20) + 4096, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, -1] {
+    for at in [
+        0,
+        4095,
+        1 << 20,
+        (1 << 20) + 1,
+        (1 << 20) + 4095,
+        (1 << 20) + 4096,
+        (4 << 20) - 1,
+        4 << 20,
+        (4 << 20) + 1,
+        -1,
+    ] {
         t.note(&format!("data {at}"), seek(&f, at, libc::SEEK_DATA));
         t.note(&format!("hole {at}"), seek(&f, at, libc::SEEK_HOLE));
     }
@@ -62,7 +73,12 @@ fn seek_rules(t: &mut Case) {
 }
 
 fn seek_unflushed(t: &mut Case) {
-    for (name, at, len) in [("start", 0_i64, 4096_usize), ("middle", 1 << 20, 8192), ("far", 3 << 20, 4096), ("across", (1 << 20) - 4096, 8192)] {
+    for (name, at, len) in [
+        ("start", 0_i64, 4096_usize),
+        ("middle", 1 << 20, 8192),
+        ("far", 3 << 20, 4096),
+        ("across", (1 << 20) - 4096, 8192),
+    ] {
         let f = new_file(t.p(name));
         pwrite(&f, &vec![1; len], at).unwrap();
         t.note(name, stretches(&f));
@@ -144,8 +160,14 @@ fn fallocate_modes(t: &mut Case) {
         t.note(&format!("{key}: unaligned"), fallocate(&f, mode, 5, 77));
         t.note(&format!("{key}: nothing"), fallocate(&f, mode, 0, 0));
         t.note(&format!("{key}: negative"), fallocate(&f, mode, -5, 10));
-        t.note(&format!("{key}: read only"), fallocate(&open(t.p(key), libc::O_RDONLY).unwrap(), mode, 0, 10));
-        t.note(&format!("{key}: directory"), fallocate(&open(t.p("d"), libc::O_RDONLY).unwrap(), mode, 0, 10));
+        t.note(
+            &format!("{key}: read only"),
+            fallocate(&open(t.p(key), libc::O_RDONLY).unwrap(), mode, 0, 10),
+        );
+        t.note(
+            &format!("{key}: directory"),
+            fallocate(&open(t.p("d"), libc::O_RDONLY).unwrap(), mode, 0, 10),
+        );
         t.note(&format!("{key}: fifo"), fallocate(&open(t.p("fifo"), libc::O_RDWR).unwrap(), mode, 0, 10));
         t.note(&format!("{key}: at last"), runs(&fs::read(t.p(key)).unwrap()));
         let a = open(t.p(key), libc::O_WRONLY | libc::O_APPEND).unwrap();
@@ -181,7 +203,10 @@ fn punch_edges(t: &mut Case) {
     ] {
         let f = new_file(t.p(key));
         write(&f, &vec![1; 3 * mb as usize]).unwrap();
-        t.note(&format!("{key}: cached"), (fallocate(&f, PUNCH | KEEP, at, len), runs(&fs::read(t.p(key)).unwrap())));
+        t.note(
+            &format!("{key}: cached"),
+            (fallocate(&f, PUNCH | KEEP, at, len), runs(&fs::read(t.p(key)).unwrap())),
+        );
         forget_pages(&f);
         t.note(&format!("{key}: dropped"), (runs(&fs::read(t.p(key)).unwrap()), fstat(&f).st_size));
         pwrite(&f, &[2; 10], at + 20).unwrap();
@@ -196,7 +221,12 @@ fn sparse_copy(t: &mut Case) {
     ftruncate(&f, 20 << 20).unwrap();
     for how in ["auto", "always", "never"] {
         let to = t.p(how);
-        let done = std::process::Command::new("cp").arg(format!("--sparse={how}")).arg(t.p("f")).arg(&to).status().unwrap();
+        let done = std::process::Command::new("cp")
+            .arg(format!("--sparse={how}"))
+            .arg(t.p("f"))
+            .arg(&to)
+            .status()
+            .unwrap();
         t.note(how, (done.success(), runs(&fs::read(&to).unwrap())));
     }
     t.note("auto is sparse", stat(t.p("auto")).unwrap().st_blocks < 16_000);

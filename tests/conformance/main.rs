@@ -29,7 +29,8 @@ use sys::Case;
 type Run = fn(&mut Case);
 
 fn all_cases() -> Vec<(&'static str, Run)> {
-    [names::CASES, attrs::CASES, content::CASES, holes::CASES, handles::CASES, xattrs::CASES, acls::CASES].concat()
+    [names::CASES, attrs::CASES, content::CASES, holes::CASES, handles::CASES, xattrs::CASES, acls::CASES]
+        .concat()
 }
 
 /// A directory of ext4: below the temporary folder when that is ext4, else in an image of our own.
@@ -104,11 +105,9 @@ fn differences(ext4: &[String], ours: &[String]) -> Vec<(String, String, String)
     };
     let (a, b) = (table(ext4), table(ours));
     let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-    let get = |t: &BTreeMap<String, String>, k: &String| t.get(k).cloned().unwrap_or_else(|| "(nothing)".into());
-    keys.into_iter()
-        .map(|k| (k.clone(), get(&a, k), get(&b, k)))
-        .filter(|(_, x, y)| x != y)
-        .collect()
+    let get =
+        |t: &BTreeMap<String, String>, k: &String| t.get(k).cloned().unwrap_or_else(|| "(nothing)".into());
+    keys.into_iter().map(|k| (k.clone(), get(&a, k), get(&b, k))).filter(|(_, x, y)| x != y).collect()
 }
 
 #[test]
@@ -122,7 +121,7 @@ fn every_case_is_as_on_ext4() {
     let Some(reference) = Reference::new(&volume) else {
         return println!("SKIP: no ext4 to compare with: neither the temporary folder nor a loop mount");
     };
-    let mount = volume.mount_as(&How::usual().arg("-o").arg("allow_other,suid,dev"));
+    let mount = volume.mount_as(&How::usual().arg("-o").arg("allow_other,suid,dev,acl"));
     let only = std::env::var("CASE").ok();
     let mut bad = Vec::new();
     for (name, run) in all_cases() {
@@ -187,7 +186,7 @@ fn pjdfstest_says_the_same_as_on_ext4() {
     let Some(reference) = Reference::new(&volume) else {
         return println!("SKIP: no ext4 to compare with: neither the temporary folder nor a loop mount");
     };
-    let mount = volume.mount_as(&How::usual().arg("-o").arg("allow_other,suid,dev"));
+    let mount = volume.mount_as(&How::usual().arg("-o").arg("allow_other,suid,dev,acl"));
     let ext4 = pjdfstest(&tool, &reference.dir, &volume, reference.own);
     let mut ours = pjdfstest(&tool, mount.root(), &volume, reference.own);
     // Asks the C library for LINK_MAX, which knows the limits of some filesystems by their magic numbers and has none

@@ -184,7 +184,8 @@ fn long_paths(t: &mut Case) {
     let mut made = 0;
     for _ in 0..30 {
         unit(unsafe { libc::mkdirat(dir.as_raw_fd(), c(&part).as_ptr(), 0o755) }).unwrap();
-        let next = unsafe { libc::openat(dir.as_raw_fd(), c(&part).as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+        let next =
+            unsafe { libc::openat(dir.as_raw_fd(), c(&part).as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
         dir = unsafe { std::os::fd::FromRawFd::from_raw_fd(next) };
         made += 1;
     }
@@ -269,7 +270,10 @@ fn special_files(t: &mut Case) {
         ("link", libc::S_IFLNK, 0),
     ] {
         t.note(name, mknod(t.p(name), mode | 0o640, dev));
-        t.note(&format!("stat {name}"), stat(t.p(name)).map(|s| (format!("{:o}", s.st_mode), s.st_rdev, s.st_nlink, s.st_size)));
+        t.note(
+            &format!("stat {name}"),
+            stat(t.p(name)).map(|s| (format!("{:o}", s.st_mode), s.st_rdev, s.st_nlink, s.st_size)),
+        );
     }
     t.note("null works", open(t.p("char"), libc::O_WRONLY).and_then(|f| write(&f, b"gone")));
     t.note("socket open", open(t.p("socket"), libc::O_RDONLY).map(drop));
@@ -326,7 +330,10 @@ fn listing_kinds(t: &mut Case) {
     });
     t.note("numbers are those of stat", inos);
     t.note("directory read", pread(&dir, 10, 0));
-    t.note("seek to an odd place", seek(&dir, 12_345, libc::SEEK_SET).map(|_| getdents(dir.as_raw_fd()).len() <= 9));
+    t.note(
+        "seek to an odd place",
+        seek(&dir, 12_345, libc::SEEK_SET).map(|_| getdents(dir.as_raw_fd()).len() <= 9),
+    );
     t.note("seek back", seek(&dir, 0, libc::SEEK_SET));
     t.note("all again", getdents(dir.as_raw_fd()).len());
     t.note("end stays the end", getdents(dir.as_raw_fd()).len());
@@ -445,7 +452,10 @@ fn removed_directory(t: &mut Case) {
     rmdir(t.p("d")).unwrap();
     t.note("nlink", fstat(&d).st_nlink);
     let at = |n: &str| c(n);
-    t.note("create in it", ok(unsafe { libc::openat(d.as_raw_fd(), at("x").as_ptr(), libc::O_CREAT | libc::O_WRONLY, 0o644) }));
+    t.note(
+        "create in it",
+        ok(unsafe { libc::openat(d.as_raw_fd(), at("x").as_ptr(), libc::O_CREAT | libc::O_WRONLY, 0o644) }),
+    );
     t.note("mkdir in it", ok(unsafe { libc::mkdirat(d.as_raw_fd(), at("x").as_ptr(), 0o755) }));
     t.note("lookup in it", ok(unsafe { libc::faccessat(d.as_raw_fd(), at("x").as_ptr(), 0, 0) }));
     t.note("listing", getdents(d.as_raw_fd()).len());
@@ -468,7 +478,13 @@ fn tmpfile(t: &mut Case) {
         t.note("nlink", fstat(&f).st_nlink);
         t.note("link", unsafe {
             let (a, b) = (c(&from), c(t.p("named")));
-            unit(libc::linkat(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::AT_SYMLINK_FOLLOW))
+            unit(libc::linkat(
+                libc::AT_FDCWD,
+                a.as_ptr(),
+                libc::AT_FDCWD,
+                b.as_ptr(),
+                libc::AT_SYMLINK_FOLLOW,
+            ))
         });
         t.note("content", io(fs::read(t.p("named"))));
     }
@@ -494,11 +510,17 @@ fn at_empty_path(t: &mut Case) {
     t.note("nlink", nlink);
     t.note("link without names", gone);
     t.note("link by /proc", by_proc);
-    t.note("reopen by /proc", open(format!("/proc/self/fd/{}", f.as_raw_fd()), libc::O_RDWR).and_then(|f| pread(&f, 9, 0)));
+    t.note(
+        "reopen by /proc",
+        open(format!("/proc/self/fd/{}", f.as_raw_fd()), libc::O_RDWR).and_then(|f| pread(&f, 9, 0)),
+    );
     t.note("truncate", ftruncate(&f, 1));
     t.note("append", pwrite(&f, b"xyz", 1));
     t.note("read", pread(&f, 9, 0));
-    t.note("stat", { let s = fstat(&f); (s.st_nlink, s.st_size) });
+    t.note("stat", {
+        let s = fstat(&f);
+        (s.st_nlink, s.st_size)
+    });
     t.note("chmod", unsafe { unit(libc::fchmod(f.as_raw_fd(), 0o600)) });
     t.note("mode", format!("{:o}", fstat(&f).st_mode));
     t.note("fsync", fsync(&f));
@@ -563,7 +585,10 @@ fn open_flags(t: &mut Case) {
     t.note("dangling made", stat(t.p("none")).is_ok());
     let f = open_mode(t.p("readonly"), libc::O_CREAT | libc::O_RDWR, 0o000).unwrap();
     t.note("write to mode 0", write(&f, b"x"));
-    t.note("noatime by a user", { let p = t.p("f"); as_nobody(|| open(p, libc::O_RDONLY | libc::O_NOATIME).map(drop)) });
+    t.note("noatime by a user", {
+        let p = t.p("f");
+        as_nobody(|| open(p, libc::O_RDONLY | libc::O_NOATIME).map(drop))
+    });
     t.note("read of write only", open(t.p("f"), libc::O_WRONLY).and_then(|f| pread(&f, 1, 0)));
     t.note("write of read only", open(t.p("f"), libc::O_RDONLY).and_then(|f| write(&f, b"x")));
     t.note("run it", {

@@ -40,7 +40,10 @@ fn xattr_rules(t: &mut Case) {
     t.note("remove unknown prefix", removexattr(&f, "odd.name"));
     t.note("system", setxattr(&f, "system.odd", b"x", 0));
     t.note("get system", getxattr(&f, "system.odd"));
-    t.note("3000 bytes", (setxattr(&f, "user.big", &[7; 3000], 0), getxattr(&f, "user.big").map(|v| runs(&v))));
+    t.note(
+        "3000 bytes",
+        (setxattr(&f, "user.big", &[7; 3000], 0), getxattr(&f, "user.big").map(|v| runs(&v))),
+    );
     t.note("above 64 KiB", setxattr(&f, "user.huge", &[7; 65537], 0));
     t.note("small buffer", {
         let mut room = [0_u8; 3];
@@ -70,7 +73,10 @@ fn xattr_kinds(t: &mut Case) {
     for n in ["d", "l", "p", "c", "s"] {
         for ns in ["user", "trusted", "security"] {
             let name = format!("{ns}.x");
-            t.note(&format!("{n} {ns}"), (setxattr(t.p(n), &name, b"v", 0), getxattr(t.p(n), &name), removexattr(t.p(n), &name)));
+            t.note(
+                &format!("{n} {ns}"),
+                (setxattr(t.p(n), &name, b"v", 0), getxattr(t.p(n), &name), removexattr(t.p(n), &name)),
+            );
         }
         t.note(&format!("{n} list"), listxattr(t.p(n)));
     }
@@ -105,7 +111,10 @@ fn xattr_permissions(t: &mut Case) {
     setxattr(&f, "user.x", b"v", 0).unwrap();
     for m in [0o600, 0o644, 0o666, 0o622] {
         chmod(&f, m).unwrap();
-        t.note(&format!("{m:o}"), as_nobody(|| (getxattr(&f, "user.x"), setxattr(&f, "user.y", b"1", 0), listxattr(&f))));
+        t.note(
+            &format!("{m:o}"),
+            as_nobody(|| (getxattr(&f, "user.x"), setxattr(&f, "user.y", b"1", 0), listxattr(&f))),
+        );
     }
     // Only its owner may put attributes on a sticky directory.
     mkdir(t.p("d"), 0o1777).unwrap();
@@ -138,7 +147,10 @@ fn xattr_many(t: &mut Case) {
     }
     drop_caches(&t.root);
     t.note("half", listxattr(t.p("f")).map(|l| l.len()));
-    t.note("right", (1..40).step_by(2).all(|i| getxattr(t.p("f"), &format!("user.attribute-{i:02}")) == Ok(vec![i; 20])));
+    t.note(
+        "right",
+        (1..40).step_by(2).all(|i| getxattr(t.p("f"), &format!("user.attribute-{i:02}")) == Ok(vec![i; 20])),
+    );
     fs::copy(t.p("f"), t.p("g")).unwrap();
     let cp = std::process::Command::new("cp").args(["-a"]).arg(t.p("f")).arg(t.p("h")).status().unwrap();
     t.note("cp -a", (cp.success(), listxattr(t.p("h")).map(|l| l.len())));
