@@ -55,6 +55,7 @@ pub mod cli;
 pub mod daemon;
 pub mod config;
 pub mod control;
+pub mod bench;
 
 pub mod fuse;
 pub mod vfs;
@@ -68,5 +69,6 @@ pub mod checkpoint;
 pub mod replica;
 
 pub mod format;
+pub mod trace;
 pub mod exit;
 pub mod ids;

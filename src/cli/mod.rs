@@ -14,6 +14,7 @@ use crate::exit::Exit;
 
 mod args;
 mod background;
+mod bench;
 mod helper;
 mod human;
 mod init;
@@ -61,6 +62,7 @@ enum Command {
     Scrub(scrub::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
+    Bench(bench::Args),
     Version(version::Args),
 }
 
@@ -138,6 +140,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Scrub(args) => scrub::run(args),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
     }
 }

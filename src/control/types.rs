@@ -9,6 +9,7 @@ use crate::exit::Exit;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
 use crate::reconcile::ScrubStatus;
 use crate::replica::{FenceNote, ReplicaStatus};
+use crate::trace::OpFigures;
 
 use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
 
@@ -53,6 +54,9 @@ pub struct Status {
     pub sealing_error: Option<String>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
+    /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
+    #[serde(default)]
+    pub ops: Vec<OpFigures>,
 }
 
 /// The local block cache at one moment.

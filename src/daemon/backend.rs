@@ -19,6 +19,7 @@ use crate::exit::Exit;
 use crate::ids::{Epoch, SegmentNo};
 use crate::reconcile::{Reconciler, ScrubStatus};
 use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
+use crate::trace::{self, OpFigures};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
@@ -63,6 +64,7 @@ impl Control {
             fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
             replicas: r.core.fleet.statuses(),
+            ops: trace::figures(),
         }
     }
 
@@ -271,7 +273,7 @@ impl Backend for Control {
     fn metrics(&self) -> BoxFuture<'_, String> {
         async {
             let scrubs = self.0.core.reconciler.as_ref().map(|r| r.status()).unwrap_or_default();
-            metrics(&self.status_now()) + &scrub_metrics(&scrubs)
+            metrics(&self.status_now()) + &scrub_metrics(&scrubs) + &op_metrics(&trace::figures())
         }
         .boxed()
     }
@@ -299,6 +301,25 @@ fn scrub_metrics(scrubs: &[ScrubStatus]) -> String {
         let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge");
         for s in scrubs {
             let _ = writeln!(out, "mirrorfs_{name}{{replica=\"{}\"}} {}", s.replica, value(s));
+        }
+    }
+    out
+}
+
+/// Where requests spend their time, in the text form that Prometheus reads.
+fn op_metrics(ops: &[OpFigures]) -> String {
+    use std::fmt::Write;
+    let mut out =
+        "# HELP mirrorfs_requests_total Requests of the kernel\n# TYPE mirrorfs_requests_total counter\n"
+            .to_owned();
+    for op in ops {
+        let _ = writeln!(out, "mirrorfs_requests_total{{kind=\"{}\"}} {}", op.name, op.count);
+    }
+    out += "# HELP mirrorfs_request_seconds_total Their time, by stage\n# TYPE mirrorfs_request_seconds_total counter\n";
+    for op in ops {
+        for (stage, seconds) in &op.stages {
+            let labels = format!("kind=\"{}\",stage=\"{stage}\"", op.name);
+            let _ = writeln!(out, "mirrorfs_request_seconds_total{{{labels}}} {seconds}");
         }
     }
     out

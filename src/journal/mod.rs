@@ -49,6 +49,7 @@ pub use tx::Tx;
 
 use crate::format::record::{Op, Record};
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 use disk::Disk;
 use memtable::Changes;
 use shared::Shared;
@@ -182,7 +183,7 @@ impl Journal {
         &self,
         f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
     ) -> Result<(R, Lsn), E> {
-        self.shared.make_room()?;
+        trace::stage(Stage::Turn, || self.shared.make_room())?;
         self.transact_at_once(f)
     }
 
@@ -198,7 +199,7 @@ impl Journal {
         f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
     ) -> Result<(R, Lsn), E> {
         let s = &*self.shared;
-        let _turn = s.commit.lock();
+        let _turn = trace::stage(Stage::Turn, || s.commit.lock());
         s.usable()?;
         let last = Lsn(s.last.load(SeqCst));
         let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None };
@@ -217,7 +218,7 @@ impl Journal {
     /// Returns when every record up to `lsn` is on stable storage (a higher LSN than the newest one means the
     /// newest one).
     pub fn barrier(&self, lsn: Lsn) -> Result<(), JournalError> {
-        self.shared.barrier(lsn)
+        trace::stage(Stage::Sync, || self.shared.barrier(lsn))
     }
 
     /// The newest record.

@@ -21,6 +21,7 @@ use super::tail_set::TailSet;
 use super::witness::Witness;
 use crate::format::record::{self, Op};
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 
 /// A waiting thread looks again after this long, whatever it missed.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -303,33 +304,35 @@ impl Shared {
         if start >= end || limit == 0 {
             return Ok(Vec::new());
         }
-        self.consistently(
-            |view| view.overlay(own, start, end, limit),
-            |store, overlay| {
-                let mut out: Vec<(Bytes, Bytes)> = Vec::new();
-                let mut layer = overlay.into_iter().peekable();
-                store.scan(start, end, false, |key, stored| {
-                    while let Some((k, v)) = layer.next_if(|(k, _)| *k < key) {
-                        if let Some(v) = v {
-                            out.push((k, v));
-                            if out.len() == limit {
-                                return false;
+        trace::stage(Stage::Tables, || {
+            self.consistently(
+                |view| view.overlay(own, start, end, limit),
+                |store, overlay| {
+                    let mut out: Vec<(Bytes, Bytes)> = Vec::new();
+                    let mut layer = overlay.into_iter().peekable();
+                    store.scan(start, end, false, |key, stored| {
+                        while let Some((k, v)) = layer.next_if(|(k, _)| *k < key) {
+                            if let Some(v) = v {
+                                out.push((k, v));
+                                if out.len() == limit {
+                                    return false;
+                                }
                             }
                         }
-                    }
-                    match layer.next_if(|(k, _)| *k == key) {
-                        Some((k, Some(v))) => out.push((k, v)),
-                        Some((_, None)) => {}
-                        None => out.push((key, stored.value)),
-                    }
-                    out.len() < limit
-                })?;
-                let rest = layer.filter_map(|(k, v)| v.map(|v| (k, v)));
-                let missing = limit - out.len();
-                out.extend(rest.take(missing));
-                Ok(out)
-            },
-        )
+                        match layer.next_if(|(k, _)| *k == key) {
+                            Some((k, Some(v))) => out.push((k, v)),
+                            Some((_, None)) => {}
+                            None => out.push((key, stored.value)),
+                        }
+                        out.len() < limit
+                    })?;
+                    let rest = layer.filter_map(|(k, v)| v.map(|v| (k, v)));
+                    let missing = limit - out.len();
+                    out.extend(rest.take(missing));
+                    Ok(out)
+                },
+            )
+        })
     }
 
     /// The last pair in `[start, end)`.
