@@ -22,15 +22,41 @@ pub const VOLUME_KEYS: [&str; 14] = [
 ];
 
 /// Keys of the table `[mount]`.
-pub const MOUNT_KEYS: [&str; 9] =
-    ["allow_other", "nosuid", "nodev", "noexec", "noatime", "nosymfollow", "sync", "dirsync", "fsname"];
+pub const MOUNT_KEYS: [&str; 13] = [
+    "allow_other",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "noatime",
+    "strictatime",
+    "nodiratime",
+    "nosymfollow",
+    "sync",
+    "dirsync",
+    "acl",
+    "noacl",
+    "fsname",
+];
 
 /// Keys that hold tables.
 pub const TABLES: [&str; 2] = ["replica", "mount"];
 
 /// Keys that hold a yes or no; in `-o` they may stand without a value.
-pub const SWITCHES: [&str; 9] =
-    ["read_only", "allow_other", "nosuid", "nodev", "noexec", "noatime", "nosymfollow", "sync", "dirsync"];
+pub const SWITCHES: [&str; 13] = [
+    "read_only",
+    "allow_other",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "noatime",
+    "strictatime",
+    "nodiratime",
+    "nosymfollow",
+    "sync",
+    "dirsync",
+    "acl",
+    "noacl",
+];
 
 /// Keys that are flags of the kernel's mount, which a remount can change.
 pub const FLAGS: [&str; 8] =

@@ -110,6 +110,14 @@ pub struct MountOptions {
     pub fsname: Option<String>,
     /// Options for SELinux, for the kernel as they are.
     pub labels: Vec<String>,
+    /// Each reading that is seen changes access times, not only the first since the last change.
+    pub strictatime: bool,
+    /// Listing does not change the access times of directories.
+    pub nodiratime: bool,
+    /// Access control lists are on, also where that costs requests and there are none yet.
+    pub acl: bool,
+    /// Access control lists are not supported.
+    pub noacl: bool,
 }
 
 /// Everything a volume's daemon needs to know, checked.
@@ -269,6 +277,10 @@ impl Config {
                 dirsync: merged.get("dirsync", false, yes_or_no)?,
                 fsname: merged.get("fsname", None, fsname)?,
                 labels: merged.labels.clone(),
+                strictatime: merged.get("strictatime", false, yes_or_no)?,
+                nodiratime: merged.get("nodiratime", false, yes_or_no)?,
+                acl: merged.get("acl", false, yes_or_no)?,
+                noacl: merged.get("noacl", false, yes_or_no)?,
             },
         };
         config.check_state()?;

@@ -246,6 +246,9 @@ impl Core {
         self.vfs.stop_reaper();
         let mut trouble = None;
         if let Some(engine) = &self.engine {
+            if let Err(e) = self.vfs.keep_accessed(true) {
+                log::warn!("not all access times are kept: {e}");
+            }
             let sealed = self
                 .vfs
                 .commit()
@@ -323,6 +326,12 @@ fn assemble(
         space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
+    vfs.set_atime(match &config.mount {
+        mount if mount.noatime => vfs::Atime::Never,
+        mount if mount.strictatime => vfs::Atime::Always,
+        mount if mount.nodiratime => vfs::Atime::RelativeFiles,
+        _ => vfs::Atime::Relative,
+    });
     let (closing, closing_seen) = watch::channel(false);
     let tenure = (!config.read_only).then(|| {
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
@@ -490,6 +499,9 @@ fn start_commits(vfs: &Arc<Vfs>, journal: &Arc<Journal>, stop: mpsc::Receiver<()
     std::thread::Builder::new().name("mirrorfs-commit".into()).spawn(move || {
         let mut failed = false;
         while let Err(mpsc::RecvTimeoutError::Timeout) = stop.recv_timeout(COMMIT_EVERY) {
+            if let Err(e) = vfs.keep_accessed(false) {
+                log::debug!("access times wait: {e}");
+            }
             let idle = vfs.pending_files() == 0 && journal.last_lsn() == journal.durable_lsn();
             let done =
                 if idle { vfs.blocks().housekeep().map_err(Into::into) } else { vfs.commit().map(|_| ()) };

@@ -27,7 +27,7 @@ use crate::vfs::types::{Caller, Fallocate, RenameMode, SetAttr, Wait, XattrMode}
 use crate::vfs::{Options, Vfs};
 
 const BS: u32 = 65536;
-const ME: Caller = Caller { uid: 1, gid: 1, pid: 1 };
+const ME: Caller = Caller { uid: 1, gid: 1, pid: 1, umask: 0 };
 const NOW: Time = Time { secs: 9, nanos: 0 };
 
 struct World {

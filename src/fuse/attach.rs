@@ -169,6 +169,8 @@ fn mount_flags(options: &MountOptions) -> libc::c_ulong {
         (options.nosymfollow, libc::MS_NOSYMFOLLOW),
         (options.sync, libc::MS_SYNCHRONOUS),
         (options.dirsync, libc::MS_DIRSYNC),
+        (options.strictatime, libc::MS_STRICTATIME),
+        (options.nodiratime, libc::MS_NODIRATIME),
     ] {
         if on {
             flags |= flag;

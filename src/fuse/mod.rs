@@ -65,6 +65,12 @@ pub struct MountOptions {
     pub dirsync: bool,
     /// Options for SELinux, such as `context=…`; passed over where the kernel has none.
     pub labels: Vec<String>,
+    /// The kernel shows that each read changes the access time.
+    pub strictatime: bool,
+    /// Access times of directories are not kept.
+    pub nodiratime: bool,
+    /// Access control lists are kept, and enforced by the kernel.
+    pub acl: bool,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
     /// A process of its own takes the mount away when this one dies ([`guardian`]). This program must then understand the
@@ -87,6 +93,9 @@ impl Default for MountOptions {
             sync: false,
             dirsync: false,
             labels: Vec::new(),
+            strictatime: false,
+            nodiratime: false,
+            acl: true,
             threads,
             guarded: false,
         }
@@ -160,7 +169,7 @@ fn serve(
 ) -> io::Result<Session> {
     let connection = device.try_clone()?;
     let notifier = Arc::new(OnceLock::new());
-    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier));
+    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier), options.acl);
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(2));
     config.clone_fd = attach::can_open_device();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 
 use super::cell::{Cell, CellState};
-use super::types::{Fallocate, FileKind, Seek, Time, VfsError, Wait};
+use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
 use crate::cache::space::Admission;
 use crate::cache::{StoreError, Supply};
@@ -65,7 +65,7 @@ impl Vfs {
         if truncate
             && let Err(e) = self.do_setattr(
                 ino,
-                &super::types::SetAttr { size: Some(0), ..Default::default() },
+                &SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() },
                 &super::types::Caller::default(),
             )
         {

@@ -655,7 +655,7 @@ impl Run {
     }
 
     fn caller(&mut self) -> Caller {
-        Caller { uid: self.rng.random_range(0..3), gid: self.rng.random_range(0..3), pid: 1 }
+        Caller { uid: self.rng.random_range(0..3), gid: self.rng.random_range(0..3), pid: 1, umask: 0 }
     }
 
     fn forget_dead(&mut self, before: &[Ino]) {
