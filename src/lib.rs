@@ -58,6 +58,7 @@ pub mod control;
 pub mod bench;
 
 pub mod fuse;
+pub mod fsck;
 pub mod vfs;
 pub mod txg;
 pub mod cache;

@@ -60,7 +60,8 @@ impl SlotFile {
             path: path.to_owned(),
             block_size,
             state: Mutex::new(State { free: free.clone(), high, limbo: Vec::new() }),
-            unsynced: AtomicBool::new(false),
+            // A process that was killed may have left bytes with the kernel that are read now, and synced by somebody who sees them.
+            unsynced: AtomicBool::new(true),
             syncing: Mutex::new(()),
             lsn: AtomicU64::new(0),
             #[cfg(test)]

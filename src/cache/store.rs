@@ -105,7 +105,7 @@ pub struct BlockStore {
     pub counters: Counters,
 }
 
-const NEXT_BLOCK: &str = "next_block";
+pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;

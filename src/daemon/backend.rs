@@ -3,6 +3,7 @@
 //! Owns the translation of the parts' figures into the words of `control`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -12,10 +13,11 @@ use tokio::sync::watch;
 use super::serve::Running;
 use super::tenure::Tenure;
 use crate::control::{
-    Backend, CacheStatus, Failure, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest, Status,
-    SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest,
+    Status, SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
+use crate::fsck::Report;
 use crate::ids::{Epoch, SegmentNo};
 use crate::reconcile::{Reconciler, ScrubStatus};
 use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
@@ -30,7 +32,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Control(pub Arc<Running>);
 
 impl Control {
-    fn status_now(&self) -> Status {
+    pub fn status_now(&self) -> Status {
         let r = &self.0;
         let space = &r.core.blocks.space;
         let progress = r.core.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
@@ -270,12 +272,50 @@ impl Backend for Control {
         .boxed()
     }
 
+    fn fsck(&self, request: FsckRequest) -> BoxFuture<'_, Result<Report, Failure>> {
+        async move {
+            let running = Arc::clone(&self.0);
+            let given_up = Arc::new(AtomicBool::new(false));
+            // Dropped when nobody waits any more.
+            let _guard = GiveUp(Arc::clone(&given_up));
+            let work = move || {
+                let cancelled = || given_up.load(Ordering::Relaxed);
+                super::fsck::live::check(&running.core, &request, &cancelled)
+            };
+            match tokio::task::spawn_blocking(work).await {
+                Ok(Ok(report)) => Ok(report),
+                Ok(Err(e)) => Err(Failure::new(e.exit_code(), e.to_string())),
+                Err(e) => Err(Failure::new(Exit::Failure, format!("the check broke off: {e}"))),
+            }
+        }
+        .boxed()
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async move {
+            if self.0.core.engine.is_some() {
+                return Err(Failure::new(Exit::Usage, "it is mounted writable already"));
+            }
+            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))
+        }
+        .boxed()
+    }
+
     fn metrics(&self) -> BoxFuture<'_, String> {
         async {
             let scrubs = self.0.core.reconciler.as_ref().map(|r| r.status()).unwrap_or_default();
             metrics(&self.status_now()) + &scrub_metrics(&scrubs) + &op_metrics(&trace::figures())
         }
         .boxed()
+    }
+}
+
+/// Says so when it is dropped.
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

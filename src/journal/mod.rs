@@ -26,6 +26,7 @@ mod memtable;
 mod replay;
 mod shared;
 mod sled_store;
+mod snapshot;
 mod tail;
 mod tail_set;
 #[cfg(test)]
@@ -44,6 +45,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 pub use error::JournalError;
+pub use snapshot::Snapshot;
 pub use tail_set::RecordIter;
 pub use tx::Tx;
 
@@ -173,6 +175,12 @@ impl Journal {
         self.shared.last_in(None, start, end)
     }
 
+    /// All keys as of this moment, for as long as it is kept; changes go on meanwhile.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot::take(&self.shared)
+    }
+
     /// Runs `f`, alone among transactions, and commits its changes as one record. When `f` fails nothing happened;
     /// when it changes nothing no LSN is used and the newest one is returned. The changes are visible at once and
     /// durable after [`Journal::barrier`]. `f` must not start another transaction.
@@ -211,6 +219,7 @@ impl Journal {
             return Ok((result, last));
         }
         s.usable()?;
+        s.snapshots.note(s, &tx.changes);
         s.commit(tx.lsn, tx.changes);
         Ok((result, tx.lsn))
     }

@@ -34,6 +34,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
     let dir = options.dir.clone();
     fs::create_dir_all(&dir).map_err(|e| JournalError::io("create", &dir, e))?;
     let (mut witness, fresh) = find_or_create(&disk, &dir)?;
+    witness.settle()?;
     let said = witness.now;
     if said.state == State::Importing {
         return Err(JournalError::Incomplete(format!("the import into {} was interrupted", dir.display())));
@@ -82,6 +83,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         applied: AtomicU64::new(applied.0),
         released: AtomicU64::new(0),
         view: RwLock::new(View::default()),
+        snapshots: Default::default(),
         mem: AtomicUsize::new(0),
         pending: Mutex::new(Pending { first: applied.next(), last: applied, ..Pending::default() }),
         flush_wanted: Condvar::new(),

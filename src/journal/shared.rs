@@ -16,6 +16,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::error::JournalError;
 use super::memtable::{Changes, View};
 use super::sled_store::SledStore;
+use super::snapshot::Snapshots;
 use super::tail::GROUP;
 use super::tail_set::TailSet;
 use super::witness::Witness;
@@ -82,6 +83,7 @@ pub(super) struct Shared {
     pub(super) applied: AtomicU64,
     pub(super) released: AtomicU64,
     pub(super) view: RwLock<View>,
+    pub(super) snapshots: Snapshots,
     /// Estimated memory of both memtables (grows and shrinks by wrapping differences).
     pub(super) mem: AtomicUsize,
     pub(super) pending: Mutex<Pending>,

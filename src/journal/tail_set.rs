@@ -72,6 +72,9 @@ impl TailSet {
         let io = |what, path: &Path, e| JournalError::io(what, path, e);
         fs::create_dir_all(dir).map_err(|e| io("create", dir, e))?;
         let live = list(dir, |path| disk.remove(path))?;
+        // The name of the newest one may still be with the kernel, left by a process that was killed: the witness must not name it
+        // before it is durable.
+        disk.sync_dir(dir).map_err(|e| io("sync", dir, e))?;
         Ok(Self {
             dir: dir.to_owned(),
             disk: disk.clone(),

@@ -158,7 +158,7 @@ impl Witness {
         Ok(Self { disk: disk.clone(), file, counter: 1, now, path })
     }
 
-    /// Reads the newest statement; `None` when there is no file.
+    /// Reads the newest statement; `None` when there is no file. Changes nothing.
     pub(super) fn open(disk: &Disk, dir: &Path) -> Result<Option<Self>, JournalError> {
         let path = dir.join("witness");
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
@@ -180,6 +180,14 @@ impl Witness {
             return Err(JournalError::Damaged(format!("no valid statement in {}", path.display())));
         };
         Ok(Some(Self { disk: disk.clone(), path, file, counter, now }))
+    }
+
+    /// Makes what was read durable. A process that was killed may have left its last statement with the kernel; to write over the one
+    /// before it would leave none if power were lost then.
+    pub(super) fn settle(&self) -> Result<(), JournalError> {
+        self.disk
+            .sync(&self.file, &self.path)
+            .map_err(|e| JournalError::io("sync the witness", &self.path, e))
     }
 
     /// Writes a new statement and makes it durable.

@@ -93,7 +93,7 @@ impl Filter {
 }
 
 /// Bytes of a path or name as text for people; what is not UTF-8 is shown as such.
-pub(super) fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(s) if !s.chars().any(char::is_control) => s.to_owned(),
         _ => bytes.escape_ascii().to_string(),

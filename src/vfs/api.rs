@@ -101,6 +101,9 @@ pub trait FileSystem: Send + Sync {
     /// Up to `len` bytes from `offset`; fewer only at the end of the file.
     fn read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes>;
 
+    /// `ino` was read, listed or followed, by somebody who leaves traces: its access time may change.
+    fn accessed(&self, ino: Ino);
+
     /// Writes all of `data`, or fails; answers its length.
     fn write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32>;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 
 use super::cell::{Cell, CellState};
-use super::types::{Fallocate, FileKind, Seek, Time, VfsError, Wait};
+use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
 use crate::cache::space::Admission;
 use crate::cache::{StoreError, Supply};
@@ -21,7 +21,7 @@ const BLOCKS_PER_STEP: usize = 4096;
 const GIVE_UP: u64 = 64 << 20;
 
 /// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
-pub(super) fn units(len: u32) -> u64 {
+pub(crate) fn units(len: u32) -> u64 {
     u64::from(len).div_ceil(4096) * 8
 }
 
@@ -65,7 +65,7 @@ impl Vfs {
         if truncate
             && let Err(e) = self.do_setattr(
                 ino,
-                &super::types::SetAttr { size: Some(0), ..Default::default() },
+                &SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() },
                 &super::types::Caller::default(),
             )
         {

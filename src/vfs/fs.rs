@@ -112,6 +112,10 @@ impl FileSystem for Vfs {
         self.do_read(ino, offset, len, wait)
     }
 
+    fn accessed(&self, ino: Ino) {
+        self.note_access(ino);
+    }
+
     fn write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32> {
         self.do_write(ino, offset, data, Some(self.now()), wait)
     }

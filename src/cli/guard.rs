@@ -1,0 +1,23 @@
+//! `mirrorfs guard`: what the daemon starts beside itself, see [`crate::fuse::guardian`].
+
+use std::path::PathBuf;
+
+use super::Outcome;
+use crate::fuse::guardian;
+
+/// Takes a mount away when the daemon behind standard input dies; started by the daemon itself
+#[derive(Debug, clap::Args)]
+#[command(name = guardian::COMMAND, after_help = "Examples:
+  mirrorfs guard 0:45 /home/me/files")]
+pub(super) struct Args {
+    /// Number of the mount's device, as major:minor
+    device: String,
+
+    /// Where it is mounted
+    mountpoint: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> Outcome {
+    guardian::guard(&args.device, &args.mountpoint);
+    Ok(())
+}
