@@ -200,8 +200,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
 
 fn start_log(filter: Option<&str>, default: &str) {
     let mut builder = env_logger::Builder::new();
-    // It calls an error that the kernel takes no answer to "was interrupted", which is so whenever a signal meets a request.
-    builder.filter_module("fuser::reply", log::LevelFilter::Off);
+    builder.filter_module(crate::fuse::NOISE, log::LevelFilter::Off);
     builder.parse_filters(filter.unwrap_or(default)).format_timestamp_millis();
     // Fails only when a log is running already, as in a test that calls main twice.
     let _ = builder.try_init();

@@ -40,6 +40,10 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// More places than anybody binds one mount to.
 const MOST_PLACES: usize = 1000;
 
+/// A part of the log to be left out unless it is asked for: it calls it an error that the kernel takes no answer to "was interrupted",
+/// which is so whenever a signal meets a request.
+pub const NOISE: &str = "fuser::reply";
+
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
