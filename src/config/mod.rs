@@ -114,7 +114,7 @@ pub struct MountOptions {
     pub strictatime: bool,
     /// Listing does not change the access times of directories.
     pub nodiratime: bool,
-    /// Access control lists are on, also where that costs requests and there are none yet.
+    /// Access control lists are on; they are anyway, the word is taken because other filesystems know it.
     pub acl: bool,
     /// Access control lists are not supported.
     pub noacl: bool,

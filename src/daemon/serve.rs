@@ -224,9 +224,9 @@ fn attach(
     runtime: &Arc<Runtime>,
     core: &Core,
 ) -> Result<(Session, Server), Error> {
-    // With them, whoever does not own the mount's root costs a request for each path that he walks (the kernel does not remember
-    // that the root has none), and another for each inode. Where nobody else enters, and where there are lists, they are on.
-    let acl = config.mount.acl || (!config.mount.noacl && (!config.mount.allow_other || core.vfs.has_acls()));
+    // On as on ext4. Whoever does not own the mount's root pays a request for each path that he walks (the kernel does not
+    // remember that the root has none), and another for each inode: hence `noacl`.
+    let acl = !config.mount.noacl;
     let mount_options = fuse::MountOptions {
         fsname: config.mount.fsname.clone().unwrap_or_else(|| format!("mirrorfs:{}", core.volume.volume)),
         allow_other: config.mount.allow_other,

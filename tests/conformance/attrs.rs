@@ -51,8 +51,6 @@ fn which_times_move(t: &mut Case) {
     write(&f, &[1; 10_000]).unwrap();
     fsync(&f).unwrap();
     let (pf, pd) = (t.p("f"), t.p("d"));
-    let fd = f.as_raw_fd();
-    let mut room = [0_u8; 100];
     type Step<'a> = (&'a str, Box<dyn FnMut() -> R<()> + 'a>);
     let steps: Vec<Step<'_>> = vec![
         ("write", Box::new(|| pwrite(&f, b"x", 5).map(drop))),
@@ -93,10 +91,6 @@ fn which_times_move(t: &mut Case) {
         ("utimens now", Box::new(|| utimens(&pf, (0, libc::UTIME_NOW), (0, libc::UTIME_NOW)))),
         ("utimens omit", Box::new(|| utimens(&pf, (0, libc::UTIME_OMIT), (0, libc::UTIME_OMIT)))),
         ("utimens only atime", Box::new(|| utimens(&pf, (9, 0), (0, libc::UTIME_OMIT)))),
-        (
-            "read after",
-            Box::new(|| ok(unsafe { libc::pread(fd, room.as_mut_ptr().cast(), 100, 0) } as i64).map(drop)),
-        ),
     ];
     for (key, mut step) in steps {
         let before = times(t.p("f"));

@@ -139,7 +139,7 @@ fn every_case_is_as_on_ext4() {
         for d in deviations::ALL.iter().filter(|d| d.case == name) {
             let before = found.len();
             found.retain(|(key, _, ours)| !d.covers(key, ours));
-            if found.len() == before {
+            if found.len() == before && !d.sometimes {
                 bad.push(format!("{name}: {}: no longer differs as listed: strike it off", d.key));
             }
         }
