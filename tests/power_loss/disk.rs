@@ -108,7 +108,8 @@ impl Content {
 
     /// Writes it to a real file, holes as holes.
     fn store(&self, path: &Path, mode: u32) {
-        let file = fs::OpenOptions::new().write(true).create_new(true).mode(mode & 0o7777).open(path).unwrap();
+        let file =
+            fs::OpenOptions::new().write(true).create_new(true).mode(mode & 0o7777).open(path).unwrap();
         file.set_len(self.len).unwrap();
         let mut run: Vec<u8> = Vec::new();
         let mut start = 0;
@@ -149,20 +150,53 @@ pub type Place = (Id, OsString);
 #[derive(Clone, Debug)]
 pub enum Op {
     /// A new file, directory or symbolic link.
-    Create { place: Place, id: Id, kind: Kind, mode: u32 },
-    Link { id: Id, place: Place },
+    Create {
+        place: Place,
+        id: Id,
+        kind: Kind,
+        mode: u32,
+    },
+    Link {
+        id: Id,
+        place: Place,
+    },
     /// Also of a directory.
-    Unlink { id: Id, place: Place },
+    Unlink {
+        id: Id,
+        place: Place,
+    },
     /// What was at `to` is replaced, or exchanged.
-    Rename { id: Id, from: Place, to: Place, exchanged: Option<Id> },
-    Mode { id: Id, mode: u32 },
-    Write { id: Id, at: u64, bytes: Bytes },
+    Rename {
+        id: Id,
+        from: Place,
+        to: Place,
+        exchanged: Option<Id>,
+    },
+    Mode {
+        id: Id,
+        mode: u32,
+    },
+    Write {
+        id: Id,
+        at: u64,
+        bytes: Bytes,
+    },
     /// Cut or made longer.
-    Truncate { id: Id, len: u64 },
+    Truncate {
+        id: Id,
+        len: u64,
+    },
     /// Zeros from `at` on, within the length.
-    Clear { id: Id, at: u64, len: u64 },
+    Clear {
+        id: Id,
+        at: u64,
+        len: u64,
+    },
     /// fsync or fdatasync, of a file or a directory. Noted when it is done.
-    Sync { id: Id, data_only: bool },
+    Sync {
+        id: Id,
+        data_only: bool,
+    },
     /// Somebody looked at the clock.
     Tick,
 }

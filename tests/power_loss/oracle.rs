@@ -114,7 +114,8 @@ impl Names {
             }
             What::Rename(from, to) => {
                 // Renaming one name of a file over another one of it changes nothing.
-                if self.things.get(to).is_some_and(|t| matches!(t, Thing::File(_)) && self.things[from] == *t) {
+                if self.things.get(to).is_some_and(|t| matches!(t, Thing::File(_)) && self.things[from] == *t)
+                {
                     return;
                 }
                 self.move_tree(from, to);
@@ -270,7 +271,9 @@ impl Book {
         checked: &mut Checked,
     ) -> Result<Fit, String> {
         // The last sync that had returned, of anybody: when it began.
-        let last = |until: usize| syncs.iter().filter(|(_, end)| *end <= until).map(|(start, _)| *start).max().unwrap_or(0);
+        let last = |until: usize| {
+            syncs.iter().filter(|(_, end)| *end <= until).map(|(start, _)| *start).max().unwrap_or(0)
+        };
         let synced = last(cut.min(diary.died.unwrap_or(NEVER)));
         let index = Index::new(diary);
         let mut least = index.names.iter().filter(|e| e.end <= synced).count();
@@ -326,8 +329,15 @@ impl Book {
 
     /// The lengths of the prefix that fit what was found on a mount that lives.
     pub fn lengths(&self, n: usize, cut: usize, found: &Tree) -> Result<(usize, usize), String> {
-        let fit =
-            self.fit(&self.diaries[n], &self.syncs(Promise::Local), cut, Promise::Local, found, false, &mut Checked::default())?;
+        let fit = self.fit(
+            &self.diaries[n],
+            &self.syncs(Promise::Local),
+            cut,
+            Promise::Local,
+            found,
+            false,
+            &mut Checked::default(),
+        )?;
         Ok((fit.least, fit.most))
     }
 
@@ -347,7 +357,8 @@ impl Book {
         let shown = length.checked_sub(1).and_then(|n| index.names.get(n)).map_or(0, |e| e.start);
         let until = cut.min(diary.died.unwrap_or(NEVER));
         let all = if promise == Promise::Local { &self.everything } else { &self.replicated };
-        let everything = all.iter().filter(|(_, end)| *end <= until).map(|(start, _)| *start).max().unwrap_or(0);
+        let everything =
+            all.iter().filter(|(_, end)| *end <= until).map(|(start, _)| *start).max().unwrap_or(0);
         for (path, thing) in &names.things {
             let Thing::File(file) = thing else { continue };
             let bytes = match &found[path].body {
@@ -361,9 +372,7 @@ impl Book {
             };
             let story = index.files.get(file).map_or(&[][..], Vec::as_slice);
             let own = story.iter().filter_map(|e| match e.what {
-                What::Sync(_) | What::Durable(_)
-                    if e.end <= until && promise == Promise::Local =>
-                {
+                What::Sync(_) | What::Durable(_) if e.end <= until && promise == Promise::Local => {
                     Some(e.start)
                 }
                 What::Close(_) if e.end <= shown => Some(e.end),
@@ -371,14 +380,14 @@ impl Book {
             });
             let synced = own.max().unwrap_or(0).max(everything);
             let events = story.iter().copied().filter(|e| e.what.content_of().is_some() && e.start < cut);
-            same_bytes(bytes, events, synced, checked)
-                .map_err(|why| {
-                    let story: Vec<String> = story.iter().filter(|e| e.start < cut).rev().take(12).map(|e| told(e)).collect();
-                    format!(
-                        "{path} (file {file}, synced at {synced}, cut at {cut}): {why}; newest first: {}",
-                        story.join(", ")
-                    )
-                })?;
+            same_bytes(bytes, events, synced, checked).map_err(|why| {
+                let story: Vec<String> =
+                    story.iter().filter(|e| e.start < cut).rev().take(12).map(|e| told(e)).collect();
+                format!(
+                    "{path} (file {file}, synced at {synced}, cut at {cut}): {why}; newest first: {}",
+                    story.join(", ")
+                )
+            })?;
         }
         Ok(())
     }
@@ -480,7 +489,8 @@ fn same_names(names: &Names, diary: &Diary, cut: usize, found: &Tree) -> Result<
             return Err(format!("{path} has another extended attribute"));
         }
         if let (Some(time), Thing::File(file)) = (marks.time, thing) {
-            let set = diary.events.iter().rposition(|e| matches!(e.what, What::Time(_, t) if t == time)).unwrap();
+            let set =
+                diary.events.iter().rposition(|e| matches!(e.what, What::Time(_, t) if t == time)).unwrap();
             let later = diary.events[set..].iter();
             let written = later.filter(|e| e.start < cut).any(|e| e.what.content_of() == Some(*file));
             if !written && there.time != time {

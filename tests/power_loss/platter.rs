@@ -19,7 +19,9 @@ use rand::Rng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
-use crate::disk::{Content, Id, Kind, Node, Op, PAGE, Page, Place, ROOT, SECTOR, Tree, patched, pieces, zero_page};
+use crate::disk::{
+    Content, Id, Kind, Node, Op, PAGE, Page, Place, ROOT, SECTOR, Tree, patched, pieces, zero_page,
+};
 
 /// How the filesystem below keeps its metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +143,7 @@ impl Platter {
             Op::Sync { data_only, .. } => self.sync(id, *data_only),
             Op::Tick => {}
         }
-        if self.now % 4096 == 0 {
+        if self.now.is_multiple_of(4096) {
             self.sweep();
         }
     }

@@ -97,7 +97,9 @@ impl Writer {
                         }
                         all[*at as usize..end].copy_from_slice(bytes);
                     }
-                    What::Truncate(file, len) => self.contents.get_mut(file).unwrap().resize(*len as usize, 0),
+                    What::Truncate(file, len) => {
+                        self.contents.get_mut(file).unwrap().resize(*len as usize, 0)
+                    }
                     What::Clear(file, at, len) => {
                         let all = self.contents.get_mut(file).unwrap();
                         let end = ((at + len) as usize).min(all.len());
@@ -147,7 +149,8 @@ impl Writer {
     }
 
     fn files(&self, prefix: &str) -> Vec<String> {
-        let of = self.names.things.iter().filter(|(p, t)| matches!(t, Thing::File(_)) && p.starts_with(prefix));
+        let of =
+            self.names.things.iter().filter(|(p, t)| matches!(t, Thing::File(_)) && p.starts_with(prefix));
         of.map(|(p, _)| p.clone()).collect()
     }
 
@@ -256,7 +259,8 @@ impl Writer {
         } else {
             self.create("db")?
         };
-        let pages: Vec<u64> = (0..self.rng.random_range(1..5)).map(|_| self.rng.random_range(0..40)).collect();
+        let pages: Vec<u64> =
+            (0..self.rng.random_range(1..5)).map(|_| self.rng.random_range(0..40)).collect();
         let (log, journal) = self.create("db-journal")?;
         let mut at = 0;
         for page in &pages {
@@ -468,9 +472,8 @@ impl Writer {
                 })
             }
             (6..8, None) => match self.pick("c/") {
-                Some(from) => self.act(What::Link(from.clone(), path.clone()), |w| {
-                    fs::hard_link(w.at(&from), w.at(&path))
-                }),
+                Some(from) => self
+                    .act(What::Link(from.clone(), path.clone()), |w| fs::hard_link(w.at(&from), w.at(&path))),
                 None => Some(()),
             },
             (0..3, Some(Thing::File(_))) => {
