@@ -95,6 +95,53 @@ impl<'de> serde::Deserialize<'de> for Exit {
     }
 }
 
+/// How `mirrorfs fsck` ended: the codes of fsck(8), which scripts know. Several at once are added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FsckExit(u8);
+
+impl FsckExit {
+    /// Nothing is wrong.
+    pub const CLEAN: Self = Self(0);
+    /// Errors were found and mended.
+    pub const CORRECTED: Self = Self(1);
+    /// Errors were found and are left.
+    pub const LEFT: Self = Self(4);
+    /// Something could not be checked.
+    pub const FAILED: Self = Self(8);
+    /// The command line or the configuration is wrong.
+    pub const USAGE: Self = Self(16);
+    /// It was interrupted.
+    pub const CANCELLED: Self = Self(32);
+
+    /// All codes with their meanings, for `fsck --help`.
+    pub const ALL: [(Self, &str); 6] = [
+        (Self::CLEAN, "no errors"),
+        (Self::CORRECTED, "errors corrected"),
+        (Self::LEFT, "errors left"),
+        (Self::FAILED, "something could not be checked"),
+        (Self::USAGE, "wrong command line or configuration"),
+        (Self::CANCELLED, "interrupted"),
+    ];
+
+    /// Both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The number given to the operating system.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        self.0
+    }
+}
+
+impl From<FsckExit> for std::process::ExitCode {
+    fn from(exit: FsckExit) -> Self {
+        exit.code().into()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

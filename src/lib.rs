@@ -55,8 +55,10 @@ pub mod cli;
 pub mod daemon;
 pub mod config;
 pub mod control;
+pub mod bench;
 
 pub mod fuse;
+pub mod fsck;
 pub mod vfs;
 pub mod txg;
 pub mod cache;
@@ -68,5 +70,6 @@ pub mod checkpoint;
 pub mod replica;
 
 pub mod format;
+pub mod trace;
 pub mod exit;
 pub mod ids;

@@ -24,6 +24,7 @@ pub use load::{LoadError, Loaded, Lost, SegmentSeen, Sink, load};
 pub use plan::{Place, Plan, PlanError, Start, plan, valid_epoch};
 pub use survey::{Found, Inventory, SurveyError, survey};
 pub use tables::Tables;
+pub(crate) use tree::text;
 pub use tree::{Entry, Filter, Listed, TreeError, list, walk};
 pub use write::salvage::{BlockContent, Changes, Incomplete, MissingPiece, Saved, Wanted, save};
 pub use write::{Options, Problem, ProblemKind, Progress, Report, RestoreError, restore};

@@ -285,7 +285,7 @@ fn the_program_works_as_a_mount_helper() {
         .current_dir(world.path())
         .output()
         .unwrap();
-    assert_eq!(ran.status.code(), Some(2));
+    assert_eq!(ran.status.code(), Some(1));
     let message = String::from_utf8(ran.stderr).unwrap();
     assert_eq!(message, "mirrorfs: -o alow_other: unknown option; did you mean \"allow_other\"?\n");
 }

@@ -5,9 +5,14 @@
 mod support;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
-use serde_json::Value;
-use support::mount::{How, Volume, flip_bit, segments};
+use mirrorfs::format::tables::{Dirent, FileKind, Inode, dirent_key, inode_key};
+use mirrorfs::ids::Ino;
+use mirrorfs::journal::{self, Journal, JournalError, Tx};
+use serde_json::{Value, json};
+use support::mount::{How, Volume, bytes_of, flip_bit, segments};
 use support::tree::Content;
 
 /// The sum of all numbers whose name speaks of damage.
@@ -122,4 +127,109 @@ fn a_journal_that_is_gone_is_never_taken_for_an_empty_volume() {
     let m = v.mount();
     assert!(fs::read(m.path("kept")).unwrap() == content);
     m.unmount();
+}
+
+/// Changes the local tables of a volume that is not mounted, as no operation would.
+fn tamper(state: &std::path::Path, harm: impl FnOnce(&mut Tx<'_>)) {
+    let (journal, _) = Journal::open(journal::Options::new(state, Arc::new(|| Ok(())))).unwrap();
+    journal
+        .transact::<_, JournalError>(|tx| {
+            harm(tx);
+            Ok(())
+        })
+        .unwrap();
+    journal.close().unwrap();
+}
+
+#[test]
+fn fsck_finds_and_mends_and_its_code_says_how_it_ended() {
+    let Some(mut v) = Volume::new("damage: fsck") else { return };
+    let (a, b) = (v.folder("a"), v.folder("b"));
+    let state = v.path("state");
+    let content = Content::new(1).take(3_000_000);
+    let m = v.mount();
+    fs::create_dir(m.path("dir")).unwrap();
+    fs::write(m.path("dir/file"), &content).unwrap();
+    fs::write(m.path("dir/small"), b"small").unwrap();
+    fs::hard_link(m.path("dir/small"), m.path("twin")).unwrap();
+    m.sync();
+    let ino = |name: &str| Ino(fs::metadata(m.path(name)).unwrap().ino());
+    let (dir, file, small) = (ino("dir"), ino("dir/file"), ino("dir/small"));
+    // While it is mounted the daemon checks, and repairs nothing.
+    let ran = m.ask(&["fsck"], &["--replica", "all", "--json"]).ok();
+    let report: Value = serde_json::from_slice(&ran.stdout).unwrap();
+    assert_eq!((&report["errors"], &report["totals"]["inodes"]), (&json!(0), &json!(4)), "{report}");
+    let same = "has the same metadata as this machine";
+    assert_eq!(ran.text().matches(same).count(), 2, "{report}");
+    m.ask(&["fsck"], &["--repair"]).with_code(8).says(&["unmount it"]);
+    m.ask(&["fsck"], &["--replica", "nobody"]).with_code(16).says(&["no replica is called nobody"]);
+    m.kill9();
+
+    let all_but_lock = || {
+        let mut all = bytes_of(&state);
+        all.retain(|path, _| path.as_os_str() != "LOCK");
+        all
+    };
+    let before = all_but_lock();
+    v.fsck("state", &["--replica", "all", "--deep"]).ok();
+    assert!(all_but_lock() == before, "a check has changed the state folder");
+    let inode = |tx: &Tx<'_>, ino| Inode::decode(&tx.get(&inode_key(ino)).unwrap().unwrap()).unwrap();
+    tamper(&state, |tx| {
+        let wrong = Inode { nlink: 9, ..inode(tx, small) };
+        tx.put(inode_key(small), wrong.encode());
+        tx.delete(dirent_key(dir, b"file"));
+        tx.put(dirent_key(dir, b"ghost"), Dirent { ino: Ino(9_999), kind: FileKind::Regular }.encode());
+    });
+    let before = all_but_lock();
+    let found = v.fsck("state", &[]).with_code(4).text();
+    let gone = format!("inode {file}: no name leads to it");
+    for line in ["/dir/ghost: it leads to inode 9999", "link count 9, but 2 names", &gone, "--repair"] {
+        assert!(found.contains(line), "{line}: {found}");
+    }
+    assert!(all_but_lock() == before, "a check has changed the state folder");
+    let report = v.fsck("state", &["--json"]).with_code(4);
+    let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert_eq!((&report["errors"], &report["left"]), (&json!(3), &json!(3)), "{report}");
+    let replica = v.fsck("state", &["--replica", "a"]).with_code(4).text();
+    assert!(replica.contains("replica a restores 4 inodes"), "the replica is as good as before: {replica}");
+    let mended = v.fsck("state", &["--repair"]).with_code(1).text();
+    assert!(
+        mended.contains("/dir/ghost: it leads to inode 9999, of which nothing is there: corrected"),
+        "{mended}"
+    );
+    v.fsck("state", &[]).ok();
+    let m = v.mount();
+    let lost = format!("lost+found/#{file}");
+    assert!(fs::read(m.path(&lost)).unwrap() == content);
+    assert!(!m.path("dir/ghost").exists() && fs::metadata(m.path("twin")).unwrap().nlink() == 2);
+    m.sync();
+    m.unmount();
+    // The replicas got the mend like any other change.
+    let restored = v.restore("b", "restored");
+    assert!(fs::read(restored.join(&lost)).unwrap() == content);
+    v.fsck("state", &["--replica", "all", "--deep"]).ok();
+
+    // A replica alone, with and without damage.
+    let alone = |more: &[&str]| v.run(&["a"], &[&["fsck", "--replica", a.to_str().unwrap()], more].concat());
+    alone(&["--deep"]).ok();
+    alone(&["--repair"]).with_code(16).says(&["mirrorfs scrub"]);
+    let first = &segments(&a)[0];
+    flip_bit(first, 0.5);
+    v.fsck("state", &["--replica", "a"]).ok();
+    let deep = v.fsck("state", &["--replica", "a", "--deep"]).with_code(4).text();
+    assert!(deep.contains("is damaged") && deep.contains("mirrorfs scrub --replica a --deep"), "{deep}");
+    fs::remove_file(first).unwrap();
+    let missing = v.fsck("state", &["--replica", "all"]).with_code(4).text();
+    assert!(missing.contains("replica a: segments/") && missing.contains("is missing"), "{missing}");
+    assert!(alone(&[]).with_code(4).text().contains("replica"));
+    fs::rename(&b, b.with_extension("away")).unwrap();
+    let silent = v.fsck("state", &["--replica", "b"]).with_code(8).text();
+    assert!(silent.contains("not checked: replica b"), "{silent}");
+
+    // What has no tables to look at.
+    v.fsck("nothing", &[]).with_code(8).says(&["no state folder"]);
+    v.run(&[], &["fsck", "--nonsense"]).with_code(16);
+    fs::remove_dir_all(state.join("db")).unwrap();
+    let gone = v.fsck("state", &[]).with_code(4).text();
+    assert!(gone.contains("The next mount rebuilds the local tables"), "{gone}");
 }

@@ -14,12 +14,14 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 16] = [
+const ORDER: [&str; 19] = [
     "cli",
     "daemon",
     "config",
     "control",
+    "bench",
     "fuse",
+    "fsck",
     "vfs",
     "txg",
     "cache",
@@ -29,6 +31,7 @@ const ORDER: [&str; 16] = [
     "checkpoint",
     "replica",
     "format",
+    "trace",
     "exit",
     "ids",
 ];

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 
 use super::space::Disk;
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 
 /// The slot file. Shared by every slot handed out.
 pub struct SlotFile {
@@ -229,7 +230,8 @@ impl Slot {
         let mut done = 0;
         let offset = self.file.offset(self.index) + u64::from(at);
         while done < buf.len() {
-            match self.file.file.read_at(&mut buf[done..], offset + done as u64) {
+            let read = || self.file.file.read_at(&mut buf[done..], offset + done as u64);
+            match trace::stage(Stage::Blocks, read) {
                 Ok(0) => {
                     buf[done..].fill(0);
                     return Ok(());
@@ -247,7 +249,8 @@ impl Slot {
         debug_assert!(at as usize + data.len() <= self.file.block_size as usize);
         #[cfg(test)]
         self.file.pretend()?;
-        let written = self.file.file.write_all_at(data, self.file.offset(self.index) + u64::from(at));
+        let offset = self.file.offset(self.index) + u64::from(at);
+        let written = trace::stage(Stage::Blocks, || self.file.file.write_all_at(data, offset));
         // Behind the write: a sync that runs meanwhile must not take the mark away and leave the bytes unsynced.
         self.file.unsynced.store(true, Ordering::Release);
         written

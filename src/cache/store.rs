@@ -32,6 +32,7 @@ use crate::format::tables::{
 use crate::ids::{BlockHash, BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 use crate::replica::{FetchError, FrameSource};
+use crate::trace::{self, Stage};
 
 /// Why block content cannot be had or changed.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +105,7 @@ pub struct BlockStore {
     pub counters: Counters,
 }
 
-const NEXT_BLOCK: &str = "next_block";
+pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
@@ -352,7 +353,7 @@ impl BlockStore {
                 log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
             }
         };
-        let raw = match source.fetch(entry, ahead, &deliver) {
+        let raw = match trace::stage(Stage::Replicas, || source.fetch(entry, ahead, &deliver)) {
             Err(lost @ FetchError::Lost { .. }) => {
                 self.lost_frames.lock().insert(entry.loc);
                 // The same content may have been stored again, elsewhere.

@@ -42,6 +42,17 @@ pub(super) fn duration(time: Duration) -> String {
     }
 }
 
+/// `0.4 µs`, `128 µs`, `2.0 ms`, `1.5 s`.
+pub(super) fn brief(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        s if s < 1e-3 => (s * 1e6, "µs"),
+        s if s < 1.0 => (s * 1e3, "ms"),
+        s => (s, "s"),
+    };
+    let digits = usize::from(value < 99.95);
+    format!("{value:.digits$} {unit}")
+}
+
 /// `1 segment`, `2 segments`.
 pub(super) fn count(number: u64, thing: &str) -> String {
     format!("{number} {thing}{}", if number == 1 { "" } else { "s" })

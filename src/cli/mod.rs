@@ -10,10 +10,13 @@ use clap::{Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::control::{ClientError, Failure};
 use crate::daemon;
-use crate::exit::Exit;
+use crate::exit::{Exit, FsckExit};
 
 mod args;
 mod background;
+mod bench;
+mod fsck;
+mod guard;
 mod helper;
 mod human;
 mod init;
@@ -22,6 +25,7 @@ mod mount;
 mod mountpoint;
 mod output;
 mod progress;
+mod remount;
 mod replica;
 mod restore;
 mod salvage;
@@ -59,9 +63,13 @@ enum Command {
     Status(status::Args),
     Replica(replica::Args),
     Scrub(scrub::Args),
+    Fsck(fsck::Args),
     Restore(restore::Args),
     Salvage(salvage::Args),
+    Bench(bench::Args),
     Version(version::Args),
+    #[command(hide = true)]
+    Guard(guard::Args),
 }
 
 /// Why a command did not do what it was asked, and the code it ends with.
@@ -107,24 +115,67 @@ type Outcome = Result<(), CommandError>;
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
-    let arguments = helper::translate(std::env::args_os().collect());
-    let cli = match Cli::try_parse_from(&arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help goes to standard output and is no error; a reader that closed early is none either.
-            let _ = error.print();
-            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+    match helper::translate(std::env::args_os().collect()) {
+        helper::Call::Own(arguments) => run_own(&arguments),
+        helper::Call::Mount { arguments, fake } => {
+            helper::exit_code(if fake { mount::check_only(&arguments) } else { run_as(&arguments) }).into()
         }
-    };
-    let quiet = !matches!(cli.command, Command::Mount(_));
-    start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
-    match run(cli.command, &arguments) {
-        Ok(()) => Exit::Done.into(),
-        Err(error) => {
-            output::note(&format!("mirrorfs: {error}"));
-            error.exit.into()
+        helper::Call::Remount { mountpoint, options } => {
+            start_log(None, "warn");
+            helper::exit_code(finish(remount::run(mountpoint.as_ref(), options))).into()
+        }
+        helper::Call::Wrong(why) => {
+            helper::exit_code(finish(Err(CommandError::new(Exit::Usage, why)))).into()
         }
     }
+}
+
+/// Runs a command as it was typed. `fsck` has codes of its own, those of fsck(8).
+fn run_own(arguments: &[OsString]) -> ExitCode {
+    match parse(arguments) {
+        Ok(Cli { command: Command::Fsck(args), log }) => {
+            start_log(log.as_deref(), "warn");
+            fsck::run(&args).into()
+        }
+        Ok(cli) => run_parsed(cli, arguments).into(),
+        Err(Exit::Usage) if fsck::is_meant(arguments) => FsckExit::USAGE.into(),
+        Err(exit) => exit.into(),
+    }
+}
+
+fn run_as(arguments: &[OsString]) -> Exit {
+    parse(arguments).map_or_else(|exit| exit, |cli| run_parsed(cli, arguments))
+}
+
+/// Help goes to standard output and is no error; a reader that closed early is none either.
+fn parse(arguments: &[OsString]) -> Result<Cli, Exit> {
+    Cli::try_parse_from(arguments).map_err(|error| {
+        let _ = error.print();
+        if error.use_stderr() { Exit::Usage } else { Exit::Done }
+    })
+}
+
+fn run_parsed(cli: Cli, arguments: &[OsString]) -> Exit {
+    let quiet = !matches!(cli.command, Command::Mount(_));
+    start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
+    finish(run(cli.command, arguments))
+}
+
+/// Says why a command failed; answers its code.
+fn finish(outcome: Outcome) -> Exit {
+    match outcome {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            output::note(&format!("mirrorfs: {error}"));
+            error.exit
+        }
+    }
+}
+
+/// Whether `mirrorfs WORD` is a command.
+fn is_command(word: &str) -> bool {
+    use clap::CommandFactory;
+    word == "help" || Cli::command().find_subcommand(word).is_some()
 }
 
 fn run(command: Command, arguments: &[OsString]) -> Outcome {
@@ -136,14 +187,20 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Status(args) => status::run(&args),
         Command::Replica(args) => replica::run(args),
         Command::Scrub(args) => scrub::run(args),
+        // Dispatched before, as it has codes of its own.
+        // Has ended before, with codes of its own.
+        Command::Fsck(_) => Ok(()),
         Command::Restore(args) => restore::run(&args),
         Command::Salvage(args) => salvage::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
+        Command::Guard(args) => guard::run(&args),
     }
 }
 
 fn start_log(filter: Option<&str>, default: &str) {
     let mut builder = env_logger::Builder::new();
+    builder.filter_module(crate::fuse::NOISE, log::LevelFilter::Off);
     builder.parse_filters(filter.unwrap_or(default)).format_timestamp_millis();
     // Fails only when a log is running already, as in a test that calls main twice.
     let _ = builder.try_init();

@@ -20,7 +20,7 @@ use crate::exit::Exit;
   mirrorfs mount ~/files --replica /mnt/disk/mirror --replica off=s3://bucket/mirror
   mirrorfs mount /srv/files --config /etc/mirrorfs/files.toml -o allow_other,noatime
   mirrorfs mount ~/files --config home.toml --foreground --log debug
-In /etc/fstab, with /sbin/mount.mirrorfs a symbolic link to mirrorfs:
+In /etc/fstab, after scripts/install (or with /sbin/mount.mirrorfs a symbolic link to mirrorfs):
   /etc/mirrorfs/files.toml  /srv/files  mirrorfs  _netdev,nofail,allow_other  0  0")]
 pub(super) struct Args {
     /// An existing directory
@@ -97,6 +97,10 @@ pub(super) struct Args {
     #[arg(long, short, env = "MIRRORFS_FOREGROUND", value_parser = clap::builder::FalseyValueParser::new())]
     foreground: bool,
 
+    /// Say nothing when it works, as mount(8) does
+    #[arg(long, hide = true)]
+    quiet: bool,
+
     /// Set by the command that starts the background process
     #[arg(long, hide = true)]
     ready_on_stdout: bool,
@@ -140,6 +144,22 @@ impl Args {
     }
 }
 
+/// Checks what `mirrorfs` with these arguments would mount, and does not (`mount -f`).
+pub(super) fn check_only(arguments: &[OsString]) -> Exit {
+    #[derive(clap::Parser)]
+    struct Alone {
+        #[command(flatten)]
+        args: Args,
+    }
+    let parsed = <Alone as clap::Parser>::try_parse_from(arguments.iter().skip(1));
+    super::finish(parsed.map_err(|e| CommandError::new(Exit::Usage, e.to_string())).and_then(|alone| {
+        let env = Env::current()?;
+        let config = Config::load(&alone.args.raw(&env)?, &env)?;
+        mountpoint::check(&alone.args.mountpoint, &env.cwd, &config)?;
+        Ok(())
+    }))
+}
+
 pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
     if args.ready_on_stdout {
         return run_in_background(&args, arguments);
@@ -156,14 +176,14 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
             }
         });
         let state = config.state.clone();
-        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path, takeover }, ready);
+        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path, takeover, log: None }, ready);
         if let (Err(_), Some(made)) = (&outcome, made) {
             state::discard(&state, &made);
         }
         return Ok(outcome?);
     }
     let info = background::start(arguments, &config.state, made.as_deref())?;
-    output::print(&announce(&info, &mountpoint))
+    if args.quiet { Ok(()) } else { output::print(&announce(&info, &mountpoint)) }
 }
 
 /// What can be checked is checked.
@@ -206,7 +226,8 @@ fn run_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
         Ok(info) => report.ready(&info),
         Err(error) => report.failed(error.exit_code(), &error.to_string()),
     });
-    Ok(daemon::run(config, MountArgs { mountpoint: checked.path, takeover }, ready)?)
+    let log = Some(config.state.join(background::LOG));
+    Ok(daemon::run(config, MountArgs { mountpoint: checked.path, takeover, log }, ready)?)
 }
 
 fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {

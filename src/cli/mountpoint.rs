@@ -8,7 +8,7 @@ use super::CommandError;
 use crate::config::{Config, real_path};
 use crate::control::mounts::{self, Mount};
 use crate::exit::Exit;
-use crate::fuse::is_gone;
+use crate::fuse::{self, is_gone};
 use crate::replica::Place;
 
 /// A mount that is dead says so at once.
@@ -41,6 +41,9 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
                 "the mountpoint {shown} does not exist; create it with: mkdir -p {shown}"
             )));
         }
+        // A dead mount, of which the kernel remembers nothing.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => std::path::absolute(given)
+            .map_err(|error| usage(format!("cannot use the mountpoint {shown}: {error}")))?,
         Err(error) => return Err(usage(format!("cannot use the mountpoint {shown}: {error}"))),
     };
     if let Some(mount) = mounts::at(mounts, &path) {
@@ -108,8 +111,7 @@ pub(super) fn check_fuse() -> Result<(), CommandError> {
     }
     // SAFETY: geteuid has no preconditions and cannot fail.
     let root = unsafe { libc::geteuid() } == 0;
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    if !root && !std::env::split_paths(&path).any(|folder| folder.join("fusermount3").is_file()) {
+    if !root && fuse::helper().is_none() {
         return failed(
             "fusermount3 is missing, without which only root can mount; install the package fuse3",
         );

@@ -7,17 +7,23 @@ use super::{CommandError, Outcome, human, output, runtime};
 use crate::control::{Status, reason};
 use crate::ids::Epoch;
 use crate::replica::{ReplicaState, ReplicaStatus, unix_now};
+use crate::trace::OpFigures;
 
 /// Show the state of one mount, or of all
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   mirrorfs status
   mirrorfs status ~/files
+  mirrorfs status ~/files --ops
   mirrorfs status ~/files --json | jq '.replicas[] | {name, lag_bytes}'
 With a MOUNTPOINT, --json prints one object; without, a list.")]
 pub(super) struct Args {
     /// A mountpoint, or any path below it; all mounts when missing
     mountpoint: Option<PathBuf>,
+
+    /// Show requests of the kernel by kind, and where their time went, instead
+    #[arg(long, requires = "mountpoint", env = "MIRRORFS_OPS", value_parser = clap::builder::FalseyValueParser::new())]
+    ops: bool,
 
     /// Print JSON
     #[arg(long, env = "MIRRORFS_JSON", value_parser = clap::builder::FalseyValueParser::new())]
@@ -30,7 +36,12 @@ pub(super) fn run(args: &Args) -> Outcome {
         let located = locate::find(mountpoint, true)?;
         let client = located.client()?;
         let status = runtime()?.block_on(client.status()).map_err(|error| located.explain(error.into()))?;
-        return if args.json { output::print_json(&status) } else { output::print(&show(&status, now)) };
+        return match (args.json, args.ops) {
+            (true, true) => output::print_json(&status.ops),
+            (true, false) => output::print_json(&status),
+            (false, true) => output::print(&show_ops(&status.ops)),
+            (false, false) => output::print(&show(&status, now)),
+        };
     }
     let all = locate::all()?;
     let asked: Vec<(Located, Result<Status, CommandError>)> = runtime()?.block_on(async {
@@ -111,6 +122,32 @@ fn show(status: &Status, now: f64) -> String {
     format!("{}\n{}{errors}", output::table(&head), output::table(&rows))
 }
 
+/// Requests by kind, and the shares of their time.
+fn show_ops(ops: &[OpFigures]) -> String {
+    let titles = ["REQUEST", "COUNT", "TOGETHER", "MEAN", "MEDIAN", "99 %", "LONGEST", "WHERE THE TIME WENT"];
+    let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
+    for op in ops {
+        let share = |part: f64| part / op.seconds.max(1e-12) * 100.0;
+        let stages: Vec<String> = op
+            .stages
+            .iter()
+            .filter(|(_, part)| share(*part) >= 0.5)
+            .map(|(name, part)| format!("{name} {:.0} %", share(*part)))
+            .collect();
+        rows.push(vec![
+            op.name.clone(),
+            op.count.to_string(),
+            format!("{:.3} s", op.seconds),
+            human::brief(op.seconds / (op.count.max(1)) as f64),
+            human::brief(op.median),
+            human::brief(op.p99),
+            human::brief(op.longest),
+            stages.join(", "),
+        ]);
+    }
+    output::table(&rows)
+}
+
 fn row(replica: &ReplicaStatus) -> Vec<String> {
     let behind = if replica.lag_segments == 0 {
         "-".to_owned()
@@ -161,6 +198,26 @@ fn trouble(replica: &ReplicaStatus, now: f64) -> String {
 mod tests {
     use super::*;
     use crate::control::tests::sample_status;
+
+    #[test]
+    fn requests_are_shown_with_the_shares_of_their_stages() {
+        let op = OpFigures {
+            name: "lookup".into(),
+            count: 4,
+            seconds: 0.002,
+            longest: 0.0015,
+            median: 0.000_128,
+            p99: 0.002,
+            stages: vec![("own".into(), 0.0005), ("tables".into(), 0.0015)],
+        };
+        let text = show_ops(&[op]);
+        assert!(
+            text.ends_with(
+                "lookup   4      0.002 s   500 µs  128 µs  2.0 ms  1.5 ms   own 25 %, tables 75 %\n"
+            ),
+            "{text}"
+        );
+    }
 
     #[test]
     fn a_status_shows_everything() {

@@ -179,7 +179,8 @@ fn unmount_as_root(mountpoint: &Path, lazy: bool) -> Result<(), String> {
 }
 
 fn unmount_as_user(mountpoint: &Path, lazy: bool) -> Result<(), String> {
-    let output = Command::new("fusermount3")
+    let program = crate::fuse::helper().unwrap_or_else(|| "fusermount3".into());
+    let output = Command::new(program)
         .arg(if lazy { "-uz" } else { "-u" })
         .arg("--")
         .arg(mountpoint)

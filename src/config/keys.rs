@@ -22,13 +22,45 @@ pub const VOLUME_KEYS: [&str; 14] = [
 ];
 
 /// Keys of the table `[mount]`.
-pub const MOUNT_KEYS: [&str; 5] = ["allow_other", "nosuid", "nodev", "noexec", "noatime"];
+pub const MOUNT_KEYS: [&str; 13] = [
+    "allow_other",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "noatime",
+    "strictatime",
+    "nodiratime",
+    "nosymfollow",
+    "sync",
+    "dirsync",
+    "acl",
+    "noacl",
+    "fsname",
+];
 
 /// Keys that hold tables.
 pub const TABLES: [&str; 2] = ["replica", "mount"];
 
 /// Keys that hold a yes or no; in `-o` they may stand without a value.
-pub const SWITCHES: [&str; 6] = ["read_only", "allow_other", "nosuid", "nodev", "noexec", "noatime"];
+pub const SWITCHES: [&str; 13] = [
+    "read_only",
+    "allow_other",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "noatime",
+    "strictatime",
+    "nodiratime",
+    "nosymfollow",
+    "sync",
+    "dirsync",
+    "acl",
+    "noacl",
+];
+
+/// Keys that are flags of the kernel's mount, which a remount can change.
+pub const FLAGS: [&str; 8] =
+    ["read_only", "nosuid", "nodev", "noexec", "noatime", "nosymfollow", "sync", "dirsync"];
 
 /// The static spelling of a key of a volume or of the table `[mount]`.
 #[must_use]

@@ -115,7 +115,14 @@ impl Env {
     /// That of this process.
     pub fn current() -> Result<Env, ConfigError> {
         let cwd = std::env::current_dir().map_err(|error| ConfigError::WorkingDirectory { error })?;
-        Ok(Env { vars: std::env::vars_os().collect(), cwd })
+        let mut vars: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+        // At boot there may be none; the state must lie where it lies when the same user mounts by hand.
+        if vars.get(std::ffi::OsStr::new("HOME")).is_none_or(|home| home.is_empty())
+            && let Some(home) = home_of_user()
+        {
+            vars.insert("HOME".into(), home);
+        }
+        Ok(Env { vars, cwd })
     }
 
     /// A variable; an empty one counts as unset.
@@ -156,6 +163,25 @@ impl Env {
     }
 }
 
+/// The home folder that the system's list of users has for this process's user.
+fn home_of_user() -> Option<OsString> {
+    use std::os::unix::ffi::OsStringExt;
+    let mut buffer = vec![0 as libc::c_char; 16 << 10];
+    // SAFETY: all zeros is a valid passwd.
+    let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
+    let mut found = std::ptr::null_mut();
+    // SAFETY: the entry, the buffer of the length given and the result outlive the call.
+    let error = unsafe {
+        libc::getpwuid_r(libc::geteuid(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found)
+    };
+    if error != 0 || found.is_null() || entry.pw_dir.is_null() {
+        return None;
+    }
+    // SAFETY: a string within `buffer`, which is still there.
+    let home = unsafe { std::ffi::CStr::from_ptr(entry.pw_dir) }.to_bytes().to_vec();
+    Some(OsString::from_vec(home)).filter(|home| !home.is_empty())
+}
+
 /// What a `-o` list holds: settings, and the path of a configuration file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MountList {
@@ -165,46 +191,90 @@ pub struct MountList {
     pub config: Option<PathBuf>,
     /// `takeover`.
     pub takeover: bool,
+    /// SELinux's options as they were given (`context=…`), in order: the kernel's business alone.
+    pub labels: Vec<String>,
 }
 
-/// Words of fstab that concern whoever reads fstab, not us.
-const IGNORED: [&str; 15] = [
+/// Words that mean nothing to us: they concern whoever reads fstab, or are the default, or ask for what FUSE does not have
+/// and a filesystem may ignore.
+const IGNORED: [&str; 26] = [
     "_netdev",
+    "_rnetdev",
     "nofail",
     "auto",
     "noauto",
     "user",
     "nouser",
     "users",
+    "nousers",
     "owner",
+    "noowner",
     "group",
+    "nogroup",
     "defaults",
-    "suid",
-    "dev",
-    "exec",
-    "relatime",
     "default_permissions",
+    "diratime",
+    "nodiratime",
+    "lazytime",
+    "nolazytime",
+    "iversion",
+    "noiversion",
+    "silent",
+    "loud",
+    "nomand",
+    "nonempty",
+    "big_writes",
 ];
+
+/// The same with a value: what the kernel shows of a FUSE mount and mount(8) gives back when it remounts.
+const IGNORED_VALUES: [&str; 8] =
+    ["subtype", "user_id", "group_id", "rootmode", "fd", "max_read", "blksize", "comment"];
+
+/// Words that take back a switch.
+const REVERSED: [(&str, &str); 9] = [
+    ("suid", "nosuid"),
+    ("dev", "nodev"),
+    ("exec", "noexec"),
+    ("atime", "noatime"),
+    ("relatime", "noatime"),
+    ("strictatime", "noatime"),
+    ("symfollow", "nosymfollow"),
+    ("async", "sync"),
+    ("rw", "read_only"),
+];
+
+/// What SELinux takes.
+const LABELS: [&str; 5] = ["context", "fscontext", "defcontext", "rootcontext", "seclabel"];
+
+/// Has unknown words passed over, as `mount -s` wants it.
+pub const SLOPPY: &str = "x-mirrorfs.sloppy";
 
 /// Words of `-o` that are no keys of the file.
 const TAKES_VALUE: [&str; 3] = ["config", "replica", "replica_option"];
 
 /// Reads lists as given to `-o`, in order: `allow_other,ro,cache_size=1GiB,x-systemd.automount`. A comma within a value
-/// is written `\,`.
+/// is written `\,`, or the value stands in double quotes. The later of two words that contradict each other counts.
 pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError> {
     let mut found = MountList::default();
-    for word in lists.iter().flat_map(|list| split_list(list)) {
+    let words: Vec<String> = lists.iter().flat_map(|list| split_list(list)).collect();
+    let sloppy = words.iter().any(|word| word == SLOPPY);
+    for word in words {
         let (key, value) = match word.split_once('=') {
             Some((key, value)) => (key, Some(value)),
             None => (word.as_str(), None),
         };
         let key = key.replace('-', "_");
         let source = format!("-o {key}");
+        let reversed = REVERSED.iter().find(|(word, _)| *word == key);
         match (key.as_str(), value) {
             ("", None) => {}
-            _ if word.starts_with("x-") || word.starts_with("comment=") => {}
+            // util-linux keeps `X-` to itself, but mount -s and others may pass it on.
+            _ if word.starts_with("x-") || word.starts_with("X-") => {}
             ("ro", None) => found.layer.set("read_only", "true", "-o ro"),
-            ("rw", None) => found.layer.set("read_only", "false", "-o rw"),
+            (_, None) if reversed.is_some() => {
+                let key = reversed.map_or("", |(_, key)| key);
+                found.layer.set(key, "false", source);
+            }
             ("takeover", None) => found.takeover = true,
             ("config", Some(path)) => found.config = Some(cwd.join(path)),
             ("replica", Some(replica)) => found.layer.add_replica(replica, source, cwd),
@@ -217,7 +287,10 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
                     detail: format!("needs a value: {known}=…"),
                 });
             }
+            (label, _) if LABELS.contains(&label) => found.labels.push(word.clone()),
             (word, None) if IGNORED.contains(&word) => {}
+            (word, Some(_)) if IGNORED_VALUES.contains(&word) => {}
+            (_, _) if sloppy => {}
             (unknown, _) => {
                 let known = ["ro", "rw", "takeover"]
                     .into_iter()
@@ -234,18 +307,35 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
     Ok(found)
 }
 
-fn split_list(list: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
+/// The words of a list. `\,`, `\\` and `\"` stand for the second character; a value that begins with `"` goes on to the next one.
+#[must_use]
+pub fn split_list(list: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let (mut word, mut quoted) = (String::new(), false);
     let mut chars = list.chars().peekable();
     while let Some(c) = chars.next() {
-        let escaped = c == '\\' && chars.peek().is_some_and(|n| matches!(n, ',' | '\\'));
-        match (c, words.last_mut()) {
-            (',', _) => words.push(String::new()),
-            (_, Some(word)) => word.extend(if escaped { chars.next() } else { Some(c) }),
-            (_, None) => {}
+        match c {
+            '\\' if chars.peek().is_some_and(|n| matches!(n, ',' | '\\' | '"')) => word.extend(chars.next()),
+            '"' if quoted || word.ends_with('=') => quoted = !quoted,
+            ',' if !quoted => words.push(std::mem::take(&mut word)),
+            _ => word.push(c),
         }
     }
+    words.push(word);
     words
+}
+
+/// `value` as [`split_list`] reads it back.
+#[must_use]
+pub fn escape_value(value: &str) -> String {
+    let mut out = String::with_capacity(value.len());
+    for c in value.chars() {
+        if matches!(c, ',' | '\\' | '"') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out
 }
 
 #[cfg(test)]
@@ -271,6 +361,35 @@ mod tests {
     }
 
     #[test]
+    fn the_later_of_a_word_and_its_reverse_wins() {
+        let found = list("user,noexec,nosuid,nodev,exec,relatime,sync,dirsync,async").unwrap();
+        assert_eq!(
+            values(&found),
+            [
+                ("dirsync", "true"),
+                ("noatime", "false"),
+                ("nodev", "true"),
+                ("noexec", "false"),
+                ("nosuid", "true"),
+                ("sync", "false")
+            ]
+        );
+        let found = list("user_id=0,group_id=0,max_read=4096,X-mount.mkdir=0755,subtype=mirrorfs").unwrap();
+        assert_eq!(found, MountList::default());
+    }
+
+    #[test]
+    fn commas_are_escaped_or_quoted() {
+        let found = list(r#"context="u:r:t:s0:c1,c2",fsname=a\,b\"c"#).unwrap();
+        assert_eq!(found.labels, ["context=u:r:t:s0:c1,c2"]);
+        assert_eq!(values(&found), [("fsname", "a,b\"c")]);
+        for odd in ["a,b", "\\", "\"x\"", "x\\,\"y", "", "a=b"] {
+            let words = split_list(&format!("k={},l", escape_value(odd)));
+            assert_eq!(words, [format!("k={odd}"), "l".to_owned()]);
+        }
+    }
+
+    #[test]
     fn keys_take_values_and_the_later_wins() {
         let found = list(
             "cache_size=1GiB,cache-size=2GiB,config=m.toml,replica=b=/mnt/b\\,c,state=/s,allow_other=no",
@@ -293,7 +412,8 @@ mod tests {
             list("cachesize=1").unwrap_err(),
             "-o cachesize: unknown option; did you mean \"cache_size\"?"
         );
-        assert!(list("big_writes").unwrap_err().contains("known are ro, rw, takeover, config"));
+        assert!(list("huge_writes").unwrap_err().contains("known are ro, rw, takeover, config"));
+        list("huge_writes,x-mirrorfs.sloppy").unwrap();
         assert_eq!(list("cache_size").unwrap_err(), "-o cache_size: needs a value: cache_size=…");
         assert_eq!(list("config").unwrap_err(), "-o config: needs a value: config=…");
     }

@@ -88,7 +88,7 @@ impl FromStr for Compression {
 }
 
 /// Options of the kernel's mount.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MountOptions {
     /// Other users may enter, subject to permissions.
     pub allow_other: bool,
@@ -100,6 +100,24 @@ pub struct MountOptions {
     pub noexec: bool,
     /// Reading does not change access times.
     pub noatime: bool,
+    /// Symbolic links are not followed.
+    pub nosymfollow: bool,
+    /// What is written to a file is synced before the call returns.
+    pub sync: bool,
+    /// Changes of names are synced before the call returns.
+    pub dirsync: bool,
+    /// What `/proc/mounts` and `df` show as the source; `None` for a name made of the volume's.
+    pub fsname: Option<String>,
+    /// Options for SELinux, for the kernel as they are.
+    pub labels: Vec<String>,
+    /// Each reading that is seen changes access times, not only the first since the last change.
+    pub strictatime: bool,
+    /// Listing does not change the access times of directories.
+    pub nodiratime: bool,
+    /// Access control lists are on; they are anyway, the word is taken because other filesystems know it.
+    pub acl: bool,
+    /// Access control lists are not supported.
+    pub noacl: bool,
 }
 
 /// Everything a volume's daemon needs to know, checked.
@@ -198,6 +216,8 @@ pub struct Raw {
     pub options: Vec<String>,
 }
 
+/// The kernel takes less than a page.
+const MAX_FSNAME: usize = 4000;
 const BLOCK_SIZES: (u64, u64) = (MIN_BLOCK_SIZE as u64, MAX_BLOCK_SIZE as u64);
 const SCRUB_RATES: (u64, u64) = (16 << 10, 1 << 40);
 const CACHE_SIZES: (u64, u64) = (16 << 20, 1 << 50);
@@ -252,6 +272,15 @@ impl Config {
                 nodev: merged.get("nodev", false, yes_or_no)?,
                 noexec: merged.get("noexec", false, yes_or_no)?,
                 noatime: merged.get("noatime", false, yes_or_no)?,
+                nosymfollow: merged.get("nosymfollow", false, yes_or_no)?,
+                sync: merged.get("sync", false, yes_or_no)?,
+                dirsync: merged.get("dirsync", false, yes_or_no)?,
+                fsname: merged.get("fsname", None, fsname)?,
+                labels: merged.labels.clone(),
+                strictatime: merged.get("strictatime", false, yes_or_no)?,
+                nodiratime: merged.get("nodiratime", false, yes_or_no)?,
+                acl: merged.get("acl", false, yes_or_no)?,
+                noacl: merged.get("noacl", false, yes_or_no)?,
             },
         };
         config.check_state()?;
@@ -317,6 +346,7 @@ pub fn real_path(path: &Path) -> PathBuf {
 /// All layers, the winning one first.
 struct Merged {
     layers: Vec<Layer>,
+    labels: Vec<String>,
 }
 
 impl Merged {
@@ -326,7 +356,7 @@ impl Merged {
         let path = raw.config.clone().or(options.config).or_else(variable);
         let file = path.map(|path| file::read(&env.cwd.join(path), env)).transpose()?;
         let given = [raw.flags.clone(), options.layer, env.layer()?];
-        Ok(Merged { layers: given.into_iter().chain(file).collect() })
+        Ok(Merged { layers: given.into_iter().chain(file).collect(), labels: options.labels })
     }
 
     fn text(&self, key: &str) -> Option<&layer::Given> {
@@ -377,6 +407,13 @@ fn free_space_ratio(text: &str) -> Result<f64, String> {
             Err(format!("{text:?} is not a share of the disk; write a number from 0 to 0.9, such as 0.05"))
         }
     }
+}
+
+fn fsname(text: &str) -> Result<Option<String>, String> {
+    if text.is_empty() || text.len() > MAX_FSNAME || text.chars().any(char::is_control) {
+        return Err(format!("must be a line of 1 to {MAX_FSNAME} bytes"));
+    }
+    Ok(Some(text.to_owned()))
 }
 
 fn yes_or_no(text: &str) -> Result<bool, String> {

@@ -12,11 +12,12 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
+use super::replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 use super::server::SOCKET;
 use super::socket;
 use super::types::{Failure, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncRequest};
 use crate::exit::Exit;
+use crate::fsck::Report;
 use crate::reconcile::ScrubStatus;
 
 /// An answer that needs no network is expected within this time.
@@ -25,6 +26,8 @@ const QUICK: Duration = Duration::from_secs(10);
 const CHANGE: Duration = Duration::from_secs(180);
 /// A shutdown flushes and seals, which may take its time on a slow disk, and may wait for replicas.
 const SHUTDOWN: Duration = Duration::from_secs(600);
+/// A check reads all tables, and replicas if asked.
+const CHECK: Duration = Duration::from_secs(24 * 3600);
 /// The longest silence within a sync; the server sends a sign of life every two seconds.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -112,11 +115,23 @@ impl Client {
         serde_json::from_slice(&bytes).map_err(broken)
     }
 
+    /// Checks the volume as it is now. Dropping the future ends the check.
+    pub async fn fsck(&self, request: &FsckRequest) -> Result<Report, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        let bytes = self.whole(Method::POST, "/fsck", body, CHECK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
     /// Asks for a flush, seal and unmount; the last status when it is done.
     pub async fn shutdown(&self, request: ShutdownRequest) -> Result<Status, ClientError> {
         let body = serde_json::to_vec(&request).map_err(broken)?;
         let bytes = self.whole(Method::POST, "/shutdown", body, SHUTDOWN).await?;
         serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    /// Asks for a read-only mount to be made anew, writable; it is unmounted when this returns.
+    pub async fn reopen(&self) -> Result<(), ClientError> {
+        self.whole(Method::POST, "/reopen", Vec::new(), SHUTDOWN).await.map(drop)
     }
 
     /// Syncs, and shows each step to `watch`. Dropping the future ends only the waiting.

@@ -13,7 +13,7 @@ mod types;
 
 pub use client::{Client, ClientError};
 pub use registry::{Entry, Registration, Registry};
-pub use replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
+pub use replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 pub use server::{SOCKET, Server};
 pub use types::{
     Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,

@@ -31,12 +31,16 @@ pub struct Registry {
 #[derive(Debug)]
 pub struct Registration {
     path: PathBuf,
+    text: Vec<u8>,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // A left-over entry does no harm: the kernel no longer has the mount.
-        let _ = std::fs::remove_file(&self.path);
+        // Not that of a mount which came after us in the same place. A left-over entry does no harm: the kernel no longer has
+        // the mount.
+        if std::fs::read(&self.path).is_ok_and(|text| text == self.text) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -95,7 +99,7 @@ impl Registry {
         text.extend(format!(" {}\n", entry.pid).bytes());
         file.write_all(&text)?;
         std::fs::rename(&temporary, &path)?;
-        Ok(Registration { path })
+        Ok(Registration { path, text })
     }
 
     /// The entry for a mountpoint, whether or not its daemon lives.

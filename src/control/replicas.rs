@@ -80,3 +80,19 @@ pub enum ScrubCommand {
         replica: Option<ReplicaName>,
     },
 }
+
+/// "Check the volume as it is now."
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsckRequest {
+    /// Read and verify what replicas hold, too.
+    #[serde(default)]
+    pub deep: bool,
+    /// At most so many findings of each kind are told.
+    pub limit: usize,
+    /// Replicas to check besides, by name.
+    #[serde(default)]
+    pub replicas: Vec<ReplicaName>,
+    /// All of them.
+    #[serde(default)]
+    pub all_replicas: bool,
+}

@@ -20,7 +20,7 @@ use futures::{FutureExt, StreamExt};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
-use super::replicas::{ReplicaRequest, ScrubCommand};
+use super::replicas::{FsckRequest, ReplicaRequest, ScrubCommand};
 use super::socket;
 use super::types::{Backend, Failure, ShutdownRequest, SyncEvent, SyncProgress, SyncRequest, reason};
 use crate::exit::Exit;
@@ -73,8 +73,10 @@ fn router(backend: Arc<dyn Backend>) -> Router {
         .route("/status", get(status))
         .route("/sync", post(sync))
         .route("/shutdown", post(shutdown))
+        .route("/reopen", post(reopen))
         .route("/replicas", get(replicas).post(change_replicas))
         .route("/scrub", get(scrubs).post(scrub))
+        .route("/fsck", post(fsck))
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .with_state(backend)
@@ -96,6 +98,10 @@ async fn shutdown(State(backend): State<Arc<dyn Backend>>, request: axum::Json<S
     }
 }
 
+async fn reopen(State(backend): State<Arc<dyn Backend>>) -> Response {
+    answer(tokio::spawn(async move { backend.reopen().await }).await)
+}
+
 async fn replicas(State(backend): State<Arc<dyn Backend>>) -> Response {
     axum::Json(backend.replicas().await).into_response()
 }
@@ -114,6 +120,11 @@ async fn scrubs(State(backend): State<Arc<dyn Backend>>) -> Response {
 
 async fn scrub(State(backend): State<Arc<dyn Backend>>, command: axum::Json<ScrubCommand>) -> Response {
     answer(tokio::spawn(async move { backend.scrub(command.0).await }).await)
+}
+
+async fn fsck(State(backend): State<Arc<dyn Backend>>, request: axum::Json<FsckRequest>) -> Response {
+    // Not in a task of its own: it ends with the command that asked for it.
+    answer(Ok(backend.fsck(request.0).await))
 }
 
 fn answer<T: serde::Serialize>(outcome: Result<Result<T, Failure>, tokio::task::JoinError>) -> Response {

@@ -34,6 +34,7 @@ pub(crate) fn sample_status() -> Status {
         read_only: None,
         fenced: None,
         sealing_error: None,
+        ops: Vec::new(),
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
             url: "file:///r/a".into(),
@@ -98,6 +99,10 @@ impl Drop for NotesDrop {
 }
 
 impl Backend for Fake {
+    fn fsck(&self, _: FsckRequest) -> BoxFuture<'_, Result<crate::fsck::Report, Failure>> {
+        async { Ok(crate::fsck::Report::default()) }.boxed()
+    }
+
     fn status(&self) -> BoxFuture<'_, Status> {
         async { sample_status() }.boxed()
     }
@@ -173,6 +178,10 @@ impl Backend for Fake {
             }
         }
         .boxed()
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async { Err(Failure::new(Exit::InUse, "busy")) }.boxed()
     }
 
     fn metrics(&self) -> BoxFuture<'_, String> {

@@ -6,11 +6,13 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 
 use crate::exit::Exit;
+use crate::fsck::Report;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
 use crate::reconcile::ScrubStatus;
 use crate::replica::{FenceNote, ReplicaStatus};
+use crate::trace::OpFigures;
 
-use super::replicas::{ReplicaEntry, ReplicaRequest, ScrubCommand};
+use super::replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 
 /// State of a mounted volume at one moment.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -53,6 +55,9 @@ pub struct Status {
     pub sealing_error: Option<String>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
+    /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
+    #[serde(default)]
+    pub ops: Vec<OpFigures>,
 }
 
 /// The local block cache at one moment.
@@ -240,6 +245,10 @@ pub trait Backend: Send + Sync + 'static {
     /// end; with a failure when the mount is busy (then everything goes on as before) or when not all could be sealed.
     fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>>;
 
+    /// Unmounts a mount that was made read-only and mounts it again, writable. Answers when it is unmounted; with a failure when
+    /// it is in use or writable already.
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>>;
+
     /// The replicas, in their order.
     fn replicas(&self) -> BoxFuture<'_, Vec<ReplicaEntry>>;
 
@@ -251,6 +260,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Begins, pauses, resumes or stops passes over replicas. Answers at once.
     fn scrub(&self, command: ScrubCommand) -> BoxFuture<'_, Result<Vec<ScrubStatus>, Failure>>;
+
+    /// Checks the tables as they are at one moment, and replicas if asked. Changes nothing; ends early when the future is dropped.
+    fn fsck(&self, request: FsckRequest) -> BoxFuture<'_, Result<Report, Failure>>;
 
     /// The numbers in the text form that Prometheus reads.
     fn metrics(&self) -> BoxFuture<'_, String>;

@@ -3,6 +3,7 @@
 //! Owns the translation of the parts' figures into the words of `control`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -12,13 +13,15 @@ use tokio::sync::watch;
 use super::serve::Running;
 use super::tenure::Tenure;
 use crate::control::{
-    Backend, CacheStatus, Failure, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest, Status,
-    SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest,
+    Status, SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
+use crate::fsck::Report;
 use crate::ids::{Epoch, SegmentNo};
 use crate::reconcile::{Reconciler, ScrubStatus};
 use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
+use crate::trace::{self, OpFigures};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
@@ -29,7 +32,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Control(pub Arc<Running>);
 
 impl Control {
-    fn status_now(&self) -> Status {
+    pub fn status_now(&self) -> Status {
         let r = &self.0;
         let space = &r.core.blocks.space;
         let progress = r.core.engine.as_ref().map(|e| e.progress()).unwrap_or_default();
@@ -63,6 +66,7 @@ impl Control {
             fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
             replicas: r.core.fleet.statuses(),
+            ops: trace::figures(),
         }
     }
 
@@ -268,12 +272,50 @@ impl Backend for Control {
         .boxed()
     }
 
+    fn fsck(&self, request: FsckRequest) -> BoxFuture<'_, Result<Report, Failure>> {
+        async move {
+            let running = Arc::clone(&self.0);
+            let given_up = Arc::new(AtomicBool::new(false));
+            // Dropped when nobody waits any more.
+            let _guard = GiveUp(Arc::clone(&given_up));
+            let work = move || {
+                let cancelled = || given_up.load(Ordering::Relaxed);
+                super::fsck::live::check(&running.core, &request, &cancelled)
+            };
+            match tokio::task::spawn_blocking(work).await {
+                Ok(Ok(report)) => Ok(report),
+                Ok(Err(e)) => Err(Failure::new(e.exit_code(), e.to_string())),
+                Err(e) => Err(Failure::new(Exit::Failure, format!("the check broke off: {e}"))),
+            }
+        }
+        .boxed()
+    }
+
+    fn reopen(&self) -> BoxFuture<'_, Result<(), Failure>> {
+        async move {
+            if self.0.core.engine.is_some() {
+                return Err(Failure::new(Exit::Usage, "it is mounted writable already"));
+            }
+            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))
+        }
+        .boxed()
+    }
+
     fn metrics(&self) -> BoxFuture<'_, String> {
         async {
             let scrubs = self.0.core.reconciler.as_ref().map(|r| r.status()).unwrap_or_default();
-            metrics(&self.status_now()) + &scrub_metrics(&scrubs)
+            metrics(&self.status_now()) + &scrub_metrics(&scrubs) + &op_metrics(&trace::figures())
         }
         .boxed()
+    }
+}
+
+/// Says so when it is dropped.
+struct GiveUp(Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -299,6 +341,25 @@ fn scrub_metrics(scrubs: &[ScrubStatus]) -> String {
         let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} gauge");
         for s in scrubs {
             let _ = writeln!(out, "mirrorfs_{name}{{replica=\"{}\"}} {}", s.replica, value(s));
+        }
+    }
+    out
+}
+
+/// Where requests spend their time, in the text form that Prometheus reads.
+fn op_metrics(ops: &[OpFigures]) -> String {
+    use std::fmt::Write;
+    let mut out =
+        "# HELP mirrorfs_requests_total Requests of the kernel\n# TYPE mirrorfs_requests_total counter\n"
+            .to_owned();
+    for op in ops {
+        let _ = writeln!(out, "mirrorfs_requests_total{{kind=\"{}\"}} {}", op.name, op.count);
+    }
+    out += "# HELP mirrorfs_request_seconds_total Their time, by stage\n# TYPE mirrorfs_request_seconds_total counter\n";
+    for op in ops {
+        for (stage, seconds) in &op.stages {
+            let labels = format!("kind=\"{}\",stage=\"{stage}\"", op.name);
+            let _ = writeln!(out, "mirrorfs_request_seconds_total{{{labels}}} {seconds}");
         }
     }
     out

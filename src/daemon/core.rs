@@ -44,6 +44,9 @@ const GROUP_BYTES: u64 = 16 << 20;
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
 const LAST_TASKS: Duration = Duration::from_secs(5);
+const INTERRUPTED: &str = "interrupted before the mount was live";
+/// Why nothing can be written in a mount that was made read-only.
+pub const MOUNTED_READ_ONLY: &str = "mounted read-only";
 /// zstd level of frames.
 const LEVEL: i32 = 1;
 
@@ -165,7 +168,13 @@ impl Core {
         options: CoreOptions,
         interrupted: impl Future<Output = ()>,
     ) -> Result<Core, Error> {
-        let state = StateDir::lock(&config.state)?;
+        let mut interrupted = std::pin::pin!(interrupted);
+        let state = runtime.block_on(async {
+            tokio::select! {
+                state = StateDir::lock_when_free(&config.state) => state,
+                () = &mut interrupted => Err(Error::new(Exit::Failure, INTERRUPTED)),
+            }
+        })?;
         let members = Members::read(state.path())?;
         let specs = members.apply(&config.replicas)?;
         let stores: Vec<Store> = specs.iter().map(|s| (options.stores)(s)).collect::<Result<_, _>>()?;
@@ -183,7 +192,7 @@ impl Core {
             };
             tokio::select! {
                 parts = open => parts,
-                () = interrupted => Err(Error::new(Exit::Failure, "interrupted before the mount was live")),
+                () = &mut interrupted => Err(Error::new(Exit::Failure, INTERRUPTED)),
             }
         })?;
         if let Err(e) = crate::config::state::remember(&config.state, &specs) {
@@ -204,6 +213,16 @@ impl Core {
     #[must_use]
     pub fn state(&self) -> &Path {
         self.state.path()
+    }
+
+    /// The claims that a replica is to hold; none in a read-only mount, which knows of none.
+    pub(super) fn claims(&self) -> Vec<crate::format::volume::Claim> {
+        self.tenure.as_ref().map_or_else(Vec::new, |t| t.identity.claims.clone())
+    }
+
+    /// The runtime in which its tasks run.
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
     }
 
     /// Ends the current group and waits until it is sealed. Gives the segment that covers everything changed before the call. Blocking.
@@ -227,6 +246,9 @@ impl Core {
         self.vfs.stop_reaper();
         let mut trouble = None;
         if let Some(engine) = &self.engine {
+            if let Err(e) = self.vfs.keep_accessed(true) {
+                log::warn!("not all access times are kept: {e}");
+            }
             let sealed = self
                 .vfs
                 .commit()
@@ -304,6 +326,12 @@ fn assemble(
         space_wait: config.space_wait,
     };
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
+    vfs.set_atime(match &config.mount {
+        mount if mount.noatime => vfs::Atime::Never,
+        mount if mount.strictatime => vfs::Atime::Always,
+        mount if mount.nodiratime => vfs::Atime::RelativeFiles,
+        _ => vfs::Atime::Relative,
+    });
     let (closing, closing_seen) = watch::channel(false);
     let tenure = (!config.read_only).then(|| {
         let identity = Arc::new(Identity { volume: volume.clone(), claims: local.claims.clone() });
@@ -342,7 +370,7 @@ fn assemble(
     let mut tasks = JoinSet::new();
     let (engine, reconciler) = match shipping {
         None => {
-            vfs.set_read_only("mounted read-only");
+            vfs.set_read_only(MOUNTED_READ_ONLY);
             fleet.start();
             (None, None)
         }
@@ -471,6 +499,9 @@ fn start_commits(vfs: &Arc<Vfs>, journal: &Arc<Journal>, stop: mpsc::Receiver<()
     std::thread::Builder::new().name("mirrorfs-commit".into()).spawn(move || {
         let mut failed = false;
         while let Err(mpsc::RecvTimeoutError::Timeout) = stop.recv_timeout(COMMIT_EVERY) {
+            if let Err(e) = vfs.keep_accessed(false) {
+                log::debug!("access times wait: {e}");
+            }
             let idle = vfs.pending_files() == 0 && journal.last_lsn() == journal.durable_lsn();
             let done =
                 if idle { vfs.blocks().housekeep().map_err(Into::into) } else { vfs.commit().map(|_| ()) };

@@ -7,18 +7,22 @@ mod catalog;
 mod checkpoints;
 mod core;
 mod fleet;
+mod fsck;
 mod members;
+mod notify;
 mod open;
 mod parts;
 mod rebuild;
 mod restore;
 mod salvage;
 mod serve;
+mod signals;
 mod state;
 mod tenure;
 
-pub use self::core::{Core, CoreOptions, StoreMaker};
+pub use self::core::{Core, CoreOptions, MOUNTED_READ_ONLY, StoreMaker};
 pub use fleet::Fleet;
+pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
 
 pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 
@@ -75,6 +79,8 @@ pub struct MountArgs {
     /// With an empty state folder: go on although another machine has not said that it is done, or a replica that may
     /// hold more does not answer.
     pub takeover: bool,
+    /// The file that standard error goes to; opened anew at SIGHUP.
+    pub log: Option<PathBuf>,
 }
 
 /// A volume that was just created.

@@ -128,13 +128,11 @@ pub(super) fn import(journal: &Journal, restored: &Restored) -> Result<(), Error
 
 /// Segment and frame tables, derived: what the restore saw of each segment, and how many blocks use each frame.
 fn local_tables(restored: &Restored) -> Result<Vec<Op>, Error> {
-    let mut frames: HashMap<BlockHash, FrameValue> = HashMap::new();
     let (start, end) = prefix_range(&[table::BLOCK]);
-    for (_, value) in restored.tables.range(start, end) {
-        let entry = BlockEntry::decode(value)
-            .map_err(|e| Error::new(Exit::Damaged, format!("restored tables: {e}")))?;
-        frames.entry(entry.hash).or_insert(FrameValue { entry, uses: 0 }).uses += 1;
-    }
+    let blocks = restored.tables.range(start, end).map(|(_, value)| {
+        BlockEntry::decode(value).map_err(|e| Error::new(Exit::Damaged, format!("restored tables: {e}")))
+    });
+    let frames = frames(blocks)?;
     let mut live: HashMap<SegmentNo, u64> = HashMap::new();
     for frame in frames.values() {
         *live.entry(frame.entry.loc.segment).or_default() += u64::from(frame.entry.loc.stored_len);
@@ -152,6 +150,20 @@ fn local_tables(restored: &Restored) -> Result<Vec<Op>, Error> {
     });
     let frames = frames.iter().map(|(hash, value)| Op::put(frame_key(hash), value.encode()));
     Ok(segments.chain(frames).collect())
+}
+
+/// The frames that blocks use. One without content uses none: what lies at its place is another block's, and damaged.
+fn frames(
+    blocks: impl Iterator<Item = Result<BlockEntry, Error>>,
+) -> Result<HashMap<BlockHash, FrameValue>, Error> {
+    let mut frames: HashMap<BlockHash, FrameValue> = HashMap::new();
+    for entry in blocks {
+        let entry = entry?;
+        if !entry.is_without_content() {
+            frames.entry(entry.hash).or_insert(FrameValue { entry, uses: 0 }).uses += 1;
+        }
+    }
+    Ok(frames)
 }
 
 /// Applies records that a damaged state's tail still had, behind what the replicas gave. They must follow without a gap.
@@ -186,4 +198,30 @@ pub(super) fn reapply(journal: &Arc<Journal>, records: Vec<Record>, after: Lsn) 
     }
     journal.barrier(journal.last_lsn())?;
     Ok(applied)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::tables::FrameLoc;
+    use crate::ids::BlockId;
+
+    #[test]
+    fn a_block_without_content_uses_no_frame() {
+        let loc = FrameLoc {
+            segment: SegmentNo(1),
+            epoch: Epoch(1),
+            offset: 9,
+            stored_len: 10,
+            raw_len: 100,
+            codec: 1,
+        };
+        let whole = BlockEntry { hash: BlockHash([7; 32]), loc };
+        let without = BlockEntry::without_content(BlockId(5), 100, &whole);
+        let frames = frames([whole, without, whole].into_iter().map(Ok)).unwrap();
+        assert_eq!(
+            frames.into_iter().collect::<Vec<_>>(),
+            [(whole.hash, FrameValue { entry: whole, uses: 2 })]
+        );
+    }
 }

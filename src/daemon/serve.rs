@@ -1,6 +1,6 @@
 //! The running mount: attaching it, waiting for its end, and then the end of what is behind it (`core`).
 //!
-//! Owns signals, the control socket, and who is told how it ended.
+//! Owns the control socket, what becomes of a mount that is asked to end, and who is told how it ended.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +12,8 @@ use tokio::sync::watch;
 
 use super::backend::Control;
 use super::core::{Core, CoreOptions};
+use super::notify;
+use super::signals::{Signals, asked_to_end, unmount_on_signal, watch_signals};
 use super::{Error, MountArgs, Ready, ReadyInfo};
 use crate::config::Config;
 use crate::control::{Entry, Registry, Server};
@@ -31,6 +33,10 @@ pub(super) struct Running {
     session: OnceLock<Session>,
     /// Whether the end waits for all replicas.
     wait_for_all: AtomicBool,
+    /// Whether a signal led to the end.
+    by_signal: AtomicBool,
+    /// Whether to mount again, writable.
+    reopen: AtomicBool,
     closed: watch::Sender<Option<Closed>>,
 }
 
@@ -60,6 +66,39 @@ impl Running {
     /// Whether the end is to wait for all replicas, as long as [`LAST_SHIP_ALL`].
     pub fn wait_for_all(&self, wait: bool) {
         self.wait_for_all.store(wait, Ordering::Relaxed);
+    }
+
+    /// A signal leads to the end.
+    pub fn ends_by_signal(&self) {
+        self.by_signal.store(true, Ordering::Relaxed);
+    }
+
+    /// Unmounts a read-only mount, so that the main thread mounts it again, writable.
+    pub async fn reopen(self: &Arc<Self>) -> Result<(), String> {
+        self.reopen.store(true, Ordering::Relaxed);
+        self.unmount().await.inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
+    }
+
+    /// Whether somebody can still use what was mounted.
+    pub fn is_live(&self) -> bool {
+        self.session.get().is_some_and(Session::is_live)
+    }
+
+    /// Takes the mount away although it is in use, after having the kernel hand over what it has not written. Blocking.
+    pub fn evict(&self) -> std::io::Result<()> {
+        self.session.get().map_or(Ok(()), Session::evict)
+    }
+
+    /// Has the main thread go on to the end although somebody still uses what was mounted.
+    pub fn stop_serving(&self) {
+        if let Some(session) = self.session.get() {
+            session.abandon();
+        }
+    }
+
+    /// Whether the mount answers within `limit`. Blocking.
+    pub fn answers(&self, limit: Duration) -> std::io::Result<()> {
+        self.session.get().map_or(Ok(()), |session| session.answers(limit))
     }
 
     /// Unmounts; the main thread then does the rest.
@@ -95,18 +134,36 @@ pub(super) fn run(
     runtime: &Arc<Runtime>,
     ready: Ready,
 ) -> Result<(), Error> {
-    let started = watch_signals(runtime).and_then(|signals| start(config, mount, runtime, signals));
-    let mut started = match started {
-        Ok(started) => started,
+    let begun = watch_signals(runtime, mount.log.clone())
+        .and_then(|signals| Ok((start(config, mount, runtime, signals.clone())?, signals)));
+    let (mut started, signals) = match begun {
+        Ok(begun) => begun,
         Err(e) => {
             ready(Err(&e));
             return Err(e);
         }
     };
-    let notes = started.notes.split_off(0);
-    notes.iter().for_each(|note| log::info!("{note}"));
+    let notes = started.take_notes();
     ready(Ok(ReadyInfo { volume: started.running.core.volume.volume, notes }));
-    started.serve(runtime)
+    let mut config = config.clone();
+    while started.serve(runtime)? == Ended::ToReopen {
+        log::info!("mounting again, writable");
+        config.read_only = false;
+        started = start(&config, mount, runtime, signals.clone()).or_else(|e| {
+            log::error!("cannot be mounted writable: {e}; mounting read-only again");
+            config.read_only = true;
+            start(&config, mount, runtime, signals.clone())
+        })?;
+        started.take_notes();
+    }
+    Ok(())
+}
+
+/// Why a mount ended.
+#[derive(PartialEq)]
+enum Ended {
+    ForGood,
+    ToReopen,
 }
 
 struct Started {
@@ -114,7 +171,7 @@ struct Started {
     notes: Vec<String>,
     signals: Signals,
     server: Option<Server>,
-    _registration: Option<crate::control::Registration>,
+    registration: Option<crate::control::Registration>,
 }
 
 fn start(
@@ -123,6 +180,7 @@ fn start(
     runtime: &Arc<Runtime>,
     mut signals: Signals,
 ) -> Result<Started, Error> {
+    let _step = notify::opening(runtime);
     // To break off here does no harm; replicas may take long to answer.
     let options = CoreOptions { takeover: mount.takeover, ..CoreOptions::default() };
     let mut core = Core::open(config, runtime, options, asked_to_end(&mut signals))?;
@@ -137,6 +195,7 @@ fn start(
             return Err(e);
         }
     };
+    core.state.note_mounted(session.device());
     let entry = Entry {
         mountpoint: session.mountpoint().to_owned(),
         state: core.state().to_owned(),
@@ -151,15 +210,11 @@ fn start(
         mountpoint: session.mountpoint().to_owned(),
         session: OnceLock::from(session),
         wait_for_all: AtomicBool::new(false),
+        by_signal: AtomicBool::new(false),
+        reopen: AtomicBool::new(false),
         closed: watch::channel(None).0,
     };
-    Ok(Started {
-        running: Arc::new(running),
-        notes,
-        signals,
-        server: Some(server),
-        _registration: registration,
-    })
+    Ok(Started { running: Arc::new(running), notes, signals, server: Some(server), registration })
 }
 
 /// Makes the control socket and the mount.
@@ -169,14 +224,25 @@ fn attach(
     runtime: &Arc<Runtime>,
     core: &Core,
 ) -> Result<(Session, Server), Error> {
+    // On as on ext4. Whoever does not own the mount's root pays a request for each path that he walks (the kernel does not
+    // remember that the root has none), and another for each inode: hence `noacl`.
+    let acl = !config.mount.noacl;
     let mount_options = fuse::MountOptions {
-        fsname: format!("mirrorfs:{}", core.volume.volume),
+        fsname: config.mount.fsname.clone().unwrap_or_else(|| format!("mirrorfs:{}", core.volume.volume)),
         allow_other: config.mount.allow_other,
         read_only: config.read_only,
         suid: !config.mount.nosuid,
         dev: !config.mount.nodev,
         noexec: config.mount.noexec,
         noatime: config.mount.noatime,
+        guarded: true,
+        nosymfollow: config.mount.nosymfollow,
+        sync: config.mount.sync,
+        dirsync: config.mount.dirsync,
+        labels: config.mount.labels.clone(),
+        strictatime: config.mount.strictatime,
+        nodiratime: config.mount.nodiratime,
+        acl,
         ..fuse::MountOptions::default()
     };
     let server = {
@@ -204,8 +270,15 @@ fn attach(
 }
 
 impl Started {
+    /// What there is to say, logged.
+    fn take_notes(&mut self) -> Vec<String> {
+        let notes = std::mem::take(&mut self.notes);
+        notes.iter().for_each(|note| log::info!("{note}"));
+        notes
+    }
+
     /// Serves until the mount is gone, then shuts down.
-    fn serve(mut self, runtime: &Arc<Runtime>) -> Result<(), Error> {
+    fn serve(mut self, runtime: &Arc<Runtime>) -> Result<Ended, Error> {
         let running = Arc::clone(&self.running);
         let (stop_server, server_stopped) = watch::channel(false);
         let server = self.server.take().map(|server| {
@@ -216,8 +289,16 @@ impl Started {
             runtime.spawn(server.serve(Arc::new(Control(Arc::clone(&running))), stop))
         });
         let signals = runtime.spawn(unmount_on_signal(Arc::clone(&running), self.signals.clone()));
+        let watch = notify::live(&running);
         let ended = running.session.get().map_or(Ok(()), Session::wait);
         signals.abort();
+        drop(watch);
+        // Whoever mounts again at once finds that this one is ending, and waits.
+        running.core.state.note_ending();
+        // A new mount in the same place makes an entry of its own.
+        drop(self.registration.take());
+        let reopen = running.reopen.load(Ordering::Relaxed);
+        let step = (!reopen).then(|| notify::ending(runtime));
         if let Err(e) = &ended {
             log::error!("serving the mount ended: {e}");
         }
@@ -229,8 +310,10 @@ impl Started {
             // An answer under way is finished; a client that hangs is not waited for.
             let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(2), server).await });
         }
+        drop(step);
         closed?;
-        ended.map_err(|e| Error::new(Exit::Failure, format!("serving the mount ended: {e}")))
+        ended.map_err(|e| Error::new(Exit::Failure, format!("serving the mount ended: {e}")))?;
+        Ok(if reopen { Ended::ToReopen } else { Ended::ForGood })
     }
 
     fn close(&self) -> Result<(), Error> {
@@ -239,66 +322,23 @@ impl Started {
         let mut signals = self.signals.clone();
         // The one that led here has been heeded.
         signals.mark_unchanged();
+        let mut hurry = running.by_signal.load(Ordering::Relaxed);
         running.core.close(async move {
             let until = Instant::now() + if all { LAST_SHIP_ALL } else { LAST_SHIP };
-            tokio::select! {
-                () = running.core.fleet.last_call(until, all) => {}
-                () = asked_to_end(&mut signals) => log::info!("asked to end by a signal"),
+            let mut ship = std::pin::pin!(running.core.fleet.last_call(until, all));
+            loop {
+                tokio::select! {
+                    () = &mut ship => break,
+                    () = asked_to_end(&mut signals) => {
+                        if hurry {
+                            log::info!("asked to end by a signal");
+                            break;
+                        }
+                        // systemd unmounts, and then sends one to all that is left: that is no haste.
+                        hurry = true;
+                    }
+                }
             }
         })
-    }
-}
-
-/// How often this process was asked to end by a signal.
-type Signals = watch::Receiver<u32>;
-
-/// Counts SIGTERM and SIGINT from now on.
-fn watch_signals(runtime: &Arc<Runtime>) -> Result<Signals, Error> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let failed = |e: std::io::Error| Error::new(Exit::Failure, format!("signals cannot be caught: {e}"));
-    let _guard = runtime.enter();
-    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
-    let (count, signals) = watch::channel(0);
-    runtime.spawn(async move {
-        loop {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
-            count.send_modify(|n| *n += 1);
-        }
-    });
-    Ok(signals)
-}
-
-/// Returns at the next signal that was not yet seen here.
-async fn asked_to_end(signals: &mut Signals) {
-    if signals.changed().await.is_err() {
-        // The task that counts has ended, with the runtime.
-        std::future::pending::<()>().await;
-    }
-}
-
-/// SIGTERM and SIGINT unmount; a second one unmounts lazily.
-async fn unmount_on_signal(running: Arc<Running>, mut signals: Signals) {
-    let mut lazy = false;
-    loop {
-        asked_to_end(&mut signals).await;
-        log::info!("asked to end by a signal: unmounting");
-        let busy = match running.unmount().await {
-            Ok(()) => return,
-            Err(e) => e,
-        };
-        if !lazy {
-            lazy = true;
-            log::warn!("{busy}; a second signal detaches it anyway");
-            continue;
-        }
-        if let Some(session) = running.session.get()
-            && let Err(e) = session.unmount(true)
-        {
-            log::error!("cannot detach: {e}");
-        }
     }
 }

@@ -3,19 +3,28 @@
 //! Owns `LOCK`, `state.json` and `claiming.json`, and the names of everything else in the folder. Knows no content of it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::Error;
 use crate::exit::Exit;
 use crate::format::volume::{Claim, Volume};
+use crate::fuse::mountinfo;
 use crate::ids::Epoch;
 use crate::replica::FenceNote;
 
 /// Version of the state folder's layout.
 const VERSION: u32 = 1;
+
+/// How long a daemon whose mount is gone may take: it seals, and sends for some seconds or, on demand, minutes.
+const ENDING: Duration = Duration::from_secs(180);
+/// How long it may take to notice that its mount is gone. Longer, and somebody still uses what was detached.
+const UNNOTICED: Duration = Duration::from_secs(10);
+/// How often to look.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Name of the file with claims that are being made while there is no `state.json` yet.
 const CLAIMING: &str = "claiming.json";
@@ -61,7 +70,61 @@ impl Local {
 /// The locked state folder.
 pub(super) struct StateDir {
     dir: PathBuf,
-    _lock: File,
+    lock: File,
+}
+
+/// What the holder of a lock has noted in it.
+#[derive(Debug, Default, PartialEq)]
+struct Holder {
+    /// Its process.
+    pid: Option<u32>,
+    /// The device number of its mount, as `major:minor`.
+    mounted: Option<String>,
+    /// Its mount is gone, and it is about to end.
+    ending: bool,
+}
+
+impl Holder {
+    fn parse(text: &str) -> Self {
+        let mut lines = text.lines();
+        let pid = lines.next().and_then(|line| line.trim().parse().ok());
+        let (mut mounted, mut ending) = (None, false);
+        for line in lines {
+            match line.split_once(' ') {
+                Some(("mounted", device)) => mounted = Some(device.to_owned()),
+                _ => ending |= line == "ending",
+            }
+        }
+        Self { pid, mounted, ending }
+    }
+
+    /// How long it is worth waiting for it to let go. `device_is_mounted` tells whether its mount is still there.
+    fn patience(&self, device_is_mounted: impl FnOnce(&str) -> bool) -> Duration {
+        match &self.mounted {
+            _ if self.ending => ENDING,
+            Some(device) if !device_is_mounted(device) => UNNOTICED,
+            _ => Duration::ZERO,
+        }
+    }
+
+    fn device_is_mounted(&self, device: &str) -> bool {
+        let all =
+            self.pid.map_or_else(mountinfo::mounts, mountinfo::mounts_of).or_else(|_| mountinfo::mounts());
+        all.unwrap_or_default().iter().any(|m| m.device == device && mountinfo::is_mirrorfs(m))
+    }
+}
+
+fn in_use(dir: &Path, holder: &Holder) -> Error {
+    let by = holder.pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+    let advice = match (&holder.mounted, holder.ending) {
+        (_, true) => "it is still ending; try again later",
+        (Some(device), _) if !holder.device_is_mounted(device) => {
+            "its mount was detached while programs use it; end them (see: fuser -v), or ask it to end with SIGTERM"
+        }
+        _ => "unmount that one first (see: mirrorfs status)",
+    };
+    let message = format!("the state folder {} is in use by another daemon{by}: {advice}", dir.display());
+    Error::new(Exit::InUse, message)
 }
 
 fn failed(what: &str, path: &Path, e: &io::Error) -> Error {
@@ -81,6 +144,30 @@ pub(super) fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<
 impl StateDir {
     /// Makes the folder if need be and locks it.
     pub fn lock(dir: &Path) -> Result<Self, Error> {
+        Self::try_lock(dir)?.map_err(|holder| in_use(dir, &holder))
+    }
+
+    /// The same; waits for a daemon that is just ending, because its mount is gone.
+    pub async fn lock_when_free(dir: &Path) -> Result<Self, Error> {
+        let begin = Instant::now();
+        let mut told = false;
+        loop {
+            let holder = match Self::try_lock(dir)? {
+                Ok(state) => return Ok(state),
+                Err(holder) => holder,
+            };
+            if begin.elapsed() >= holder.patience(|device| holder.device_is_mounted(device)) {
+                return Err(in_use(dir, &holder));
+            }
+            if !std::mem::replace(&mut told, true) {
+                let pid = holder.pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
+                log::info!("waiting for the daemon of the last mount{pid}, which is ending");
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn try_lock(dir: &Path) -> Result<Result<Self, Holder>, Error> {
         crate::config::state::create(dir).map_err(|e| failed("make the state folder", dir, &e))?;
         let path = dir.join("LOCK");
         let mut file = OpenOptions::new()
@@ -95,24 +182,34 @@ impl StateDir {
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let mut holder = String::new();
             let _ = file.read_to_string(&mut holder);
-            let holder = holder.trim();
-            let by = if holder.is_empty() { String::new() } else { format!(" (process {holder})") };
-            return Err(Error::new(
-                Exit::InUse,
-                format!(
-                    "the state folder {} is in use by another daemon{by}: unmount that one first (see: mirrorfs \
-                     status), or wait if it is just ending",
-                    dir.display()
-                ),
-            ));
+            return Ok(Err(Holder::parse(&holder)));
         }
-        let mut note = || {
-            file.set_len(0)?;
-            file.rewind()?;
-            writeln!(file, "{}", std::process::id())
-        };
-        note().map_err(|e| failed("write", &path, &e))?;
-        Ok(Self { dir: dir.to_owned(), _lock: file })
+        let state = Self { dir: dir.to_owned(), lock: file };
+        state.note("").map_err(|e| failed("write", &path, &e))?;
+        Ok(Ok(state))
+    }
+
+    /// Notes the mount's device number, so that others can tell whether it is still there.
+    pub fn note_mounted(&self, device: &str) {
+        self.note_or_warn(&format!("mounted {device}\n"));
+    }
+
+    /// Notes that the mount is gone and the lock will be free soon.
+    pub fn note_ending(&self) {
+        self.note_or_warn("ending\n");
+    }
+
+    fn note_or_warn(&self, more: &str) {
+        if let Err(e) = self.note(more) {
+            log::debug!("LOCK in {} is not up to date: {e}", self.dir.display());
+        }
+    }
+
+    /// Written at once and over what was there: whoever reads sees one or the other.
+    fn note(&self, more: &str) -> io::Result<()> {
+        let text = format!("{}\n{more}", std::process::id());
+        self.lock.write_all_at(text.as_bytes(), 0)?;
+        self.lock.set_len(text.len() as u64)
     }
 
     pub fn path(&self) -> &Path {
@@ -291,6 +388,37 @@ mod tests {
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         drop(first);
         StateDir::lock(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn only_a_holder_without_its_mount_is_waited_for() {
+        let holder = Holder::parse("77\nmounted 0:45\n");
+        assert_eq!(holder, Holder { pid: Some(77), mounted: Some("0:45".into()), ending: false });
+        assert_eq!(holder.patience(|device| device == "0:45"), Duration::ZERO);
+        assert_eq!(holder.patience(|_| false), UNNOTICED);
+        assert_eq!(Holder::parse("77\nending\n").patience(|_| true), ENDING);
+        // Another command, an older daemon, or one that is just opening.
+        for text in ["77\n", "", "x"] {
+            assert_eq!(Holder::parse(text).patience(|_| false), Duration::ZERO, "{text:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lock_about_to_be_freed_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDir::lock(dir.path()).unwrap();
+        first.note_mounted("0:999999");
+        first.note_ending();
+        let begin = Instant::now();
+        let waiting = tokio::spawn({
+            let dir = dir.path().to_owned();
+            async move { StateDir::lock_when_free(&dir).await.map(drop) }
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!waiting.is_finished());
+        drop(first);
+        waiting.await.unwrap().unwrap();
+        assert!(begin.elapsed() < ENDING);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -22,16 +23,17 @@ use fuser::{
 };
 
 use super::convert::{
-    bare_attr, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode, rename_mode, set_time, time,
-    xattr_mode,
+    bare_attr, check_xattr_name, fallocate_mode, file_attr, file_type, kind_of_mode, perm_of_mode,
+    rename_mode, set_time, time, xattr_mode,
 };
 use super::errno::errno;
 use super::guard::guarded;
 use super::reply;
 use super::shared::{Shared, may_write};
 use crate::ids::Ino;
+use crate::vfs::acl::{ACCESS, is_acl};
 use crate::vfs::api::FileSystem;
-use crate::vfs::types::{Caller, FileKind, Seek, SetAttr, VfsError, Wait};
+use crate::vfs::types::{Caller, Fallocate, FileKind, Seek, SetAttr, VfsError, Wait};
 
 /// How long the kernel may believe an entry (also that there is none) or attributes.
 pub(super) const TTL: Duration = Duration::from_secs(24 * 3600);
@@ -50,12 +52,50 @@ pub(super) struct Adapter {
     shared: Arc<Shared>,
     /// The kernel does without OPENDIR when told that there is none.
     skip_opendir: bool,
+    /// Whether lists are wanted.
+    acl: bool,
+    /// The kernel leaves the umask to us.
+    masks: bool,
+    /// It was said that lists are off.
+    said: AtomicBool,
 }
 
 impl Adapter {
     /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { shared: Arc::new(Shared::new(fs, notifier)), skip_opendir: false }
+    /// `acl`: access control lists are kept and, by the kernel, enforced.
+    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>, acl: bool) -> Self {
+        Self {
+            shared: Arc::new(Shared::new(fs, notifier)),
+            skip_opendir: false,
+            acl,
+            masks: false,
+            said: AtomicBool::new(false),
+        }
+    }
+
+    /// Who makes something with this mask.
+    fn maker(&self, req: &Request, umask: u32) -> Caller {
+        let umask = if self.masks { perm_of_mode(umask) & 0o777 } else { 0 };
+        Caller { umask, ..caller(req) }
+    }
+
+    /// A directory is listed, from its start.
+    fn listed(&self, n: INodeNo, offset: u64) {
+        if offset == 0 {
+            self.fs().accessed(ino(n));
+        }
+    }
+
+    /// Refuses attributes that there are not.
+    fn check_xattr(&self, name: &OsStr, set: bool) -> Result<(), Errno> {
+        if !self.acl && is_acl(name.as_bytes()) {
+            // Said once: `ls -l` asks for each file.
+            if set && !self.said.swap(true, Ordering::Relaxed) {
+                log::info!("access control lists are off in this mount; -o acl turns them on");
+            }
+            return Err(Errno::EOPNOTSUPP);
+        }
+        check_xattr_name(name.as_bytes())
     }
 
     fn fs(&self) -> &dyn FileSystem {
@@ -64,22 +104,16 @@ impl Adapter {
 }
 
 fn caller(req: &Request) -> Caller {
-    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid() }
+    Caller { uid: req.uid(), gid: req.gid(), pid: req.pid(), umask: 0 }
 }
 
 fn ino(n: INodeNo) -> Ino {
     Ino(n.0)
 }
 
-/// Attributes of the `system` namespace stand for things (access control lists) that we do not enforce, so we do
-/// not keep them either.
-fn is_foreign_xattr(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(b"system.")
-}
-
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = InitFlags::FUSE_ASYNC_READ
+        let mut wanted = InitFlags::FUSE_ASYNC_READ
             | InitFlags::FUSE_ATOMIC_O_TRUNC
             | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_BIG_WRITES
@@ -93,8 +127,15 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
         // Not FUSE_POSIX_LOCKS, not FUSE_FLOCK_LOCKS: then the kernel keeps locks itself, which is all that one
-        // machine needs. Not FUSE_DONT_MASK: the kernel applies the umask.
+        // machine needs.
         let there = config.capabilities();
+        // Where a default list is inherited the umask does not count, so it is ours to apply.
+        let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
+        self.acl &= there.contains(lists);
+        self.masks = self.acl;
+        if self.acl {
+            wanted |= lists;
+        }
         if config.add_capabilities(wanted & there).is_err() {
             log::debug!("the kernel offers {there:?} and takes less");
         }
@@ -165,7 +206,9 @@ impl Filesystem for Adapter {
             };
             // The kernel left these bits to us (HANDLE_KILLPRIV_V2). It says who may keep them when truncating, but
             // fuser does not pass that on: take everybody but root as unprivileged.
-            let new_owner = uid.is_some() || gid.is_some();
+            // A chown that names neither owner nor group comes as a new change time alone.
+            let only_ctime = SetAttr { ctime: set.ctime, ..SetAttr::default() };
+            let new_owner = uid.is_some() || gid.is_some() || (ctime.is_some() && set == only_ctime);
             if set.perm.is_none() && (new_owner || (size.is_some() && req.uid() != 0)) {
                 set.perm = self.shared.fallen_privileges(ino(n));
             }
@@ -174,7 +217,10 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
-        guarded("readlink", || reply::data(reply, self.fs().readlink(ino(n))));
+        guarded("readlink", || {
+            self.fs().accessed(ino(n));
+            reply::data(reply, self.fs().readlink(ino(n)));
+        });
     }
 
     fn mknod(
@@ -183,21 +229,25 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
         guarded("mknod", || {
             let Some(kind) = kind_of_mode(mode) else { return reply.error(Errno::EINVAL) };
             let (name, perm) = (name.as_bytes(), perm_of_mode(mode));
-            reply::entry(reply, self.fs().mknod(ino(parent), name, kind, perm, rdev, &caller(req)));
+            reply::entry(
+                reply,
+                self.fs().mknod(ino(parent), name, kind, perm, rdev, &self.maker(req, umask)),
+            );
         });
     }
 
-    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         guarded("mkdir", || {
             let perm = perm_of_mode(mode);
-            reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &caller(req)));
+            let maker = self.maker(req, umask);
+            reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &maker));
         });
     }
 
@@ -218,7 +268,7 @@ impl Filesystem for Adapter {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -227,7 +277,7 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("rename", || {
-            let Some(mode) = rename_mode(flags) else { return reply.error(Errno::EINVAL) };
+            let Some(mode) = rename_mode(flags, caller(req)) else { return reply.error(Errno::EINVAL) };
             let (from, to) = (name.as_bytes(), newname.as_bytes());
             reply::empty(reply, self.fs().rename(ino(parent), from, ino(newparent), to, mode));
         });
@@ -265,12 +315,13 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
         guarded("create", || {
-            match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &caller(req)) {
+            let maker = self.maker(req, umask);
+            match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &maker) {
                 Ok(attr) => {
                     self.shared.opened(attr.ino, OpenFlags(flags));
                     let generation = Generation(attr.generation.into());
@@ -289,16 +340,22 @@ impl Filesystem for Adapter {
         _fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", || match self.fs().read(ino(n), offset, size, Wait::No) {
-            Err(VfsError::WouldBlock) => {
-                let fs = Arc::clone(&self.shared.fs);
-                self.shared.reads.run(move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes)));
+        guarded("read", || {
+            if flags.0 & libc::O_NOATIME == 0 {
+                self.fs().accessed(ino(n));
             }
-            answer => reply::data(reply, answer),
+            match self.fs().read(ino(n), offset, size, Wait::No) {
+                Err(VfsError::WouldBlock) => {
+                    let fs = Arc::clone(&self.shared.fs);
+                    let again = move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes));
+                    self.shared.reads.run(again);
+                }
+                answer => reply::data(reply, answer),
+            }
         });
     }
 
@@ -320,11 +377,17 @@ impl Filesystem for Adapter {
             {
                 return reply.error(errno(&e));
             }
-            match self.fs().write(ino(n), offset, data, Wait::No) {
+            // What comes out of the page cache may come long after it was written, and after the times that the kernel sends with it.
+            let delayed = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+            let write = move |fs: &dyn FileSystem, data: &[u8], wait: Wait| match delayed {
+                true => fs.write_back(ino(n), offset, data, wait),
+                false => fs.write(ino(n), offset, data, wait),
+            };
+            match write(self.fs(), data, Wait::No) {
                 Err(VfsError::WouldBlock) => {
                     // The buffer belongs to the serving thread, which goes on with the next request.
                     let (fs, data) = (Arc::clone(&self.shared.fs), data.to_vec());
-                    let again = move || reply::written(reply, fs.write(ino(n), offset, &data, Wait::Yes));
+                    let again = move || reply::written(reply, write(&*fs, &data, Wait::Yes));
                     self.shared.writes.run(again);
                 }
                 answer => reply::written(reply, answer),
@@ -356,8 +419,12 @@ impl Filesystem for Adapter {
     fn fsync(&self, _req: &Request, n: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         // Even a local sync takes the disk's time, in which this thread could serve a hundred other requests; and the
         // more syncs wait together, the more share one.
-        let fs = Arc::clone(&self.shared.fs);
-        self.shared.syncs.run(move || reply::empty(reply, fs.fsync(ino(n), datasync, Wait::Yes)));
+        let shared = Arc::clone(&self.shared);
+        self.shared.syncs.run(move || {
+            let answer = shared.fs.fsync(ino(n), datasync, Wait::Yes);
+            shared.tell_blocks(ino(n));
+            reply::empty(reply, answer);
+        });
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -370,6 +437,7 @@ impl Filesystem for Adapter {
 
     fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         guarded("readdir", || {
+            self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, false, &mut |item| {
                 let name = OsStr::from_bytes(item.name);
@@ -394,6 +462,7 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectoryPlus,
     ) {
         guarded("readdirplus", || {
+            self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, true, &mut |item| {
                 let (number, cookie, name) = (INodeNo(item.ino.0), item.cookie, OsStr::from_bytes(item.name));
@@ -433,7 +502,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -442,18 +511,23 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = self.check_xattr(name, true) {
+                return reply.error(e);
             }
             let Some(mode) = xattr_mode(flags) else { return reply.error(Errno::EINVAL) };
+            if name.as_bytes() == ACCESS
+                && let Err(e) = self.shared.drop_foreign_setgid(ino(n), &caller(req))
+            {
+                return reply.error(errno(&e));
+            }
             reply::empty(reply, self.fs().setxattr(ino(n), name.as_bytes(), value, mode));
         });
     }
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         guarded("getxattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = self.check_xattr(name, false) {
+                return reply.error(e);
             }
             match self.fs().getxattr(ino(n), name.as_bytes()) {
                 Ok(value) => reply::xattr(reply, &value, size),
@@ -481,8 +555,8 @@ impl Filesystem for Adapter {
 
     fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("removexattr", || {
-            if is_foreign_xattr(name) {
-                return reply.error(Errno::EOPNOTSUPP);
+            if let Err(e) = self.check_xattr(name, false) {
+                return reply.error(e);
             }
             reply::empty(reply, self.fs().removexattr(ino(n), name.as_bytes()));
         });
@@ -495,7 +569,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         n: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -505,11 +579,23 @@ impl Filesystem for Adapter {
     ) {
         guarded("fallocate", || {
             let Some(how) = fallocate_mode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
-            match self.fs().fallocate(ino(n), how, offset, length, Wait::No) {
+            let n = ino(n);
+            if let Err(e) = self.shared.drop_privileges_unless_root(n, &caller(req)) {
+                return reply.error(errno(&e));
+            }
+            let enlarges = matches!(how, Fallocate::Allocate | Fallocate::ZeroRange);
+            let tail = self.shared.tail_before(n, if enlarges { offset.saturating_add(length) } else { 0 });
+            let answer = match tail {
+                None => self.fs().fallocate(n, how, offset, length, Wait::No),
+                Some(_) => Err(VfsError::WouldBlock),
+            };
+            match answer {
                 Err(VfsError::WouldBlock) => {
-                    let fs = Arc::clone(&self.shared.fs);
+                    let shared = Arc::clone(&self.shared);
                     self.shared.writes.run(move || {
-                        reply::empty(reply, fs.fallocate(ino(n), how, offset, length, Wait::Yes));
+                        let answer = shared.fs.fallocate(n, how, offset, length, Wait::Yes);
+                        shared.forget_tail(n, tail);
+                        reply::empty(reply, answer);
                     });
                 }
                 answer => reply::empty(reply, answer),
@@ -547,7 +633,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         source: INodeNo,
         _fh_in: FileHandle,
         source_offset: u64,
@@ -562,15 +648,22 @@ impl Filesystem for Adapter {
             // The answer has 32 bits; the kernel comes back for the rest.
             let len = len.min(u64::from(u32::MAX) & !0xfff);
             let (from, to) = (ino(source), ino(target));
-            match self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No) {
+            if let Err(e) = self.shared.drop_privileges_unless_root(to, &caller(req)) {
+                return reply.error(errno(&e));
+            }
+            let tail = self.shared.tail_before(to, target_offset);
+            let answer = match tail {
+                None => self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No),
+                Some(_) => Err(VfsError::WouldBlock),
+            };
+            match answer {
                 Err(VfsError::WouldBlock) => {
-                    let fs = Arc::clone(&self.shared.fs);
+                    let shared = Arc::clone(&self.shared);
                     self.shared.writes.run(move || {
-                        let wait = Wait::Yes;
-                        reply::copied(
-                            reply,
-                            fs.copy_file_range(from, source_offset, to, target_offset, len, wait),
-                        );
+                        let (wait, fs) = (Wait::Yes, &shared.fs);
+                        let answer = fs.copy_file_range(from, source_offset, to, target_offset, len, wait);
+                        shared.forget_tail(to, tail);
+                        reply::copied(reply, answer);
                     });
                 }
                 answer => reply::copied(reply, answer),

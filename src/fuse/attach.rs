@@ -22,6 +22,16 @@ use super::{MountError, MountOptions};
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
+/// Where it is looked for beside the path: mount(8) may call us without any.
+const USUAL: [&str; 4] = ["/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin"];
+
+/// Where the helper is that mounts for users; `None` when it is not installed.
+#[must_use]
+pub fn helper() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(USUAL.map(PathBuf::from));
+    folders.map(|folder| folder.join(HELPER)).find(|file| file.is_file())
+}
 
 /// Makes sure that `mountpoint` is a directory that can be mounted on, and answers its canonical path. What a killed
 /// daemon of ours left mounted there is detached first.
@@ -68,7 +78,11 @@ fn detach_dead(mountpoint: &Path) -> Result<PathBuf, MountError> {
         return Err(bad(why.into()));
     }
     log::warn!("detaching what a daemon that is gone left mounted at {}", path.display());
-    detach(&path, true).map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?;
+    match detach(&path, true) {
+        // Its guardian was faster.
+        Err(_) if !is_gone(&path) => {}
+        done => done.map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?,
+    }
     path.canonicalize().map_err(|e| bad(e.to_string()))
 }
 
@@ -109,6 +123,15 @@ fn mount_directly(mountpoint: &Path, options: &MountOptions, device: &File) -> R
     if options.allow_other {
         data.push_str(",allow_other");
     }
+    if Path::new("/sys/fs/selinux").exists() {
+        for label in &options.labels {
+            // The kernel takes values with commas in quotes.
+            match label.split_once('=') {
+                Some((key, value)) => data.push_str(&format!(",{key}=\"{value}\"")),
+                None => data.push_str(&format!(",{label}")),
+            }
+        }
+    }
     let text = |s: &[u8]| CString::new(s).map_err(|e| failed(e.into()));
     let (source, target) = (text(options.fsname.as_bytes())?, text(mountpoint.as_os_str().as_bytes())?);
     let (fstype, data) = (text(FSTYPE.as_bytes())?, text(data.as_bytes())?);
@@ -143,12 +166,35 @@ fn mount_flags(options: &MountOptions) -> libc::c_ulong {
         (!options.dev, libc::MS_NODEV),
         (options.noexec, libc::MS_NOEXEC),
         (options.noatime, libc::MS_NOATIME),
+        (options.nosymfollow, libc::MS_NOSYMFOLLOW),
+        (options.sync, libc::MS_SYNCHRONOUS),
+        (options.dirsync, libc::MS_DIRSYNC),
+        (options.strictatime, libc::MS_STRICTATIME),
+        (options.nodiratime, libc::MS_NODIRATIME),
     ] {
         if on {
             flags |= flag;
         }
     }
     flags
+}
+
+/// Gives the mount at `mountpoint` these flags instead of those it has. What FUSE cannot change (`allow_other`, the source) stays,
+/// and so does what `options` does not say about access times: that needs `atime`.
+///
+/// # Errors
+/// What mount(2) answers: `ResourceBusy` when it is to be read-only and something is open for writing, `PermissionDenied`
+/// without root.
+pub fn remount(mountpoint: &Path, options: &MountOptions, atime: bool) -> io::Result<()> {
+    let target = CString::new(mountpoint.as_os_str().as_bytes())?;
+    let mut flags = mount_flags(options) | libc::MS_REMOUNT;
+    if atime {
+        flags |= libc::MS_RELATIME;
+    }
+    // SAFETY: the string outlives the call; a remount takes no source and no type, and FUSE no data.
+    let done =
+        unsafe { libc::mount(std::ptr::null(), target.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The options in the words of the helper.
@@ -163,6 +209,8 @@ fn helper_options(options: &MountOptions) -> OsString {
         (options.dev, "dev"),
         (options.noexec, "noexec"),
         (options.noatime, "noatime"),
+        (options.sync, "sync"),
+        (options.dirsync, "dirsync"),
     ] {
         if on {
             words.push(word.into());
@@ -176,7 +224,7 @@ fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd,
     let failed = |why: String| MountError::Refused { path: mountpoint.to_owned(), why };
     let (ours, theirs) = UnixStream::pair().map_err(|e| failed(e.to_string()))?;
     let inherited = theirs.as_raw_fd();
-    let mut command = Command::new(HELPER);
+    let mut command = Command::new(helper().ok_or(MountError::NoHelper)?);
     command.arg("-o").arg(helper_options(options)).arg("--").arg(mountpoint);
     command.env("_FUSE_COMMFD", inherited.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -271,14 +319,28 @@ pub(super) fn detach(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     if error.raw_os_error() != Some(libc::EPERM) {
         return Err(error);
     }
+    detach_by_helper(mountpoint, lazy)
+}
+
+/// The same through `fusermount3`, which may detach what its caller has mounted.
+pub(super) fn detach_by_helper(mountpoint: &Path, lazy: bool) -> io::Result<()> {
     let how = OsStr::new(if lazy { "-uz" } else { "-u" });
-    let output = Command::new(HELPER).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
+    let program = helper().ok_or(io::ErrorKind::PermissionDenied)?;
+    let output = Command::new(program).arg(how).arg("--").arg(mountpoint).stdin(Stdio::null()).output()?;
     if output.status.success() {
         return Ok(());
     }
     let told = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     let kind = if told.contains("busy") { io::ErrorKind::ResourceBusy } else { io::ErrorKind::Other };
     Err(io::Error::new(kind, told))
+}
+
+/// Whether requests of the kernel wait to be read from `fd`.
+pub(super) fn has_requests(fd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd, no waiting.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n > 0 && poll.revents & libc::POLLIN != 0
 }
 
 /// Whether the kernel still serves `fd`'s mount.

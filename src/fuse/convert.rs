@@ -4,9 +4,10 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
+use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 
-use crate::vfs::types::{Attr, Fallocate, FileKind, RenameMode, SetTime, Time, XattrMode};
+use crate::vfs::acl::is_acl;
+use crate::vfs::types::{Attr, Caller, Fallocate, FileKind, RenameMode, SetTime, Time, XattrMode};
 
 /// Permission bits that make a program run with its owner's rights.
 const SET_UID: u16 = 0o4000;
@@ -25,12 +26,16 @@ fn system_time(t: Time) -> SystemTime {
 /// For a moment before 1970 fuser 0.18 subtracts the nanoseconds instead of adding them: the kernel's (-2 s,
 /// +0.8 s) comes as 1970 minus 2.8 s. The two numbers are still all there, so they are taken as they were sent.
 pub(super) fn time(t: SystemTime) -> Time {
-    let (sign, distance) = match t.duration_since(UNIX_EPOCH) {
-        Ok(after) => (1, after),
-        Err(before) => (-1, before.duration()),
-    };
-    let secs = i64::try_from(distance.as_secs()).unwrap_or(i64::MAX);
-    Time { secs: sign * secs, nanos: distance.subsec_nanos() }
+    match t.duration_since(UNIX_EPOCH) {
+        Ok(d) => Time { secs: i64::try_from(d.as_secs()).unwrap_or(i64::MAX), nanos: d.subsec_nanos() },
+        Err(e) => {
+            let d = e.duration();
+            Time {
+                secs: 0_i64.checked_sub_unsigned(d.as_secs()).unwrap_or(i64::MIN),
+                nanos: d.subsec_nanos(),
+            }
+        }
+    }
 }
 
 /// A time to set.
@@ -122,13 +127,17 @@ pub(super) fn without_privileges(perm: u16) -> u16 {
 }
 
 /// What `renameat2`'s flags ask for; `None` for a combination that is not supported.
-pub(super) fn rename_mode(flags: RenameFlags) -> Option<RenameMode> {
+pub(super) fn rename_mode(flags: RenameFlags, caller: Caller) -> Option<RenameMode> {
     if flags.is_empty() {
         Some(RenameMode::Replace)
     } else if flags == RenameFlags::RENAME_NOREPLACE {
         Some(RenameMode::NoReplace)
     } else if flags == RenameFlags::RENAME_EXCHANGE {
         Some(RenameMode::Exchange)
+    } else if flags == RenameFlags::RENAME_WHITEOUT {
+        Some(RenameMode::Whiteout(caller))
+    } else if flags == RenameFlags::RENAME_WHITEOUT | RenameFlags::RENAME_NOREPLACE {
+        Some(RenameMode::WhiteoutNoReplace(caller))
     } else {
         None
     }
@@ -150,12 +159,28 @@ pub(super) fn fallocate_mode(mode: i32) -> Option<Fallocate> {
     })
 }
 
+/// Whether a name is of a namespace that there is, and has more than its prefix. The rest of `system` (NFSv4 lists, SMB
+/// attributes) stands for what we do not enforce, so it is not kept either.
+pub(super) fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
+    if is_acl(name) {
+        return Ok(());
+    }
+    for prefix in [&b"user."[..], b"trusted.", b"security."] {
+        if let Some(rest) = name.strip_prefix(prefix) {
+            return if rest.is_empty() { Err(Errno::EINVAL) } else { Ok(()) };
+        }
+    }
+    Err(Errno::EOPNOTSUPP)
+}
+
 /// What `setxattr`'s flags ask for; `None` for a combination that is not supported.
 pub(super) fn xattr_mode(flags: i32) -> Option<XattrMode> {
+    const BOTH: i32 = libc::XATTR_CREATE | libc::XATTR_REPLACE;
     Some(match flags {
         0 => XattrMode::Any,
         libc::XATTR_CREATE => XattrMode::Create,
         libc::XATTR_REPLACE => XattrMode::Replace,
+        BOTH => XattrMode::Both,
         _ => return None,
     })
 }
@@ -182,6 +207,7 @@ mod tests {
         // How fuser 0.18 builds (-2, 800_000_000).
         assert_eq!(time(UNIX_EPOCH - Duration::new(2, 800_000_000)), Time { secs: -2, nanos: 800_000_000 });
         assert_eq!(time(UNIX_EPOCH - Duration::new(2, 0)), Time { secs: -2, nanos: 0 });
+        assert_eq!(time(UNIX_EPOCH - Duration::new(1 << 63, 0)), Time { secs: i64::MIN, nanos: 0 });
     }
 
     #[test]
@@ -202,8 +228,9 @@ mod tests {
     fn unknown_flags_are_refused() {
         assert_eq!(fallocate_mode(libc::FALLOC_FL_PUNCH_HOLE), None);
         assert_eq!(fallocate_mode(libc::FALLOC_FL_COLLAPSE_RANGE), None);
-        assert_eq!(rename_mode(RenameFlags::RENAME_WHITEOUT), None);
-        assert_eq!(rename_mode(RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE), None);
-        assert_eq!(xattr_mode(3), None);
+        let me = Caller::default();
+        assert_eq!(rename_mode(RenameFlags::RENAME_WHITEOUT | RenameFlags::RENAME_EXCHANGE, me), None);
+        assert_eq!(rename_mode(RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE, me), None);
+        assert_eq!(xattr_mode(4), None);
     }
 }

@@ -3,12 +3,16 @@
 //! The only place that names `fuser`. Owns the kernel's connection and the threads that serve it; knows nothing of what
 //! is behind [`FileSystem`].
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -20,12 +24,25 @@ mod attach;
 mod convert;
 mod errno;
 mod guard;
+pub mod guardian;
 pub mod mountinfo;
 mod pool;
 mod reply;
 mod shared;
 
-pub use attach::is_gone;
+pub use attach::{helper, is_gone, remount};
+use mountinfo::MountEntry;
+
+/// How long everything on this machine may take to be written out.
+const SYNC_ALL: Duration = Duration::from_secs(20);
+/// How long the kernel's last requests are waited for when the mount is taken away.
+const DRAIN: Duration = Duration::from_secs(10);
+/// More places than anybody binds one mount to.
+const MOST_PLACES: usize = 1000;
+
+/// A part of the log to be left out unless it is asked for: it calls it an error that the kernel takes no answer to "was interrupted",
+/// which is so whenever a signal meets a request.
+pub const NOISE: &str = "fuser::reply";
 
 /// How the directory is mounted. Permission checks are always the kernel's (`default_permissions`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,8 +61,25 @@ pub struct MountOptions {
     pub noexec: bool,
     /// Access times are not kept.
     pub noatime: bool,
+    /// Symbolic links are not followed.
+    pub nosymfollow: bool,
+    /// What is written to a file is synced before the call returns.
+    pub sync: bool,
+    /// Changes of names are synced before the call returns.
+    pub dirsync: bool,
+    /// Options for SELinux, such as `context=…`; passed over where the kernel has none.
+    pub labels: Vec<String>,
+    /// The kernel shows that each read changes the access time.
+    pub strictatime: bool,
+    /// Access times of directories are not kept.
+    pub nodiratime: bool,
+    /// Access control lists are kept, and enforced by the kernel.
+    pub acl: bool,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
+    /// A process of its own takes the mount away when this one dies ([`guardian`]). This program must then understand the
+    /// guardian's call.
+    pub guarded: bool,
 }
 
 impl Default for MountOptions {
@@ -59,7 +93,15 @@ impl Default for MountOptions {
             dev: false,
             noexec: false,
             noatime: false,
+            nosymfollow: false,
+            sync: false,
+            dirsync: false,
+            labels: Vec::new(),
+            strictatime: false,
+            nodiratime: false,
+            acl: true,
             threads,
+            guarded: false,
         }
     }
 }
@@ -96,7 +138,12 @@ pub struct Session {
     mountpoint: PathBuf,
     /// Tells whether the mount is still there; serves nothing.
     connection: OwnedFd,
-    serving: Mutex<Option<JoinHandle<io::Result<()>>>>,
+    /// Its device number, as `major:minor`; empty when the kernel's list did not show it.
+    device: String,
+    /// Says once how serving ended.
+    ended: Mutex<Option<mpsc::Receiver<io::Result<()>>>>,
+    say: mpsc::Sender<io::Result<()>>,
+    _guardian: Option<guardian::Guardian>,
 }
 
 /// Mounts `fs` at `mountpoint` and serves it on threads of its own. When this returns the mount is live.
@@ -126,7 +173,7 @@ fn serve(
 ) -> io::Result<Session> {
     let connection = device.try_clone()?;
     let notifier = Arc::new(OnceLock::new());
-    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier));
+    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier), options.acl);
     let mut config = fuser::Config::default();
     config.n_threads = Some(options.threads.max(2));
     config.clone_fd = attach::can_open_device();
@@ -134,19 +181,40 @@ fn serve(
     let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config)?;
     // The cell is new, so this cannot fail.
     let _ = notifier.set(session.notifier());
-    let serving = thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || session.run())?;
-    let session = Session { mountpoint: path.to_owned(), connection, serving: Mutex::new(Some(serving)) };
-    raise_read_ahead(path);
-    Ok(session)
+    let entry = mountinfo::mount_at(path).ok().flatten();
+    let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
+    let (say, ended) = mpsc::channel();
+    let tell = say.clone();
+    thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(|| session.run()));
+        let _ = tell.send(outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked"))));
+    })?;
+    let guardian = (options.guarded && !device.is_empty())
+        .then(|| guardian::Guardian::start(&guardian::Mounted::at(&device, path), path))
+        .transpose()
+        .unwrap_or_else(|e| {
+            let path = path.display();
+            log::warn!("no guardian: when this process is killed {path} must be unmounted by hand: {e}");
+            None
+        });
+    raise_read_ahead(&device);
+    Ok(Session {
+        mountpoint: path.to_owned(),
+        connection,
+        device,
+        ended: Mutex::new(Some(ended)),
+        say,
+        _guardian: guardian,
+    })
 }
 
 /// Lets the kernel read 1 MiB ahead instead of 128 KiB: fewer requests. Needs root; without, all works the same.
-fn raise_read_ahead(path: &Path) {
-    if let Ok(Some(entry)) = mountinfo::mount_at(path) {
-        let knob = format!("/sys/class/bdi/{}/read_ahead_kb", entry.device);
-        if let Err(e) = fs::write(&knob, "1024") {
-            log::debug!("{knob} stays as it is: {e}");
-        }
+fn raise_read_ahead(device: &str) {
+    let knob = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    if !device.is_empty()
+        && let Err(e) = fs::write(&knob, "1024")
+    {
+        log::debug!("{knob} stays as it is: {e}");
     }
 }
 
@@ -163,6 +231,22 @@ impl Session {
         attach::is_attached(&self.connection)
     }
 
+    /// Where it can be reached now: it may have been moved, or detached while in use and something else be mounted there by now.
+    fn place(&self) -> Option<PathBuf> {
+        let all = mountinfo::mounts().unwrap_or_default();
+        let ours = |entry: &&MountEntry| match self.device.as_str() {
+            "" => entry.mountpoint == self.mountpoint,
+            device => entry.device == device,
+        };
+        // What lies over it hides it.
+        let seen = |entry: &&MountEntry| {
+            all.iter().rev().find(|e| e.mountpoint == entry.mountpoint).is_some_and(|top| top.id == entry.id)
+        };
+        let mut found: Vec<_> = all.iter().filter(ours).filter(seen).map(|entry| &entry.mountpoint).collect();
+        found.sort_by_key(|place| **place != self.mountpoint);
+        found.first().map(|place| (*place).clone())
+    }
+
     /// Unmounts, unless that has been done already. The kernel hands over its unwritten pages first. `lazy` takes
     /// the mount out of the tree even when files are open in it; it then ends when the last of them is closed.
     ///
@@ -172,7 +256,11 @@ impl Session {
         if !self.is_live() {
             return Ok(());
         }
-        match attach::detach(&self.mountpoint, lazy) {
+        let Some(place) = self.place() else {
+            // Detached, and still in use.
+            return if lazy { Ok(()) } else { Err(io::ErrorKind::ResourceBusy.into()) };
+        };
+        match attach::detach(&place, lazy) {
             // Somebody was faster.
             Err(_) if !self.is_live() => Ok(()),
             done => done,
@@ -188,19 +276,85 @@ impl Session {
             // Unmounting has handed them over.
             return Ok(());
         }
-        use std::os::unix::ffi::OsStrExt;
-        apart::syncfs(&std::ffi::CString::new(self.mountpoint.as_os_str().as_bytes())?)
+        match self.place() {
+            Some(place) => apart::syncfs(&c_path(&place)?),
+            // Detached, and still in use.
+            None => apart::sync_all(SYNC_ALL),
+        }
+    }
+
+    /// Takes the mount out of the tree although it is in use, wherever it is, and has the kernel hand over its pages. Whoever
+    /// has files open keeps them as long as somebody serves.
+    ///
+    /// # Errors
+    /// What the calls answer.
+    pub fn evict(&self) -> io::Result<()> {
+        let mut flushed = false;
+        // One for each place where it is bound, and an end.
+        for _ in 0..MOST_PLACES {
+            let Some(place) = self.place().filter(|_| self.is_live()) else { break };
+            match apart::evict(&c_path(&place)?) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                    apart::syncfs(&c_path(&place)?)?;
+                    attach::detach_by_helper(&place, true)?;
+                }
+                done => done?,
+            }
+            flushed = true;
+        }
+        if !flushed && self.is_live() {
+            apart::sync_all(SYNC_ALL)?;
+        }
+        self.drain();
+        Ok(())
+    }
+
+    /// Waits until the requests that the kernel has made are read. Kernels differ in whether a sync waits for their answers.
+    fn drain(&self) {
+        let until = Instant::now() + DRAIN;
+        let mut quiet = 0;
+        while quiet < 10 && Instant::now() < until {
+            quiet = if attach::has_requests(&self.connection) { 0 } else { quiet + 1 };
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Whether the mount answers a question through the kernel; also when nothing is mounted any more.
+    ///
+    /// # Errors
+    /// `TimedOut` when it does not within `limit`; or what it answers.
+    pub fn answers(&self, limit: Duration) -> io::Result<()> {
+        match self.place() {
+            Some(place) => apart::answers(&c_path(&place)?, limit),
+            None => Ok(()),
+        }
+    }
+
+    /// The device number of its files, as `major:minor`; empty when not known.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        &self.device
     }
 
     /// Returns when the mount has ended, by [`Session::unmount`] or from outside, and no request is being served any
-    /// more. Returns at once when another call has waited already.
+    /// more, or after [`Session::abandon`]. Returns at once when another call has waited already.
     ///
     /// # Errors
     /// When serving ended for another reason than an unmount.
     pub fn wait(&self) -> io::Result<()> {
-        let Some(serving) = self.serving.lock().take() else { return Ok(()) };
-        serving.join().unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")))
+        let Some(ended) = self.ended.lock().take() else { return Ok(()) };
+        ended.recv().unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")))
     }
+
+    /// Has [`Session::wait`] return although somebody still uses the mount. It is served until the process ends.
+    pub fn abandon(&self) {
+        // Nobody waits any more: it has ended by itself.
+        let _ = self.say.send(Ok(()));
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 impl Drop for Session {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
+    /// The kernel's number of it, used again when it is gone.
+    pub id: u64,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// Its type, such as `fuse.mirrorfs`.
@@ -27,6 +29,14 @@ pub fn mounts() -> io::Result<Vec<MountEntry>> {
     Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 
+/// All mounts that the process `pid` sees, which may live in a world of its own.
+///
+/// # Errors
+/// When they cannot be read: the process has ended, or is another user's.
+pub fn mounts_of(pid: u32) -> io::Result<Vec<MountEntry>> {
+    Ok(parse(&fs::read(format!("/proc/{pid}/mountinfo"))?))
+}
+
 /// The topmost mount at exactly this (canonical) path.
 ///
 /// # Errors
@@ -42,11 +52,13 @@ fn parse(text: &[u8]) -> Vec<MountEntry> {
 /// `36 35 98:0 /root /mnt/point rw,noatime master:1 - ext3 /dev/root rw`
 fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|b| *b == b' ');
-    let device = fields.nth(2)?;
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let device = fields.nth(1)?;
     let mountpoint = fields.nth(1)?;
     let mut behind = fields.skip_while(|f| *f != b"-").skip(1);
     let text = |f: &[u8]| String::from_utf8_lossy(&unescape(f)).into_owned();
     Some(MountEntry {
+        id,
         mountpoint: PathBuf::from(OsString::from_vec(unescape(mountpoint))),
         fstype: text(behind.next()?),
         source: text(behind.next()?),
@@ -107,7 +119,7 @@ mod tests {
         assert_eq!(all[0].fstype, "ext4");
         assert_eq!(all[1].mountpoint, Path::new("/mnt/a b\\c"));
         assert_eq!(all[1].source, "vol,x");
-        assert_eq!(all[1].device, "0:45");
+        assert_eq!((all[1].device.as_str(), all[1].id), ("0:45", 40));
         assert!(is_mirrorfs(&all[1]) && is_fuse(&all[1]));
     }
 

@@ -6,11 +6,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::guard::guarded;
+use super::guard::{guarded, guarded_since};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -34,7 +34,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Job>,
+    queue: VecDeque<(Instant, Job)>,
     threads: usize,
     idle: usize,
     closing: bool,
@@ -53,8 +53,8 @@ impl Pool {
         let mut state = self.shared.state.lock();
         let start = state.idle <= state.queue.len() && state.threads < self.limit;
         if start && !state.closing {
-            let shared = Arc::clone(&self.shared);
-            match thread::Builder::new().name(self.name.to_owned()).spawn(move || shared.serve()) {
+            let (shared, name) = (Arc::clone(&self.shared), self.name);
+            match thread::Builder::new().name(self.name.to_owned()).spawn(move || shared.serve(name)) {
                 Ok(_) => state.threads += 1,
                 Err(e) => log::warn!("cannot start a thread {}: {e}; {} are there", self.name, state.threads),
             }
@@ -63,7 +63,7 @@ impl Pool {
             drop(state);
             return guarded(self.name, job);
         }
-        state.queue.push_back(Box::new(job));
+        state.queue.push_back((Instant::now(), Box::new(job)));
         drop(state);
         self.shared.work.notify_one();
     }
@@ -80,12 +80,12 @@ impl Pool {
 }
 
 impl Shared {
-    fn serve(&self) {
+    fn serve(&self, name: &'static str) {
         let mut state = self.state.lock();
         loop {
-            if let Some(job) = state.queue.pop_front() {
+            if let Some((queued, job)) = state.queue.pop_front() {
                 drop(state);
-                guarded("a waiting request", job);
+                guarded_since(name, Some(queued), job);
                 state = self.state.lock();
                 continue;
             }

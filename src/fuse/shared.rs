@@ -14,6 +14,15 @@ use crate::ids::Ino;
 use crate::vfs::api::FileSystem;
 use crate::vfs::types::{Caller, FileKind, SetAttr, VfsError};
 
+/// Those who may write to an inode.
+#[derive(Default)]
+struct Writers {
+    /// Their descriptors.
+    count: u32,
+    /// The allocated space that the kernel was told of, in units of 512 bytes.
+    told_blocks: u64,
+}
+
 /// What the adapter's threads share.
 pub(super) struct Shared {
     pub(super) fs: Arc<dyn FileSystem>,
@@ -23,8 +32,8 @@ pub(super) struct Shared {
     pub(super) writes: Pool,
     /// All syncs: they wait for the disk at least.
     pub(super) syncs: Pool,
-    /// How many descriptors may write to an inode: only then the kernel may hold pages of it that we have not seen.
-    writers: Mutex<HashMap<Ino, u32>>,
+    /// What may be written to: only of that the kernel may hold pages that we have not seen.
+    writers: Mutex<HashMap<Ino, Writers>>,
     notifier: Arc<OnceLock<Notifier>>,
 }
 
@@ -62,16 +71,16 @@ impl Shared {
 
     pub(super) fn opened(&self, ino: Ino, flags: OpenFlags) {
         if may_write(flags) {
-            *self.writers.lock().entry(ino).or_default() += 1;
+            self.writers.lock().entry(ino).or_default().count += 1;
         }
     }
 
     pub(super) fn closed(&self, ino: Ino, flags: OpenFlags) {
         if may_write(flags) {
             let mut writers = self.writers.lock();
-            if let Some(n) = writers.get_mut(&ino) {
-                *n -= 1;
-                if *n == 0 {
+            if let Some(w) = writers.get_mut(&ino) {
+                w.count -= 1;
+                if w.count == 0 {
                     writers.remove(&ino);
                 }
             }
@@ -80,6 +89,59 @@ impl Shared {
 
     pub(super) fn has_writers(&self, ino: Ino) -> bool {
         self.writers.lock().contains_key(&ino)
+    }
+
+    /// After a sync: has the kernel ask for the allocated space again when that has changed, which it learns by itself
+    /// only when the file is closed.
+    pub(super) fn tell_blocks(&self, ino: Ino) {
+        let Ok(attr) = self.fs.getattr(ino) else { return };
+        let changed = match self.writers.lock().get_mut(&ino) {
+            Some(w) => std::mem::replace(&mut w.told_blocks, attr.blocks) != attr.blocks,
+            None => false,
+        };
+        if changed {
+            self.forget_attr(ino);
+        }
+    }
+
+    /// Where the page with the end of `ino` begins, and `end`, when a file that is to grow beyond `end` has one that the
+    /// kernel may hold: what a mapping has written behind the end of the file must not show then.
+    pub(super) fn tail_before(&self, ino: Ino, end: u64) -> Option<(u64, u64)> {
+        if end == 0 || !self.has_writers(ino) {
+            return None;
+        }
+        let size = self.fs.getattr(ino).ok()?.size;
+        // The kernel may know a later end.
+        (size < end).then_some((size & !0xfff, end))
+    }
+
+    /// Makes the kernel hand over and forget its pages in what [`Shared::tail_before`] answered, before it learns of the
+    /// new end. As [`Shared::pull_pages`], not for threads that serve requests.
+    pub(super) fn forget_tail(&self, ino: Ino, tail: Option<(u64, u64)>) {
+        let Some((from, to)) = tail else { return };
+        let (Ok(start), Ok(len)) = (i64::try_from(from), i64::try_from(to - from)) else { return };
+        if let Some(notifier) = self.notifier.get()
+            && let Err(e) = notifier.inval_inode(INodeNo(ino.0), start, len)
+        {
+            log::debug!("the kernel kept its pages of inode {ino}: {e}");
+        }
+    }
+
+    /// As [`Shared::drop_privileges`], unless root asks.
+    pub(super) fn drop_privileges_unless_root(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
+        if caller.uid == 0 { Ok(()) } else { self.drop_privileges(ino, caller) }
+    }
+
+    /// Before a list is set: takes set-group-id from `ino` unless the caller is root or in its group, as chmod does. (The
+    /// kernel would say so in a field that fuser 0.18 does not take.)
+    pub(super) fn drop_foreign_setgid(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
+        let attr = self.fs.getattr(ino)?;
+        if attr.perm & 0o2000 == 0 || caller.uid == 0 || attr.gid == caller.gid || in_group(caller, attr.gid)
+        {
+            return Ok(());
+        }
+        let set = SetAttr { perm: Some(attr.perm & !0o2000), ..SetAttr::default() };
+        self.fs.setattr(ino, &set, caller).map(drop)
     }
 
     /// The permission bits to set because content or owner of `ino` change, if that changes them.
@@ -97,6 +159,13 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Whether `gid` is among the caller's supplementary groups, as far as that can be known.
+fn in_group(caller: &Caller, gid: u32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", caller.pid)) else { return false };
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    groups.is_some_and(|g| g.split_whitespace().any(|n| n.parse() == Ok(gid)))
 }
 
 /// Whether a descriptor opened with these flags may write.

@@ -63,6 +63,9 @@ pub enum JournalError {
         /// The oldest record at hand.
         oldest: Lsn,
     },
+    /// So much was changed since a snapshot was taken that it cannot be kept.
+    #[error("too much was changed meanwhile: try again when less is written")]
+    Outrun,
     /// An import into a journal that already holds something.
     #[error("an import needs a fresh journal; this one is at record {last}: quarantine it first")]
     NotFresh {

@@ -26,6 +26,7 @@ mod memtable;
 mod replay;
 mod shared;
 mod sled_store;
+mod snapshot;
 mod tail;
 mod tail_set;
 #[cfg(test)]
@@ -44,11 +45,13 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 pub use error::JournalError;
+pub use snapshot::Snapshot;
 pub use tail_set::RecordIter;
 pub use tx::Tx;
 
 use crate::format::record::{Op, Record};
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 use disk::Disk;
 use memtable::Changes;
 use shared::Shared;
@@ -172,6 +175,12 @@ impl Journal {
         self.shared.last_in(None, start, end)
     }
 
+    /// All keys as of this moment, for as long as it is kept; changes go on meanwhile.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot::take(&self.shared)
+    }
+
     /// Runs `f`, alone among transactions, and commits its changes as one record. When `f` fails nothing happened;
     /// when it changes nothing no LSN is used and the newest one is returned. The changes are visible at once and
     /// durable after [`Journal::barrier`]. `f` must not start another transaction.
@@ -182,7 +191,7 @@ impl Journal {
         &self,
         f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
     ) -> Result<(R, Lsn), E> {
-        self.shared.make_room()?;
+        trace::stage(Stage::Turn, || self.shared.make_room())?;
         self.transact_at_once(f)
     }
 
@@ -198,7 +207,7 @@ impl Journal {
         f: impl FnOnce(&mut Tx<'_>) -> Result<R, E>,
     ) -> Result<(R, Lsn), E> {
         let s = &*self.shared;
-        let _turn = s.commit.lock();
+        let _turn = trace::stage(Stage::Turn, || s.commit.lock());
         s.usable()?;
         let last = Lsn(s.last.load(SeqCst));
         let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None };
@@ -210,6 +219,7 @@ impl Journal {
             return Ok((result, last));
         }
         s.usable()?;
+        s.snapshots.note(s, &tx.changes);
         s.commit(tx.lsn, tx.changes);
         Ok((result, tx.lsn))
     }
@@ -217,7 +227,7 @@ impl Journal {
     /// Returns when every record up to `lsn` is on stable storage (a higher LSN than the newest one means the
     /// newest one).
     pub fn barrier(&self, lsn: Lsn) -> Result<(), JournalError> {
-        self.shared.barrier(lsn)
+        trace::stage(Stage::Sync, || self.shared.barrier(lsn))
     }
 
     /// The newest record.

@@ -83,6 +83,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         applied: AtomicU64::new(applied.0),
         released: AtomicU64::new(0),
         view: RwLock::new(View::default()),
+        snapshots: Default::default(),
         mem: AtomicUsize::new(0),
         pending: Mutex::new(Pending { first: applied.next(), last: applied, ..Pending::default() }),
         flush_wanted: Condvar::new(),

@@ -16,11 +16,13 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::error::JournalError;
 use super::memtable::{Changes, View};
 use super::sled_store::SledStore;
+use super::snapshot::Snapshots;
 use super::tail::GROUP;
 use super::tail_set::TailSet;
 use super::witness::Witness;
 use crate::format::record::{self, Op};
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 
 /// A waiting thread looks again after this long, whatever it missed.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -81,6 +83,7 @@ pub(super) struct Shared {
     pub(super) applied: AtomicU64,
     pub(super) released: AtomicU64,
     pub(super) view: RwLock<View>,
+    pub(super) snapshots: Snapshots,
     /// Estimated memory of both memtables (grows and shrinks by wrapping differences).
     pub(super) mem: AtomicUsize,
     pub(super) pending: Mutex<Pending>,
@@ -303,33 +306,35 @@ impl Shared {
         if start >= end || limit == 0 {
             return Ok(Vec::new());
         }
-        self.consistently(
-            |view| view.overlay(own, start, end, limit),
-            |store, overlay| {
-                let mut out: Vec<(Bytes, Bytes)> = Vec::new();
-                let mut layer = overlay.into_iter().peekable();
-                store.scan(start, end, false, |key, stored| {
-                    while let Some((k, v)) = layer.next_if(|(k, _)| *k < key) {
-                        if let Some(v) = v {
-                            out.push((k, v));
-                            if out.len() == limit {
-                                return false;
+        trace::stage(Stage::Tables, || {
+            self.consistently(
+                |view| view.overlay(own, start, end, limit),
+                |store, overlay| {
+                    let mut out: Vec<(Bytes, Bytes)> = Vec::new();
+                    let mut layer = overlay.into_iter().peekable();
+                    store.scan(start, end, false, |key, stored| {
+                        while let Some((k, v)) = layer.next_if(|(k, _)| *k < key) {
+                            if let Some(v) = v {
+                                out.push((k, v));
+                                if out.len() == limit {
+                                    return false;
+                                }
                             }
                         }
-                    }
-                    match layer.next_if(|(k, _)| *k == key) {
-                        Some((k, Some(v))) => out.push((k, v)),
-                        Some((_, None)) => {}
-                        None => out.push((key, stored.value)),
-                    }
-                    out.len() < limit
-                })?;
-                let rest = layer.filter_map(|(k, v)| v.map(|v| (k, v)));
-                let missing = limit - out.len();
-                out.extend(rest.take(missing));
-                Ok(out)
-            },
-        )
+                        match layer.next_if(|(k, _)| *k == key) {
+                            Some((k, Some(v))) => out.push((k, v)),
+                            Some((_, None)) => {}
+                            None => out.push((key, stored.value)),
+                        }
+                        out.len() < limit
+                    })?;
+                    let rest = layer.filter_map(|(k, v)| v.map(|v| (k, v)));
+                    let missing = limit - out.len();
+                    out.extend(rest.take(missing));
+                    Ok(out)
+                },
+            )
+        })
     }
 
     /// The last pair in `[start, end)`.

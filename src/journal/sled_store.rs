@@ -25,6 +25,7 @@ use super::disk::free_space;
 use super::error::{JournalError, is_full};
 use super::witness::{Point, Sum};
 use crate::ids::Lsn;
+use crate::trace::{self, Stage};
 
 /// Payload bytes between two syncs.
 const STEP_BYTES: usize = 256 << 10;
@@ -170,7 +171,7 @@ impl SledStore {
 
     /// The value of a key, verified.
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Stored>, JournalError> {
-        match self.guard("read", || self.db.get(key))? {
+        match trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))? {
             Some(v) => self.unwrap_value(key, &v).map(Some),
             None => Ok(None),
         }

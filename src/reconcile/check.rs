@@ -12,7 +12,7 @@ use crate::replica::Identity;
 
 /// What an object's bytes turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     /// What they should be.
     Intact,
     /// Damaged: to be written again.
@@ -23,7 +23,7 @@ pub(super) enum Verdict {
 
 /// What is known of the object beforehand.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Known<'a> {
+pub struct Known<'a> {
     /// A segment's hash.
     pub hash: Option<SegmentHash>,
     /// The manifest that a checkpoint's part belongs to.
@@ -31,7 +31,7 @@ pub(super) struct Known<'a> {
 }
 
 /// Checks an object's bytes.
-pub(super) fn check(name: &ObjectName, bytes: &[u8], identity: &Identity, known: Known<'_>) -> Verdict {
+pub fn check(name: &ObjectName, bytes: &[u8], identity: &Identity, known: Known<'_>) -> Verdict {
     let id = identity.volume.volume;
     let result = match name {
         ObjectName::Volume => Volume::decode(bytes).map(|v| v.volume),

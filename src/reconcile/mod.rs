@@ -23,5 +23,6 @@ mod runner;
 mod types;
 
 pub use catalog::{Catalog, Sealed};
+pub use check::{Known, Verdict, check};
 pub use runner::{Reconciler, Settings, Shared};
 pub use types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus, Summary};

@@ -93,7 +93,7 @@ impl Filter {
 }
 
 /// Bytes of a path or name as text for people; what is not UTF-8 is shown as such.
-pub(super) fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(s) if !s.chars().any(char::is_control) => s.to_owned(),
         _ => bytes.escape_ascii().to_string(),
@@ -119,6 +119,11 @@ impl Entry {
     pub fn joined(&self) -> Vec<u8> {
         self.path.join(&b'/')
     }
+
+    /// The path as text for people. Not cheap where the tree is deep.
+    pub(super) fn shown(&self) -> String {
+        text(&self.joined())
+    }
 }
 
 /// A name that a directory may hold; what else stands there could lead out of a target folder.
@@ -126,7 +131,7 @@ fn is_plain(name: &[u8]) -> bool {
     !name.is_empty() && name != b"." && name != b".." && !name.contains(&b'/') && !name.contains(&0)
 }
 
-/// Visits the wanted part of the tree, every directory before what is in it and its names in byte order. What is wrong in
+/// Visits the wanted part of the tree, every directory before what is in it, all that is in it at once, and its names in byte order. What is wrong in
 /// one place goes to `wrong` and the walk goes on. Fails when a path of the filter is not found.
 pub fn walk(
     tables: &Tables,

@@ -132,7 +132,7 @@ pub async fn restore(
         target,
         files: Vec::new(),
         links: HashMap::new(),
-        dirs: HashMap::new(),
+        way: Vec::new(),
         wants: Vec::new(),
         report: Report::default(),
         progress,
@@ -174,8 +174,8 @@ struct Work<'a> {
     files: Vec<FileWork>,
     /// The first name of each inode that has several, and its place in `files` when it is a regular file.
     links: HashMap<Ino, (Name, Option<usize>)>,
-    /// Directory path -> its number in the target.
-    dirs: HashMap<Vec<Bytes>, usize>,
+    /// The numbers in the target of the directories on the way to where the walk is; none where one could not be made.
+    way: Vec<Option<usize>>,
     wants: Vec<Want<Piece>>,
     report: Report,
     progress: &'a mut dyn FnMut(&Progress),
@@ -205,10 +205,11 @@ impl Work<'_> {
     }
 
     fn name(&mut self, entry: &Entry) {
-        let shown = text(&entry.joined());
         self.report.done.entries += 1;
-        let Some((name, parent)) = entry.path.split_last() else {
-            self.dirs.insert(Vec::new(), 0);
+        let depth = entry.path.len();
+        self.way.truncate(depth);
+        let Some(name) = entry.path.last() else {
+            self.way.push(Some(0));
             if self.target.created_root() || (self.options.overwrite && entry.selected) {
                 self.target.keep_attributes(0, entry.ino);
             } else {
@@ -216,13 +217,14 @@ impl Work<'_> {
             }
             return;
         };
-        let Some(dir) = self.dirs.get(parent).copied() else {
+        let Some(dir) = self.way.get(depth - 1).copied().flatten() else {
             // Its directory could not be made, which has been reported.
-            self.problem(shown, ProblemKind::Failed, "its directory was not restored");
+            self.way.push(None);
+            self.problem(entry.shown(), ProblemKind::Failed, "its directory was not restored");
             return;
         };
         let at = Name { dir, name: name.clone() };
-        if let Err(e) = self.make(entry, &at, &shown) {
+        if let Err(e) = self.make(entry, &at) {
             let kind = match e.kind() {
                 io::ErrorKind::AlreadyExists => ProblemKind::Skipped,
                 _ => ProblemKind::Failed,
@@ -231,15 +233,16 @@ impl Work<'_> {
                 io::ErrorKind::AlreadyExists => "it exists already and was left alone".to_owned(),
                 _ => e.to_string(),
             };
-            self.problem(shown, kind, hint);
+            self.problem(entry.shown(), kind, hint);
+            self.way.push(None);
         }
     }
 
-    fn make(&mut self, entry: &Entry, at: &Name, shown: &str) -> io::Result<()> {
+    fn make(&mut self, entry: &Entry, at: &Name) -> io::Result<()> {
         let replace = self.options.overwrite;
         if entry.inode.kind == FileKind::Directory {
             let (number, created) = self.target.make_dir(at.dir, &at.name)?;
-            self.dirs.insert(entry.path.clone(), number);
+            self.way.push(Some(number));
             if created || (replace && entry.selected) {
                 self.target.keep_attributes(number, entry.ino);
             } else {
@@ -260,11 +263,11 @@ impl Work<'_> {
         match entry.inode.kind {
             FileKind::Regular => {
                 self.target.create_file(at.dir, &at.name, entry.inode.size, replace)?;
-                file = Some(self.begin_file(entry, at, shown));
+                file = Some(self.begin_file(entry, at));
             }
             FileKind::Symlink => {
                 let Body::Target(to) = &entry.inode.body else {
-                    self.problem(shown.to_owned(), ProblemKind::Damaged, "a symbolic link without target");
+                    self.problem(entry.shown(), ProblemKind::Damaged, "a symbolic link without target");
                     return Ok(());
                 };
                 self.target.symlink(at.dir, &at.name, to, replace)?;
@@ -274,7 +277,7 @@ impl Work<'_> {
             }
             FileKind::CharDevice | FileKind::BlockDevice if !self.target.is_root() => {
                 self.problem(
-                    shown.to_owned(),
+                    entry.shown(),
                     ProblemKind::Skipped,
                     "device nodes can be restored by root only",
                 );
@@ -294,7 +297,7 @@ impl Work<'_> {
             None => {
                 let xattrs = xattrs(self.tables, entry.ino);
                 let trouble = self.target.finish_special(at.dir, &at.name, &entry.inode, &xattrs);
-                self.attributes(shown.to_owned(), trouble);
+                self.attributes(trouble, |_| entry.shown());
                 self.done();
             }
         }
@@ -302,7 +305,7 @@ impl Work<'_> {
     }
 
     /// Registers a new file and what content it wants; inline content is written at once.
-    fn begin_file(&mut self, entry: &Entry, at: &Name, shown: &str) -> usize {
+    fn begin_file(&mut self, entry: &Entry, at: &Name) -> usize {
         let number = self.files.len();
         let mut work = FileWork { ino: entry.ino, names: vec![at.clone()], blocks_left: 0, damaged: false };
         let size = entry.inode.size;
@@ -312,12 +315,12 @@ impl Work<'_> {
                 self.report.done.bytes += content.len() as u64;
                 match self.target.write(at.dir, &at.name, 0, content) {
                     Ok(()) => self.report.done.bytes_done += content.len() as u64,
-                    Err(e) => self.problem(shown.to_owned(), ProblemKind::Failed, e.to_string()),
+                    Err(e) => self.problem(entry.shown(), ProblemKind::Failed, e.to_string()),
                 }
             }
             Body::Target(_) => {
                 work.damaged = true;
-                self.problem(shown.to_owned(), ProblemKind::Damaged, "a file with a link's target");
+                self.problem(entry.shown(), ProblemKind::Damaged, "a file with a link's target");
             }
             Body::Blocks => match self.pieces(entry.ino, size, number as u32) {
                 Ok((pieces, missing)) => {
@@ -326,12 +329,12 @@ impl Work<'_> {
                     self.wants.extend(pieces);
                     for why in missing {
                         work.damaged = true;
-                        self.problem(shown.to_owned(), ProblemKind::Damaged, why);
+                        self.problem(entry.shown(), ProblemKind::Damaged, why);
                     }
                 }
                 Err(e) => {
                     work.damaged = true;
-                    self.problem(shown.to_owned(), ProblemKind::Damaged, e.to_string());
+                    self.problem(entry.shown(), ProblemKind::Damaged, e.to_string());
                 }
             },
         }
@@ -448,14 +451,16 @@ impl Work<'_> {
     fn finish_file(&mut self, file: usize) {
         let Some(name) = self.files[file].names.first().cloned() else { return };
         let ino = self.files[file].ino;
-        let path = self.path_of(&name);
         match self.inode(ino) {
             Some(inode) => {
                 let xattrs = xattrs(self.tables, ino);
                 let trouble = self.target.finish_file(name.dir, &name.name, &inode, &xattrs);
-                self.attributes(path, trouble);
+                self.attributes(trouble, |work| work.path_of(&name));
             }
-            None => self.problem(path, ProblemKind::Damaged, "its inode is gone"),
+            None => {
+                let path = self.path_of(&name);
+                self.problem(path, ProblemKind::Damaged, "its inode is gone");
+            }
         }
         self.done();
     }
@@ -464,9 +469,10 @@ impl Work<'_> {
         self.tables.inode(ino).ok().flatten()
     }
 
-    fn attributes(&mut self, path: String, trouble: Vec<String>) {
+    /// Reports what was not restored of an entry; its path is asked for only then.
+    fn attributes(&mut self, trouble: Vec<String>, path: impl Fn(&Self) -> String) {
         for text in trouble {
-            self.problem(path.clone(), ProblemKind::Attribute, text);
+            self.problem(path(self), ProblemKind::Attribute, text);
         }
     }
 
@@ -491,10 +497,11 @@ impl Work<'_> {
             }
         }
         for (dir, ino) in self.target.kept_attributes() {
-            let path = text(self.target.path_of(dir).strip_suffix(b"/").unwrap_or_default());
             if let Some(inode) = self.inode(ino) {
                 let trouble = self.target.finish_dir(dir, &inode, &xattrs(self.tables, ino));
-                self.attributes(path, trouble);
+                self.attributes(trouble, |work| {
+                    text(work.target.path_of(dir).strip_suffix(b"/").unwrap_or_default())
+                });
             }
             self.done();
         }

@@ -101,8 +101,17 @@ pub trait FileSystem: Send + Sync {
     /// Up to `len` bytes from `offset`; fewer only at the end of the file.
     fn read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes>;
 
+    /// `ino` was read, listed or followed, by somebody who leaves traces: its access time may change.
+    fn accessed(&self, ino: Ino);
+
     /// Writes all of `data`, or fails; answers its length.
     fn write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32>;
+
+    /// The same for content that the kernel has held back and now hands over. The file's times are the kernel's then: it sends
+    /// them apart, before or after, so this changes none of them.
+    fn write_back(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32> {
+        self.write(ino, offset, data, wait)
+    }
 
     /// Returns when all of the file is as durable as the volume promises.
     fn fsync(&self, ino: Ino, datasync: bool, wait: Wait) -> VfsResult<()>;

@@ -18,12 +18,18 @@ impl Vfs {
 
     pub(super) fn do_setattr(&self, ino: Ino, set: &SetAttr, _caller: &Caller) -> Result<Attr> {
         let now = self.now();
+        if set.atime.is_some() {
+            self.accessed.forget(ino);
+        }
         if let Some(size) = set.size {
             self.set_size(ino, size, set, now)?;
             let inode = self.inode(ino)?;
             return Ok(self.attr(ino, &inode));
         }
-        let (_, inode) = self.modify(ino, |_, inode| {
+        let (_, inode) = self.modify(ino, |tx, inode| {
+            if let Some(perm) = set.perm {
+                self.acl_follows_mode(tx, ino, perm)?;
+            }
             apply(inode, set, now);
             Ok(())
         })?;
@@ -46,7 +52,12 @@ impl Vfs {
             }
             self.shed(cell, &mut state, size)?;
             self.mark_pending(cell, &mut state);
+            let same = size == state.inode.size;
             self.truncate_state(ino, &mut state, size)?;
+            if same && *set == (SetAttr { size: Some(size), ..SetAttr::default() }) {
+                // The kernel keeps the times of files itself, and leaves them as they are then: so do we.
+                return Ok(());
+            }
             state.inode.mtime = now;
             apply(&mut state.inode, set, now);
             // With blocks given up there is something to reclaim: commit at once. So truncation by path is in order

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 
 use super::cell::{Cell, CellState};
-use super::types::{Fallocate, FileKind, Seek, VfsError, Wait};
+use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
 use crate::cache::space::Admission;
 use crate::cache::{StoreError, Supply};
@@ -21,7 +21,7 @@ const BLOCKS_PER_STEP: usize = 4096;
 const GIVE_UP: u64 = 64 << 20;
 
 /// Length of a block in the units that `stat` counts (512 bytes), rounded up to pages.
-pub(super) fn units(len: u32) -> u64 {
+pub(crate) fn units(len: u32) -> u64 {
     u64::from(len).div_ceil(4096) * 8
 }
 
@@ -65,7 +65,7 @@ impl Vfs {
         if truncate
             && let Err(e) = self.do_setattr(
                 ino,
-                &super::types::SetAttr { size: Some(0), ..Default::default() },
+                &SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() },
                 &super::types::Caller::default(),
             )
         {
@@ -250,7 +250,15 @@ impl Vfs {
         if self.blocks.has_room_for_names() { Ok(()) } else { Err(VfsError::NoSpace) }
     }
 
-    pub(super) fn do_write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> Result<u32> {
+    /// Writes; `now` are the file's new times, none when whoever writes brings them apart.
+    pub(super) fn do_write(
+        &self,
+        ino: Ino,
+        offset: u64,
+        data: &[u8],
+        now: Option<Time>,
+        wait: Wait,
+    ) -> Result<u32> {
         let end = offset.checked_add(data.len() as u64).filter(|e| *e <= SIZE_MAX);
         let Some(end) = end else { return Err(VfsError::FileTooLarge) };
         self.admit(wait)?;
@@ -273,10 +281,11 @@ impl Vfs {
                     self.cut_back(ino, &mut state, end);
                     return Err(e.into());
                 }
-                let now = self.now();
                 state.inode.size = state.inode.size.max(end);
-                state.inode.mtime = now;
-                state.inode.ctime = now;
+                if let Some(now) = now {
+                    state.inode.mtime = now;
+                    state.inode.ctime = now;
+                }
                 Ok(data.len() as u32)
             })
         })

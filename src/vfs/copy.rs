@@ -95,7 +95,7 @@ impl Vfs {
 
     fn copy_bytes(&self, source: Ino, from: u64, target: Ino, to: u64, n: u64, wait: Wait) -> Result<u64> {
         let data = self.do_read(source, from, n as u32, wait)?;
-        Ok(u64::from(self.do_write(target, to, &data, wait)?))
+        Ok(u64::from(self.do_write(target, to, &data, Some(self.now()), wait)?))
     }
 
     /// Lets the target name the source's blocks from `first` on, up to `bytes` bytes. Answers the bytes covered, or

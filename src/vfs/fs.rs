@@ -112,8 +112,16 @@ impl FileSystem for Vfs {
         self.do_read(ino, offset, len, wait)
     }
 
+    fn accessed(&self, ino: Ino) {
+        self.note_access(ino);
+    }
+
     fn write(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32> {
-        self.do_write(ino, offset, data, wait)
+        self.do_write(ino, offset, data, Some(self.now()), wait)
+    }
+
+    fn write_back(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32> {
+        self.do_write(ino, offset, data, None, wait)
     }
 
     fn fsync(&self, ino: Ino, _datasync: bool, wait: Wait) -> VfsResult<()> {

@@ -6,6 +6,8 @@
 //! Locks, always taken in this order: the *gate* (shared by whoever changes something, exclusive for a cut), the state of
 //! one or two *cells* (by inode number), the journal's transaction. Nothing waits for network or space while holding any.
 
+mod accessed;
+pub mod acl;
 pub mod api;
 mod attrs;
 mod cell;
@@ -39,8 +41,12 @@ use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key
 use crate::ids::{BlockId, Ino, Lsn};
 use crate::journal::{Journal, JournalError, Tx};
 
+pub use self::accessed::Atime;
+pub(crate) use self::content::units;
 pub use self::sync::Durability;
+pub(crate) use self::usage::USAGE;
 pub use self::usage::Usage;
+pub(crate) use self::xattrs::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
 
 /// Longest file name in bytes.
 pub const NAME_MAX: usize = 255;
@@ -54,7 +60,7 @@ pub const LINK_MAX: u32 = 1 << 30;
 type Result<T, E = VfsError> = std::result::Result<T, E>;
 
 const SHARDS: usize = 32;
-const NEXT_INO: &str = "next_ino";
+pub(crate) const NEXT_INO: &str = "next_ino";
 const INO_STEP: u64 = 4096;
 /// How often an operation looks again when what it found by name has changed before it was locked.
 const LOOKS: u32 = 1000;
@@ -87,6 +93,9 @@ pub struct Vfs {
     read_only: RwLock<Option<String>>,
     /// `read_only` says something.
     refusing: AtomicBool,
+    /// There are, or have been, access control lists.
+    acls: AtomicBool,
+    accessed: accessed::Accessed,
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
     pathfinder: pathfinder::Pathfinder,
@@ -182,12 +191,15 @@ impl Vfs {
             reserved_ino: Mutex::new(next),
             read_only: RwLock::new(None),
             refusing: AtomicBool::new(false),
+            acls: AtomicBool::new(false),
+            accessed: accessed::Accessed::default(),
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
             pathfinder: pathfinder::Pathfinder::default(),
             prefetch: OnceLock::new(),
         });
         vfs.make_root()?;
+        vfs.load_acl_use()?;
         vfs.start_reaper()?;
         Ok(vfs)
     }
@@ -409,7 +421,7 @@ impl Vfs {
             rdev: inode.rdev,
             size,
             blocks,
-            atime: inode.atime,
+            atime: self.accessed.get(ino).unwrap_or(inode.atime),
             mtime: inode.mtime,
             ctime: inode.ctime,
             btime: inode.btime,

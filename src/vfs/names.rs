@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 
 use super::cell::Cell;
-use super::types::{Attr, Caller, DirItem, FileKind, VfsError};
+use super::types::{Attr, Caller, DirItem, FileKind, Time, VfsError};
 use super::{
     LINK_MAX, LOOKS, Result, TARGET_MAX, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode,
     tx_is_empty, usage,
@@ -25,6 +25,36 @@ pub(super) struct NewInode<'a> {
     pub perm: u16,
     pub rdev: u32,
     pub target: &'a [u8],
+}
+
+impl NewInode<'_> {
+    /// The inode as `caller` makes it in `dir`, whose number is `parent`.
+    pub(super) fn inode(&self, dir: &Inode, parent: Ino, caller: Caller, now: Time) -> Inode {
+        let is_dir = self.kind == FileKind::Directory;
+        let inherits = dir.perm & 0o2000 != 0;
+        Inode {
+            kind: self.kind,
+            perm: (self.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 },
+            uid: caller.uid,
+            gid: if inherits { dir.gid } else { caller.gid },
+            nlink: if is_dir { 2 } else { 1 },
+            rdev: self.rdev,
+            size: self.target.len() as u64,
+            blocks: 0,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            btime: now,
+            generation: 1,
+            flags: 0,
+            parent: if is_dir { parent } else { Ino(0) },
+            body: match self.kind {
+                FileKind::Regular => Body::Inline(Bytes::new()),
+                FileKind::Symlink => Body::Target(Bytes::copy_from_slice(self.target)),
+                _ => Body::Blocks,
+            },
+        }
+    }
 }
 
 impl Vfs {
@@ -70,11 +100,6 @@ impl Vfs {
         let ino = self.new_ino()?;
         let now = self.now();
         let is_dir = new.kind == FileKind::Directory;
-        let body = match new.kind {
-            FileKind::Regular => Body::Inline(Bytes::new()),
-            FileKind::Symlink => Body::Target(Bytes::copy_from_slice(new.target)),
-            _ => Body::Blocks,
-        };
         // Referenced before anybody else can know of it, so that it cannot be reaped under our hands.
         self.reference(ino);
         let made = self.journal.transact::<_, VfsError>(|tx| {
@@ -82,25 +107,7 @@ impl Vfs {
             if tx_entry(tx, parent, name)?.is_some() {
                 return Err(VfsError::Exists);
             }
-            let inherits = dir.perm & 0o2000 != 0;
-            let inode = Inode {
-                kind: new.kind,
-                perm: (new.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 },
-                uid: caller.uid,
-                gid: if inherits { dir.gid } else { caller.gid },
-                nlink: if is_dir { 2 } else { 1 },
-                rdev: new.rdev,
-                size: new.target.len() as u64,
-                blocks: 0,
-                atime: now,
-                mtime: now,
-                ctime: now,
-                btime: now,
-                generation: 1,
-                flags: 0,
-                parent: if is_dir { parent } else { Ino(0) },
-                body: body.clone(),
-            };
+            let inode = self.new_inode(tx, ino, new, (parent, &dir), caller, now)?;
             if is_dir {
                 dir.nlink += 1;
             }

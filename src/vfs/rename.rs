@@ -5,9 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::cell::{Cell, CellState};
-use super::types::{FileKind, RenameMode, VfsError};
+use super::names::NewInode;
+use super::types::{Caller, FileKind, RenameMode, VfsError};
 use super::{
-    LOOKS, Result, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode, tx_is_empty,
+    LOOKS, Result, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode, tx_is_empty, usage,
 };
 use crate::format::tables::{Dirent, Inode, dirent_key, inode_key, orphan_key};
 use crate::ids::{BlockId, Ino};
@@ -31,12 +32,20 @@ impl Vfs {
     ) -> Result<()> {
         check_name(name)?;
         check_name(new_name)?;
+        let whiteout = match mode {
+            RenameMode::Whiteout(owner) | RenameMode::WhiteoutNoReplace(owner) => {
+                self.admit_name()?;
+                Some((self.new_ino()?, owner))
+            }
+            _ => None,
+        };
+        let keeps = matches!(mode, RenameMode::NoReplace | RenameMode::WhiteoutNoReplace(_));
         let _gate = self.enter()?;
         for _ in 0..LOOKS {
             let from = Side { parent, name, entry: self.find(parent, name)? };
             let to = Side { parent: new_parent, name: new_name, entry: self.find(new_parent, new_name)? };
             let source = from.entry.ok_or(VfsError::NotFound)?;
-            if to.entry.is_some_and(|t| t.ino == source.ino) && mode != RenameMode::NoReplace {
+            if to.entry.is_some_and(|t| t.ino == source.ino) && !keeps {
                 // Two names of one inode: nothing happens.
                 return Ok(());
             }
@@ -53,7 +62,7 @@ impl Vfs {
                 Err(VfsError::Stale) => continue,
                 other => other?,
             };
-            let done = self.rename_cells(&from, &to, mode, &cells);
+            let done = self.rename_cells(&from, &to, mode, whiteout, &cells);
             cells.into_iter().for_each(|c| self.let_go(c));
             match done {
                 Ok(orphan) => {
@@ -76,6 +85,7 @@ impl Vfs {
         from: &Side<'_>,
         to: &Side<'_>,
         mode: RenameMode,
+        whiteout: Option<(Ino, Caller)>,
         cells: &[Arc<Cell>],
     ) -> Result<Option<Ino>, TxError> {
         let mut states: Vec<_> = cells.iter().map(|c| c.state.write()).collect();
@@ -97,9 +107,14 @@ impl Vfs {
                     work.exchange(tx, from, to)?;
                     None
                 }
-                RenameMode::NoReplace if to.entry.is_some() => return Err(VfsError::Exists.into()),
+                RenameMode::NoReplace | RenameMode::WhiteoutNoReplace(_) if to.entry.is_some() => {
+                    return Err(VfsError::Exists.into());
+                }
                 _ => work.replace(tx, from, to)?,
             };
+            if let Some((ino, owner)) = whiteout {
+                work.leave_whiteout(tx, from, ino, owner)?;
+            }
             let files = work.files;
             Ok((files, orphan))
         })?;
@@ -207,6 +222,17 @@ impl Work<'_, '_> {
         }
         self.put(tx, source.ino, inode)?;
         Ok(orphan)
+    }
+
+    /// Puts a whiteout, the sign of overlay filesystems that a name below is gone, where the name was.
+    fn leave_whiteout(&self, tx: &mut Tx<'_>, from: &Side<'_>, ino: Ino, owner: Caller) -> Result<()> {
+        let dir = tx_dir(tx, from.parent)?;
+        let new = NewInode { kind: FileKind::CharDevice, perm: 0, rdev: 0, target: b"" };
+        let inode = new.inode(&dir, from.parent, owner, self.now);
+        tx.put(inode_key(ino), inode.encode());
+        tx.put(dirent_key(from.parent, from.name), Dirent { ino, kind: inode.kind }.encode());
+        usage::change(tx, 0, 1)?;
+        Ok(())
     }
 
     fn exchange(&mut self, tx: &mut Tx<'_>, from: &Side<'_>, to: &Side<'_>) -> Result<()> {

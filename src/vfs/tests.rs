@@ -10,7 +10,7 @@ use super::*;
 use crate::journal::Options as JournalOptions;
 
 const BS: u32 = 65536;
-const ME: Caller = Caller { uid: 1, gid: 1, pid: 1 };
+const ME: Caller = Caller { uid: 1, gid: 1, pid: 1, umask: 0 };
 
 struct Fixture {
     _dir: tempfile::TempDir,

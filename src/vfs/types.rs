@@ -15,6 +15,8 @@ pub struct Caller {
     pub gid: u32,
     /// Process, for messages.
     pub pid: u32,
+    /// Permission bits that what it makes does not get, unless a default access control list says what it gets.
+    pub umask: u16,
 }
 
 /// Whether an operation may wait for the network or for space.
@@ -98,6 +100,10 @@ pub enum RenameMode {
     NoReplace,
     /// Swaps the two.
     Exchange,
+    /// Replaces it and leaves a whiteout (a character device 0:0) of the caller's in the old place.
+    Whiteout(Caller),
+    /// Leaves a whiteout, but fails with [`VfsError::Exists`] when there is a target.
+    WhiteoutNoReplace(Caller),
 }
 
 /// What `lseek` looks for.
@@ -133,6 +139,8 @@ pub enum XattrMode {
     Create,
     /// Fails with [`VfsError::NoAttribute`] when it is not.
     Replace,
+    /// Fails with either.
+    Both,
 }
 
 /// One directory entry.

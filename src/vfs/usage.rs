@@ -7,7 +7,7 @@ use bytes::Bytes;
 use crate::format::tables::volume_key;
 use crate::journal::{Journal, JournalError, Tx};
 
-const USAGE: &str = "usage";
+pub(crate) const USAGE: &str = "usage";
 
 /// What the volume holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,10 +18,19 @@ pub struct Usage {
     pub inodes: u64,
 }
 
-fn decode(value: Option<Bytes>) -> Usage {
-    let at =
-        |v: &Bytes, i: usize| v.get(i..i + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
-    value.map_or_else(Usage::default, |v| Usage { blocks: at(&v, 0), inodes: at(&v, 8) })
+impl Usage {
+    /// Reads the stored counters; zeros when there are none.
+    pub(crate) fn decode(value: Option<Bytes>) -> Self {
+        let at = |v: &Bytes, i: usize| {
+            v.get(i..i + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+        };
+        value.map_or_else(Self::default, |v| Self { blocks: at(&v, 0), inodes: at(&v, 8) })
+    }
+
+    /// The bytes to store.
+    pub(crate) fn encode(self) -> Vec<u8> {
+        [self.blocks.to_le_bytes(), self.inodes.to_le_bytes()].concat()
+    }
 }
 
 /// Adds to the counters within `tx`.
@@ -29,15 +38,16 @@ pub(super) fn change(tx: &mut Tx<'_>, blocks: i64, inodes: i64) -> Result<(), Jo
     if blocks == 0 && inodes == 0 {
         return Ok(());
     }
-    let now = decode(tx.get(&volume_key(USAGE))?);
-    let mut value = Vec::with_capacity(16);
-    value.extend_from_slice(&now.blocks.saturating_add_signed(blocks).to_le_bytes());
-    value.extend_from_slice(&now.inodes.saturating_add_signed(inodes).to_le_bytes());
-    tx.put(volume_key(USAGE), value);
+    let now = Usage::decode(tx.get(&volume_key(USAGE))?);
+    let then = Usage {
+        blocks: now.blocks.saturating_add_signed(blocks),
+        inodes: now.inodes.saturating_add_signed(inodes),
+    };
+    tx.put(volume_key(USAGE), then.encode());
     Ok(())
 }
 
 /// The counters now.
 pub(super) fn read(journal: &Journal) -> Result<Usage, JournalError> {
-    Ok(decode(journal.get(&volume_key(USAGE))?))
+    Ok(Usage::decode(journal.get(&volume_key(USAGE))?))
 }

@@ -194,6 +194,7 @@ impl Run {
             self.heal();
             self.world.open().unwrap_or_else(|e| panic!("cannot open though all replicas are well: {e}"));
         }
+        self.world.fsck();
         let (vfs, model, rng) = (&self.world.core().vfs, &mut self.model, &mut self.rng);
         Files { vfs, model, rng }.remove_junk();
     }
@@ -228,6 +229,7 @@ impl Run {
         let picture = Picture::take(&self.world.core().vfs).unwrap();
         self.model.assert_shown(&picture);
         self.world.assert_same_segments();
+        self.world.fsck();
         self.world.close().unwrap();
         for i in 0..self.world.sites.len() {
             let alone = self.world.alone(i, |core| Picture::take(&core.vfs).unwrap());

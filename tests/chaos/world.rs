@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use mirrorfs::config::{Config, Env, Layer, Raw};
 use mirrorfs::daemon::{Core, CoreOptions, Error};
+use mirrorfs::fsck::Input;
 use mirrorfs::reconcile::{ScrubRequest, ScrubStatus};
 use mirrorfs::replica::fault::{Faults, Memory, Objects};
 use mirrorfs::replica::{Limits, ReplicaState, Tuning};
@@ -227,6 +228,20 @@ impl World {
             format!("{}: {:?}, cursor {}, lacks {}; {why}", s.name, s.state, s.cursor, s.lag_segments)
         };
         statuses.iter().map(one).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Fails, with words, where the local tables contradict each other. Nothing waits for it.
+    pub fn fsck(&self) {
+        let snapshot = self.core().vfs.journal().snapshot();
+        let input = Input {
+            source: &snapshot,
+            block_size: self.core().volume.block_size,
+            segments: None,
+            slots_len: None,
+            last_lsn: Some(snapshot.lsn()),
+            cancelled: &|| false,
+        };
+        assert_eq!(mirrorfs::fsck::lines(&input).unwrap(), Vec::<String>::new(), "fsck");
     }
 
     /// Fails, with words, where two replicas hold different segments. Where a later writer took a number, the earlier one's segment

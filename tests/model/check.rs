@@ -12,7 +12,8 @@ use mirrorfs::format::tables::{
     self, BLOCKS_PER_CHUNK, BlockEntry, Body as TableBody, Dirent, Extents, FileKind, Inode, number_of_key,
     split_dirent_key, table,
 };
-use mirrorfs::ids::{BlockHash, BlockId, Ino, SegmentNo};
+use mirrorfs::fsck::{Input, Source, Stop};
+use mirrorfs::ids::{BlockHash, BlockId, Ino, Lsn, SegmentNo};
 use mirrorfs::journal::Journal;
 
 use crate::reference::{Body, Meta, Model};
@@ -174,6 +175,39 @@ pub fn consistent(t: &Tables, block_size: u32) -> Decoded {
     let at = |i: usize| u64::from_le_bytes(usage[i..i + 8].try_into().unwrap());
     assert_eq!((at(0), at(8)), (used_blocks, used_inodes), "usage counters");
     d
+}
+
+struct Plain<'a>(&'a Tables);
+
+impl Source for Plain<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, Stop> {
+        Ok(self.0.get(key).cloned())
+    }
+
+    fn scan(&self, start: &[u8], end: &[u8], limit: usize) -> Result<Vec<(Bytes, Bytes)>, Stop> {
+        let rows = self.0.range(Bytes::copy_from_slice(start)..Bytes::copy_from_slice(end));
+        Ok(rows.take(limit).map(|(k, v)| (k.clone(), v.clone())).collect())
+    }
+}
+
+/// What `mirrorfs fsck` says of the same tables: it must agree.
+pub fn fsck(t: &Tables, d: &Decoded, block_size: u32) {
+    let is_local = t.last_key_value().is_some_and(|(k, _)| k[0] >= table::FIRST_LOCAL);
+    let segments = d.blocks.values().map(|e| {
+        let epoch = e.loc.epoch;
+        let value = SegmentValue { epoch, len: 0, blake3: [0; 32], commit: Lsn(0), cut_at: 0.0, live: 0 };
+        (e.loc.segment, value)
+    });
+    let segments: BTreeMap<SegmentNo, SegmentValue> = segments.collect();
+    let input = Input {
+        source: &Plain(t),
+        block_size,
+        segments: (!is_local).then_some(&segments),
+        slots_len: None,
+        last_lsn: None,
+        cancelled: &|| false,
+    };
+    assert_eq!(mirrorfs::fsck::lines(&input).unwrap(), Vec::<String>::new(), "fsck");
 }
 
 /// Checks the derived local tables: frames and live bytes of segments.

@@ -429,6 +429,9 @@ impl Run {
         let stack = self.world.stack();
         let tables = check::dump(&stack.journal);
         let decoded = check::consistent(&tables, BLOCK_SIZE);
+        check::fsck(&tables, &decoded, BLOCK_SIZE);
+        let sealed = &self.world.replay.tables;
+        check::fsck(sealed, &check::decode(sealed, BLOCK_SIZE), BLOCK_SIZE);
         check::derived(&tables, &decoded);
         let inodes: Vec<_> = decoded.inodes.keys().collect();
         assert_eq!(inodes, self.model.nodes.keys().collect::<Vec<_>>(), "inodes that exist");
@@ -652,7 +655,7 @@ impl Run {
     }
 
     fn caller(&mut self) -> Caller {
-        Caller { uid: self.rng.random_range(0..3), gid: self.rng.random_range(0..3), pid: 1 }
+        Caller { uid: self.rng.random_range(0..3), gid: self.rng.random_range(0..3), pid: 1, umask: 0 }
     }
 
     fn forget_dead(&mut self, before: &[Ino]) {

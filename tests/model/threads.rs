@@ -280,6 +280,7 @@ fn check_all(world: &mut World) {
     let stack = world.stack();
     let tables = check::dump(&stack.journal);
     let decoded = check::consistent(&tables, BLOCK_SIZE);
+    check::fsck(&tables, &decoded, BLOCK_SIZE);
     check::derived(&tables, &decoded);
     assert!(decoded.orphans.is_empty(), "orphans that nobody refers to: {:?}", decoded.orphans);
     assert!(decoded.dirty.is_empty(), "dirty blocks behind the last seal");
@@ -289,6 +290,7 @@ fn check_all(world: &mut World) {
     assert_eq!(stack.vfs.pending_files(), 0);
     // The replica says the same.
     let sealed = check::consistent(&world.replay.tables, BLOCK_SIZE);
+    check::fsck(&world.replay.tables, &sealed, BLOCK_SIZE);
     assert_eq!(sealed.inodes, decoded.inodes);
     assert_eq!(sealed.dirents, decoded.dirents);
     assert_eq!(sealed.extents, decoded.extents);

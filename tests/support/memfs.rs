@@ -90,6 +90,7 @@ impl State {
             return Err(VfsError::NotFound);
         }
         let inherit = up.perm & 0o2000 != 0;
+        perm &= !c.umask;
         if inherit && kind == FileKind::Directory {
             perm |= 0o2000;
         }
@@ -577,12 +578,17 @@ impl FileSystem for MemFs {
         })
     }
 
+    fn accessed(&self, _ino: Ino) {}
+
     fn getxattr(&self, ino: Ino, name: &[u8]) -> VfsResult<Bytes> {
         let mut s = self.lock();
         s.node(ino)?.xattrs.get(name).map(|v| Bytes::copy_from_slice(v)).ok_or(VfsError::NoAttribute)
     }
 
     fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> VfsResult<()> {
+        if name.starts_with(b"system.") {
+            return Err(VfsError::NotSupported);
+        }
         let mut s = self.lock();
         let node = s.node(ino)?;
         match (mode, node.xattrs.contains_key(name)) {

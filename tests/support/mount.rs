@@ -40,6 +40,8 @@ pub struct How {
     pub state: String,
     /// More arguments.
     pub args: Vec<String>,
+    /// More variables.
+    pub vars: Vec<(String, String)>,
 }
 
 impl How {
@@ -63,6 +65,12 @@ impl How {
     /// With this argument too.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// With this variable too.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.vars.push((name.to_owned(), value.to_owned()));
         self
     }
 }
@@ -139,6 +147,7 @@ impl Volume {
         command.arg("mount").arg(mountpoint).arg("--foreground");
         command.arg("--config").arg(self.config(&how.only));
         command.arg("--state").arg(self.path(&how.state)).args(&how.args);
+        command.envs(how.vars.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -165,7 +174,9 @@ impl Volume {
         // The state may lie elsewhere.
         let name = how.state.trim_start_matches('/').replace('/', "-");
         let mountpoint = self.path(&format!("mnt-{name}"));
-        fs::create_dir_all(&mountpoint).unwrap();
+        if !is_mounted(&mountpoint) {
+            fs::create_dir_all(&mountpoint).unwrap();
+        }
         let log = self.path(&format!("{name}.log"));
         let out = OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let at = out.metadata().unwrap().len();
@@ -189,6 +200,12 @@ impl Volume {
         let mut command = mirrorfs();
         command.env("XDG_STATE_HOME", self.path("xdg"));
         run(command.args(args).arg("--config").arg(self.config(&only)), LIMIT)
+    }
+
+    /// Checks the state folder of that name; with `--replica all` also what the replicas hold.
+    pub fn fsck(&self, state: &str, args: &[&str]) -> Ran {
+        let state = self.path(state);
+        self.run(&[], &[&["fsck", "--state", state.to_str().unwrap()], args].concat())
     }
 
     /// Restores everything out of one replica into a new folder.

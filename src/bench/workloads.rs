@@ -1,0 +1,380 @@
+//! The workloads themselves: plain system calls, timed.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::{MIB, Size, Taken, Trouble};
+
+/// Small files per directory.
+const PER_DIR: u32 = 1_000;
+/// Bytes of a small file and of a random access.
+const SMALL: usize = 4096;
+/// Threads of the parallel workloads.
+const THREADS: u32 = 8;
+
+macro_rules! workloads {
+    ($($name:ident $text:literal $unit:literal),+ $(,)?) => {
+        /// Something applications do.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        #[allow(missing_docs, reason = "the text says it")]
+        pub enum Workload { $($name),+ }
+
+        impl Workload {
+            /// All, in the order in which one prepares the next.
+            pub const ALL: [Self; [$($text),+].len()] = [$(Self::$name),+];
+
+            /// Its name on the command line.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$name => $text),+ }
+            }
+
+            /// What it counts.
+            #[must_use]
+            pub fn unit(self) -> &'static str {
+                match self { $(Self::$name => $unit),+ }
+            }
+        }
+    };
+}
+
+workloads! {
+    SeqWrite "seq-write" "MiB",
+    SeqReadCold "seq-read-cold" "MiB",
+    SeqReadWarm "seq-read-warm" "MiB",
+    RandReadCold "rand-read-cold" "reads",
+    RandReadWarm "rand-read-warm" "reads",
+    RandWrite "rand-write" "writes",
+    RandWriteSync "rand-write-sync" "writes",
+    Create "create" "files",
+    CreateSync "create-sync" "files",
+    CreateSync8 "create-sync-8" "files",
+    StatWarm "stat-warm" "files",
+    StatCold "stat-cold" "files",
+    ReadSmallWarm "read-small-warm" "files",
+    Untar "untar" "files",
+    Remove "remove" "files",
+}
+
+impl std::str::FromStr for Workload {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|w| w.name() == text);
+        found.ok_or_else(|| format!("there is no workload {text:?}; there are: {all}"))
+    }
+}
+
+/// A directory that is measured; what was made in it goes when this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    root: PathBuf,
+    /// Beside, on a local disk: the archive to unpack.
+    scratch: PathBuf,
+    size: Size,
+    buffer: Vec<u8>,
+    /// Makes every block written different from all others.
+    stamp: u64,
+    random: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.root);
+        let _ = fs::remove_file(&self.scratch);
+    }
+}
+
+fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Trouble {
+    let path = path.to_owned();
+    move |source| Trouble::Io { what, path, source }
+}
+
+impl Place {
+    /// Makes a folder of its own in `dir`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(dir: &Path, size: Size) -> Result<Self, Trouble> {
+        let unique = format!("mirrorfs-bench.{}.{:x}", std::process::id(), fs_number(dir));
+        let root = dir.join(&unique);
+        fs::create_dir(&root).map_err(io("make", &root))?;
+        let mut buffer = vec![0; MIB as usize];
+        let seed = blake3::hash(root.as_os_str().as_encoded_bytes());
+        blake3::Hasher::new_keyed(seed.as_bytes()).finalize_xof().fill(&mut buffer);
+        let scratch = std::env::temp_dir().join(format!("{unique}.tar"));
+        Ok(Self { root, scratch, size, buffer, stamp: 0, random: 0x9E37_79B9_7F4A_7C15 })
+    }
+
+    fn big(&self) -> PathBuf {
+        self.root.join("big")
+    }
+
+    fn small(&self, number: u32) -> PathBuf {
+        self.root.join(format!("small/{:03}/{number:07}", number / PER_DIR))
+    }
+
+    /// A number below `below`, from SplitMix64 (Steele, Lea, Flood 2014).
+    fn next(&mut self, below: u64) -> u64 {
+        self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ (z >> 31)) % below.max(1)
+    }
+
+    fn stamp(&mut self) {
+        self.stamp += 1;
+        let stamp = self.stamp;
+        for page in self.buffer.chunks_mut(SMALL) {
+            page[..8].copy_from_slice(&stamp.to_le_bytes());
+        }
+    }
+
+    /// Makes what a workload needs, untimed.
+    ///
+    /// # Errors
+    /// When the directory fails, or this user may not do it.
+    pub fn prepare(&mut self, workload: Workload) -> Result<(), Trouble> {
+        use Workload as W;
+        let big_there = || fs::metadata(self.big()).is_ok_and(|m| m.len() == self.size.big);
+        match workload {
+            W::SeqWrite => remove(&self.big())?,
+            W::SeqReadCold
+            | W::SeqReadWarm
+            | W::RandReadCold
+            | W::RandReadWarm
+            | W::RandWrite
+            | W::RandWriteSync
+                if !big_there() =>
+            {
+                self.write_big()?;
+            }
+            W::Create => remove(&self.root.join("small"))?,
+            W::StatWarm | W::StatCold | W::ReadSmallWarm if !self.small(self.size.files - 1).exists() => {
+                remove(&self.root.join("small"))?;
+                self.create()?;
+            }
+            W::CreateSync | W::CreateSync8 => {
+                let dir = self.root.join("synced");
+                remove(&dir)?;
+                fs::create_dir(&dir).map_err(io("make", &dir))?;
+            }
+            W::Untar => {
+                remove(&self.root.join("untar"))?;
+                self.pack()?;
+            }
+            W::Remove if !self.root.join("untar").exists() => {
+                self.pack()?;
+                self.unpack()?;
+            }
+            _ => {}
+        }
+        match workload {
+            W::SeqReadWarm | W::RandReadWarm => drop(self.read_big()?),
+            W::StatWarm => self.stat()?,
+            W::ReadSmallWarm => self.read_small()?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Runs one workload, prepared before.
+    ///
+    /// # Errors
+    /// When the directory fails, or this user may not do it.
+    pub fn run(&mut self, workload: Workload) -> Result<Taken, Trouble> {
+        use Workload as W;
+        if matches!(workload, W::SeqReadCold | W::RandReadCold | W::StatCold) {
+            drop_caches()?;
+        }
+        let begin = Instant::now();
+        let count = match workload {
+            W::SeqWrite => self.write_big()?,
+            W::SeqReadCold | W::SeqReadWarm => self.read_big()?,
+            W::RandReadCold | W::RandReadWarm => self.read_random()?,
+            W::RandWrite => self.write_random(self.size.random, false)?,
+            W::RandWriteSync => self.write_random(self.size.synced, true)?,
+            W::Create => self.create().map(|()| u64::from(self.size.files))?,
+            W::CreateSync => self.create_synced(1)?,
+            W::CreateSync8 => self.create_synced(THREADS)?,
+            W::StatWarm | W::StatCold => self.stat().map(|()| u64::from(self.size.files))?,
+            W::ReadSmallWarm => self.read_small().map(|()| u64::from(self.size.files))?,
+            W::Untar => self.unpack()?,
+            W::Remove => {
+                let dir = self.root.join("untar");
+                fs::remove_dir_all(&dir).map_err(io("remove", &dir))?;
+                u64::from(self.size.files)
+            }
+        };
+        Ok(Taken { time: begin.elapsed(), count })
+    }
+
+    fn write_big(&mut self) -> Result<u64, Trouble> {
+        let path = self.big();
+        let mut file = File::create(&path).map_err(io("create", &path))?;
+        for _ in 0..self.size.big / MIB {
+            self.stamp();
+            file.write_all(&self.buffer).map_err(io("write", &path))?;
+        }
+        file.sync_all().map_err(io("sync", &path))?;
+        Ok(self.size.big / MIB)
+    }
+
+    fn read_big(&mut self) -> Result<u64, Trouble> {
+        let path = self.big();
+        let mut file = File::open(&path).map_err(io("open", &path))?;
+        let mut total = 0;
+        loop {
+            match file.read(&mut self.buffer).map_err(io("read", &path))? {
+                0 => break,
+                n => total += n as u64,
+            }
+        }
+        // What was read is no longer our pattern, but just as random.
+        Ok(total / MIB)
+    }
+
+    fn read_random(&mut self) -> Result<u64, Trouble> {
+        let path = self.big();
+        let file = File::open(&path).map_err(io("open", &path))?;
+        let mut page = [0; SMALL];
+        for _ in 0..self.size.random {
+            let at = self.next(self.size.big / SMALL as u64) * SMALL as u64;
+            file.read_exact_at(&mut page, at).map_err(io("read", &path))?;
+        }
+        Ok(u64::from(self.size.random))
+    }
+
+    fn write_random(&mut self, count: u32, sync_each: bool) -> Result<u64, Trouble> {
+        let path = self.big();
+        let file = OpenOptions::new().write(true).open(&path).map_err(io("open", &path))?;
+        for _ in 0..count {
+            self.stamp += 1;
+            let from = self.next(MIB / SMALL as u64) as usize * SMALL;
+            let stamp = self.stamp;
+            self.buffer[from..from + 8].copy_from_slice(&stamp.to_le_bytes());
+            let at = self.next(self.size.big / SMALL as u64) * SMALL as u64;
+            file.write_all_at(&self.buffer[from..from + SMALL], at).map_err(io("write", &path))?;
+            if sync_each {
+                file.sync_data().map_err(io("sync", &path))?;
+            }
+        }
+        file.sync_all().map_err(io("sync", &path))?;
+        Ok(u64::from(count))
+    }
+
+    fn create(&mut self) -> Result<(), Trouble> {
+        let top = self.root.join("small");
+        fs::create_dir(&top).map_err(io("make", &top))?;
+        for number in 0..self.size.files {
+            let path = self.small(number);
+            if number % PER_DIR == 0
+                && let Some(dir) = path.parent()
+            {
+                fs::create_dir(dir).map_err(io("make", dir))?;
+                self.stamp();
+            }
+            let from = number as usize % (MIB as usize / SMALL) * SMALL;
+            self.buffer[from + 8..from + 12].copy_from_slice(&number.to_le_bytes());
+            File::create(&path)
+                .and_then(|mut f| f.write_all(&self.buffer[from..from + SMALL]))
+                .map_err(io("create", &path))?;
+        }
+        Ok(())
+    }
+
+    fn create_synced(&mut self, threads: u32) -> Result<u64, Trouble> {
+        self.stamp();
+        let each = self.size.synced.div_ceil(threads);
+        let (root, page) = (self.root.join("synced"), &self.buffer[..SMALL]);
+        let work = |thread: u32| -> Result<(), Trouble> {
+            for number in 0..each {
+                let path = root.join(format!("{thread}-{number}"));
+                let write = |mut f: File| f.write_all(page).and_then(|()| f.sync_all());
+                File::create(&path).and_then(write).map_err(io("write", &path))?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let work = &work;
+            let running: Vec<_> = (0..threads).map(|t| scope.spawn(move || work(t))).collect();
+            let died = || Trouble::Skipped("a thread of the benchmark died".into());
+            running.into_iter().try_for_each(|t| t.join().unwrap_or_else(|_| Err(died())))
+        })?;
+        Ok(u64::from(each * threads))
+    }
+
+    fn stat(&self) -> Result<(), Trouble> {
+        (0..self.size.files).try_for_each(|number| {
+            let path = self.small(number);
+            fs::metadata(&path).map(drop).map_err(io("stat", &path))
+        })
+    }
+
+    fn read_small(&self) -> Result<(), Trouble> {
+        let mut page = [0; SMALL];
+        (0..self.size.files).try_for_each(|number| {
+            let path = self.small(number);
+            File::open(&path).and_then(|mut f| f.read_exact(&mut page)).map_err(io("read", &path))
+        })
+    }
+
+    /// The small files as an archive, once.
+    fn pack(&mut self) -> Result<(), Trouble> {
+        if self.scratch.exists() {
+            return Ok(());
+        }
+        if !self.small(self.size.files - 1).exists() {
+            remove(&self.root.join("small"))?;
+            self.create()?;
+        }
+        tar(Command::new("tar").arg("-cf").arg(&self.scratch).arg("-C").arg(&self.root).arg("small"))
+    }
+
+    fn unpack(&self) -> Result<u64, Trouble> {
+        let dir = self.root.join("untar");
+        fs::create_dir(&dir).map_err(io("make", &dir))?;
+        tar(Command::new("tar").arg("-xf").arg(&self.scratch).arg("-C").arg(&dir))?;
+        Ok(u64::from(self.size.files))
+    }
+}
+
+fn tar(command: &mut Command) -> Result<(), Trouble> {
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(Trouble::Io {
+            what: "run tar in",
+            path: std::env::temp_dir(),
+            source: io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        }),
+        Err(error) => Err(Trouble::Skipped(format!("cannot run tar: {error}"))),
+    }
+}
+
+fn remove(path: &Path) -> Result<(), Trouble> {
+    let result = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Everything unused goes from the kernel's caches; what is dirty was written before by whoever settles.
+fn drop_caches() -> Result<(), Trouble> {
+    fs::write("/proc/sys/vm/drop_caches", "3")
+        .map_err(|error| Trouble::Skipped(format!("only root can empty the kernel's caches ({error})")))
+}
+
+fn fs_number(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(dir).map_or(0, |m| m.dev() ^ m.ino())
+}

@@ -1,0 +1,136 @@
+//! What a state folder holds beside its tables: staged segments, cached content, small files.
+//!
+//! Owns reading them. Changes nothing.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+
+use crate::daemon::members::Members;
+use crate::daemon::state::StateDir;
+use crate::format::codec::FormatError;
+use crate::format::local::{CachedValue, SegmentValue};
+use crate::format::names::ObjectName;
+use crate::format::segment::verify_whole;
+use crate::format::tables::{number_of_key, prefix_range, table};
+use crate::fsck::{Findings, Fix, Input, Kind, Stop};
+use crate::ids::{BlockHash, SegmentNo};
+
+/// Rows read at a time.
+const PAGE: usize = 1024;
+
+/// Calls `f` for each row of a table.
+fn each(input: &Input<'_>, table: u8, mut f: impl FnMut(&bytes::Bytes, &[u8])) -> Result<(), Stop> {
+    let (mut start, end) = prefix_range(&[table]);
+    loop {
+        if (input.cancelled)() {
+            return Err(Stop::Cancelled);
+        }
+        let page = input.source.scan(&start, &end, PAGE)?;
+        let Some((last, _)) = page.last() else { return Ok(()) };
+        start = [&last[..], &[0]].concat().into();
+        page.iter().for_each(|(key, value)| f(key, value));
+    }
+}
+
+/// Checks the state folder's files against the tables. With `deep` content is read and verified.
+pub(super) fn check(
+    state: &StateDir,
+    input: &Input<'_>,
+    deep: bool,
+    findings: &mut Findings,
+) -> Result<(), Stop> {
+    if let Err(e) = Members::read(state.path()) {
+        findings.about(Kind::StateFile, None, || e.to_string());
+    }
+    check_staged(state, input, deep, findings)?;
+    if deep { check_cached(state, input, findings) } else { Ok(()) }
+}
+
+/// Segments that no replica holds must be staged; those that are staged must be whole.
+fn check_staged(
+    state: &StateDir,
+    input: &Input<'_>,
+    deep: bool,
+    findings: &mut Findings,
+) -> Result<(), Stop> {
+    let mut cursors: Vec<(String, SegmentNo)> = Vec::new();
+    each(input, table::CURSOR, |key, value| {
+        let name = String::from_utf8_lossy(&key[1..]).into_owned();
+        // Names of filesystems stand in the same table.
+        if !name.starts_with("filesystem of ") {
+            cursors.push((name, SegmentNo(value.try_into().map_or(0, u64::from_le_bytes))));
+        }
+    })?;
+    let held = cursors.iter().map(|(_, c)| *c).max().unwrap_or_default();
+    let mut newest = SegmentNo(0);
+    each(input, table::SEGMENT, |key, value| {
+        let number = SegmentNo(number_of_key(key).unwrap_or(0));
+        newest = newest.max(number);
+        let Ok(value) = SegmentValue::decode(value) else { return };
+        let object = ObjectName::Segment(number, value.epoch);
+        let path = state.staging().join(object.path());
+        match fs::metadata(&path) {
+            Err(_) if number > held => findings.about(Kind::Staged, None, || {
+                format!(
+                    "segment {number} is on no replica, and its file {} is gone: what changed in it is here only as long as it is in \
+                     the tables and the cache; copy it out with mirrorfs salvage --all",
+                    path.display()
+                )
+            }),
+            Ok(m) if m.len() != value.len => findings.about(Kind::Staged, None, || {
+                let is = m.len();
+                format!("{} has {is} bytes instead of {}; the next mount removes it", path.display(), value.len)
+            }),
+            Ok(_) if deep => {
+                let intact = fs::read(&path).map_err(|e| e.to_string()).and_then(|bytes| {
+                    verify_whole(&bytes).map(|_| ()).map_err(|e: FormatError| e.to_string())
+                });
+                if let Err(e) = intact {
+                    findings.about(Kind::Staged, None, || {
+                        format!("{} is damaged ({e}): it is taken from a replica that has it", path.display())
+                    });
+                }
+            }
+            _ => {}
+        }
+    })?;
+    for (name, cursor) in cursors.iter().filter(|(_, c)| *c > newest) {
+        findings.about(Kind::Cursor, None, || {
+            format!(
+                "replica {name} is said to hold segment {cursor}, but the newest is {newest}: this state is older than that replica"
+            )
+        });
+    }
+    Ok(())
+}
+
+/// Compares cached blocks with their hashes.
+fn check_cached(state: &StateDir, input: &Input<'_>, findings: &mut Findings) -> Result<(), Stop> {
+    let Ok(slots) = File::open(state.slots()) else { return Ok(()) };
+    // Those were told as what they are.
+    let mut taken: HashSet<u32> = HashSet::new();
+    each(input, table::DIRTY, |_, value| {
+        if let Ok(value) = crate::cache::dirty::DirtyValue::decode(value, input.block_size) {
+            taken.insert(value.slot);
+        }
+    })?;
+    let mut buffer = Vec::new();
+    each(input, table::CACHED, |key, value| {
+        let (Ok(value), Ok(hash)) = (CachedValue::decode(value), <[u8; 32]>::try_from(&key[1..])) else {
+            return;
+        };
+        if !taken.insert(value.slot) || value.len > input.block_size {
+            return;
+        }
+        buffer.resize(value.len as usize, 0);
+        let at = u64::from(value.slot) * u64::from(input.block_size);
+        let read = slots.read_exact_at(&mut buffer, at);
+        if read.is_err() || BlockHash::of(&buffer) != BlockHash(hash) {
+            let fix = Fix::DeleteRow { key: key.clone() };
+            findings.about(Kind::CachedContent, Some(fix), || {
+                format!("cached block {} does not match its hash; a replica will be asked", BlockHash(hash))
+            });
+        }
+    })
+}
