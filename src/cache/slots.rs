@@ -313,6 +313,7 @@ mod tests {
             slots.sync().unwrap();
         }
         let slots = SlotFile::open(&path, 65536, &[2]).unwrap();
+        assert!(slots.unsynced.load(Ordering::SeqCst), "what a killed process wrote was never synced");
         let mut buf = [9];
         slots.claim(2).read(0, &mut buf).unwrap();
         assert_eq!(buf, [3]);

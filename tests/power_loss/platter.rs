@@ -143,7 +143,7 @@ impl Platter {
             Op::Sync { data_only, .. } => self.sync(id, *data_only),
             Op::Tick => {}
         }
-        if self.now % 4096 == 0 {
+        if self.now.is_multiple_of(4096) {
             self.sweep();
         }
     }

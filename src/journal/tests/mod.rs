@@ -338,6 +338,33 @@ fn a_failed_sync_poisons_and_nobody_hangs() {
 }
 
 #[test]
+fn what_a_killed_process_left_is_synced_before_it_is_built_upon() {
+    let dir = tempfile::tempdir().unwrap();
+    let (j, _) = open(dir.path());
+    let lsn = put(&j, "a", "1");
+    j.barrier(lsn).unwrap();
+    // As a kill leaves it.
+    let after = tempfile::tempdir().unwrap();
+    snapshot(dir.path(), after.path());
+    let acts = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&acts);
+    let probe = Faults(move |act: &Act<'_>| {
+        noted.lock().push(format!("{act:?}"));
+        None
+    });
+    let (j, _) = Journal::open_on(options(after.path()), Disk::probed(Arc::new(probe))).unwrap();
+    let lsn = put(&j, "a", "2");
+    j.barrier(lsn).unwrap();
+    j.close().unwrap();
+    let acts = acts.lock();
+    let first = |starts: &str, has: &str| acts.iter().position(|a| a.starts_with(starts) && a.contains(has));
+    let said = first("Write", "witness").unwrap();
+    assert!(first("Sync(", "witness").unwrap() < said, "over the only statement that is certain: {acts:?}");
+    assert!(first("SyncDir", "tail").unwrap() < said, "of a tail file whose name may be lost: {acts:?}");
+    assert!(first("Create", "tail").is_none_or(|at| first("SyncDir", "tail").unwrap() < at));
+}
+
+#[test]
 fn a_failing_data_sync_poisons() {
     let dir = tempfile::tempdir().unwrap();
     let fail: Arc<dyn Fn() -> io::Result<()> + Send + Sync> = Arc::new(|| Err(io::Error::other("gone")));
