@@ -59,6 +59,9 @@ pub struct Staging {
 struct State {
     /// Every published segment of the volume.
     known: BTreeMap<SegmentNo, Known>,
+    /// Files that are complete and not published yet. Their blocks count as sealed before the segment is published, and may be
+    /// evicted at once: until then nobody else has them.
+    written: BTreeMap<SegmentNo, Epoch>,
     checkpoints: BTreeMap<SegmentNo, Staged>,
     /// Bytes of segments' files.
     bytes: u64,
@@ -169,12 +172,18 @@ impl Staging {
         if written.is_err() {
             // Half a file would only take space.
             let _ = fs::remove_file(&path);
+        } else {
+            self.state.lock().written.insert(number, epoch);
         }
         at(&path, written)
     }
 
     /// Removes files of segments that will not be registered.
     pub fn discard(&self, segments: &[(SegmentNo, Epoch)]) {
+        {
+            let mut state = self.state.lock();
+            state.written.retain(|number, epoch| !segments.contains(&(*number, *epoch)));
+        }
         for (number, epoch) in segments {
             let _ = fs::remove_file(self.segment_path(*number, *epoch));
         }
@@ -187,6 +196,7 @@ impl Staging {
             state.bytes += v.len;
             let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: true };
             state.known.insert(*number, known);
+            state.written.remove(number);
         }
         self.blocks.space.set_staged(state.total());
         if let Some((last, _)) = segments.last() {
@@ -293,10 +303,11 @@ impl Staging {
         *self.newest.borrow()
     }
 
-    /// The staged file that holds a frame, if there is one.
+    /// The local file that holds a frame, if there is one, published or not.
     pub fn file_of(&self, loc: &FrameLoc) -> Option<PathBuf> {
-        let on_disk =
-            self.state.lock().known.get(&loc.segment).is_some_and(|k| k.on_disk && k.epoch == loc.epoch);
+        let state = self.state.lock();
+        let on_disk = state.known.get(&loc.segment).is_some_and(|k| k.on_disk && k.epoch == loc.epoch)
+            || state.written.get(&loc.segment) == Some(&loc.epoch);
         on_disk.then(|| self.segment_path(loc.segment, loc.epoch))
     }
 }

@@ -400,3 +400,24 @@ fn staged_checkpoints_count_and_go_when_nobody_waits_for_them_or_writers_do() {
     assert!(!third.exists());
     assert_eq!(f.blocks.space.staged(), 0);
 }
+
+#[test]
+fn a_segment_is_read_from_local_disk_before_it_is_published() {
+    let f = Fixture::new();
+    let loc = |number, epoch| crate::format::tables::FrameLoc {
+        segment: SegmentNo(number),
+        epoch: Epoch(epoch),
+        offset: 0,
+        stored_len: 1,
+        raw_len: 1,
+        codec: 0,
+    };
+    assert_eq!(f.staging.file_of(&loc(1, 1)), None);
+    // Its blocks are registered before it is published, and may be evicted from then on, when no replica has them.
+    f.staging.write(SegmentNo(1), Epoch(1), b"content").unwrap();
+    let path = f.staging.file_of(&loc(1, 1)).expect("its file is the only place of its blocks");
+    assert_eq!(fs::read(path).unwrap(), b"content");
+    assert_eq!(f.staging.file_of(&loc(1, 2)), None, "of another epoch");
+    f.staging.discard(&[(SegmentNo(1), Epoch(1))]);
+    assert_eq!(f.staging.file_of(&loc(1, 1)), None);
+}
