@@ -21,6 +21,7 @@ mod convert;
 mod errno;
 mod guard;
 pub mod mountinfo;
+mod offer;
 mod pool;
 mod reply;
 mod shared;
