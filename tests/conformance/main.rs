@@ -38,7 +38,6 @@ fn all_cases() -> Vec<(&'static str, Run)> {
         holes::CASES,
         handles::CASES,
         xattrs::CASES,
-        privileges::CASES,
         acls::CASES,
     ]
     .concat()
