@@ -28,6 +28,7 @@ use super::convert::{
 };
 use super::errno::errno;
 use super::guard::guarded;
+use super::offer;
 use super::reply;
 use super::shared::{Shared, may_write};
 use crate::ids::Ino;
@@ -113,29 +114,10 @@ fn ino(n: INodeNo) -> Ino {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let mut wanted = InitFlags::FUSE_ASYNC_READ
-            | InitFlags::FUSE_ATOMIC_O_TRUNC
-            | InitFlags::FUSE_EXPORT_SUPPORT
-            | InitFlags::FUSE_BIG_WRITES
-            | InitFlags::FUSE_DO_READDIRPLUS
-            | InitFlags::FUSE_READDIRPLUS_AUTO
-            | InitFlags::FUSE_ASYNC_DIO
-            | InitFlags::FUSE_WRITEBACK_CACHE
-            | InitFlags::FUSE_PARALLEL_DIROPS
-            | InitFlags::FUSE_HANDLE_KILLPRIV_V2
-            | InitFlags::FUSE_MAX_PAGES
-            | InitFlags::FUSE_CACHE_SYMLINKS
-            | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
-        // Not FUSE_POSIX_LOCKS, not FUSE_FLOCK_LOCKS: then the kernel keeps locks itself, which is all that one
-        // machine needs.
         let there = config.capabilities();
-        // Where a default list is inherited the umask does not count, so it is ours to apply.
-        let lists = InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK;
-        self.acl &= there.contains(lists);
+        self.acl &= there.contains(offer::LISTS);
         self.masks = self.acl;
-        if self.acl {
-            wanted |= lists;
-        }
+        let wanted = if self.acl { offer::WANTED | offer::LISTS } else { offer::WANTED };
         if config.add_capabilities(wanted & there).is_err() {
             log::debug!("the kernel offers {there:?} and takes less");
         }

@@ -26,6 +26,7 @@ mod errno;
 mod guard;
 pub mod guardian;
 pub mod mountinfo;
+mod offer;
 mod pool;
 mod reply;
 mod shared;

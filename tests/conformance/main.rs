@@ -10,6 +10,7 @@ mod deviations;
 mod handles;
 mod holes;
 mod names;
+mod privileges;
 mod sys;
 mod xattrs;
 
@@ -29,8 +30,17 @@ use sys::Case;
 type Run = fn(&mut Case);
 
 fn all_cases() -> Vec<(&'static str, Run)> {
-    [names::CASES, attrs::CASES, content::CASES, holes::CASES, handles::CASES, xattrs::CASES, acls::CASES]
-        .concat()
+    [
+        names::CASES,
+        attrs::CASES,
+        privileges::CASES,
+        content::CASES,
+        holes::CASES,
+        handles::CASES,
+        xattrs::CASES,
+        acls::CASES,
+    ]
+    .concat()
 }
 
 /// A directory of ext4: below the temporary folder when that is ext4, else in an image of our own.

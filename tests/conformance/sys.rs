@@ -129,7 +129,7 @@ pub fn fstat(fd: &OwnedFd) -> libc::stat {
 }
 
 pub fn statfs_type(p: impl AsRef<Path>) -> i64 {
-    statfs(p).f_type as i64
+    statfs(p).f_type
 }
 
 pub fn statfs(p: impl AsRef<Path>) -> libc::statfs {

@@ -420,6 +420,7 @@ impl FileSystem for MemFs {
             return Err(VfsError::Invalid);
         }
         match (mode, old) {
+            (RenameMode::Whiteout(_) | RenameMode::WhiteoutNoReplace(_), _) => return Err(VfsError::Invalid),
             (RenameMode::NoReplace, Some(_)) => return Err(VfsError::Exists),
             (RenameMode::Exchange, None) => return Err(VfsError::NotFound),
             (RenameMode::Exchange, Some(other)) => {
