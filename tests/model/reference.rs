@@ -355,7 +355,7 @@ impl Model {
             return Err(VfsError::IsDirectory);
         }
         if truncate {
-            self.setattr(ino, &SetAttr { size: Some(0), ..SetAttr::default() })?;
+            self.setattr(ino, &SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() })?;
         }
         self.node_mut(ino)?.opens += 1;
         Ok(())
