@@ -278,10 +278,12 @@ impl Session {
             return Ok(());
         }
         match self.place() {
-            Some(place) => apart::syncfs(&c_path(&place)?),
+            Some(place) => apart::syncfs(&c_path(&place)?)?,
             // Detached, and still in use.
-            None => apart::sync_all(SYNC_ALL),
+            None => apart::sync_all(SYNC_ALL)?,
         }
+        self.drain();
+        Ok(())
     }
 
     /// Takes the mount out of the tree although it is in use, wherever it is, and has the kernel hand over its pages. Whoever
