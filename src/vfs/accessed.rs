@@ -51,8 +51,25 @@ pub(super) struct Accessed {
 
 #[derive(Default)]
 struct Noted {
-    times: HashMap<Ino, Time>,
+    times: HashMap<Ino, Access>,
+    /// Those that are not put off.
+    fresh: usize,
     since: Option<Time>,
+}
+
+#[derive(Clone, Copy)]
+struct Access {
+    time: Time,
+    /// Until the end: too much content would go with it.
+    put_off: bool,
+}
+
+impl Noted {
+    fn remove(&mut self, ino: Ino) {
+        if self.times.remove(&ino).is_some_and(|a| !a.put_off) {
+            self.fresh -= 1;
+        }
+    }
 }
 
 impl Accessed {
@@ -70,22 +87,31 @@ impl Accessed {
         if self.count.load(Ordering::Relaxed) == 0 {
             return None;
         }
-        self.noted.lock().times.get(&ino).copied()
+        self.noted.lock().times.get(&ino).map(|a| a.time)
     }
 
     /// Forgets what was noted: a time was set.
     pub(super) fn forget(&self, ino: Ino) {
         if self.count.load(Ordering::Relaxed) > 0 {
             let mut noted = self.noted.lock();
-            noted.times.remove(&ino);
+            noted.remove(ino);
             self.count.store(noted.times.len(), Ordering::Relaxed);
+        }
+    }
+
+    fn put_off(&self, ino: Ino) {
+        let mut noted = self.noted.lock();
+        if let Some(access) = noted.times.get_mut(&ino)
+            && !std::mem::replace(&mut access.put_off, true)
+        {
+            noted.fresh -= 1;
         }
     }
 
     fn forget_this(&self, ino: Ino, time: Time) {
         let mut noted = self.noted.lock();
-        if noted.times.get(&ino) == Some(&time) {
-            noted.times.remove(&ino);
+        if noted.times.get(&ino).is_some_and(|a| a.time == time) {
+            noted.remove(ino);
             self.count.store(noted.times.len(), Ordering::Relaxed);
         }
     }
@@ -93,7 +119,9 @@ impl Accessed {
     fn insert(&self, ino: Ino, now: Time) {
         let mut noted = self.noted.lock();
         if noted.times.len() < TOO_MANY || noted.times.contains_key(&ino) {
-            noted.times.insert(ino, now);
+            let put_off = noted.times.get(&ino).map(|a| a.put_off);
+            noted.times.insert(ino, Access { time: now, put_off: put_off.unwrap_or(false) });
+            noted.fresh += usize::from(put_off.is_none());
             noted.since.get_or_insert(now);
             self.count.store(noted.times.len(), Ordering::Relaxed);
         }
@@ -103,11 +131,11 @@ impl Accessed {
     fn due(&self, now: Time, all: bool) -> Vec<(Ino, Time)> {
         let mut noted = self.noted.lock();
         let long = noted.since.is_some_and(|since| now.secs.saturating_sub(since.secs) >= SOON);
-        if noted.times.is_empty() || !(all || long || noted.times.len() > MANY) {
+        if !(all || (noted.fresh > 0 && (long || noted.fresh > MANY))) {
             return Vec::new();
         }
         noted.since = None;
-        noted.times.iter().map(|(ino, time)| (*ino, *time)).collect()
+        noted.times.iter().filter(|(_, a)| all || !a.put_off).map(|(ino, a)| (*ino, a.time)).collect()
     }
 }
 
@@ -156,6 +184,8 @@ impl Vfs {
                 _ => 0,
             };
             if carried > allowance {
+                // Not looked at again every time.
+                self.accessed.put_off(ino);
                 continue;
             }
             allowance -= carried;
@@ -216,5 +246,19 @@ mod tests {
         assert_eq!(noted.get(Ino(5)), Some(at(900)), "noted anew since");
         noted.forget(Ino(5));
         assert_eq!(noted.get(Ino(5)), None);
+        noted.insert(Ino(6), at(900));
+        noted.put_off(Ino(6));
+        noted.insert(Ino(7), at(901));
+        assert_eq!(
+            noted.due(at(901 + SOON), false),
+            [(Ino(7), at(901))],
+            "what was put off waits for the end"
+        );
+        noted.forget_this(Ino(7), at(901));
+        assert!(noted.due(at(9999), false).is_empty());
+        noted.insert(Ino(6), at(950));
+        assert_eq!(noted.due(at(9999), true), [(Ino(6), at(950))]);
+        noted.forget(Ino(6));
+        assert_eq!(noted.noted.lock().fresh, 0);
     }
 }
