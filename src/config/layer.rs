@@ -197,7 +197,7 @@ pub struct MountList {
 
 /// Words that mean nothing to us: they concern whoever reads fstab, or are the default, or ask for what FUSE does not have
 /// and a filesystem may ignore.
-const IGNORED: [&str; 26] = [
+const IGNORED: [&str; 24] = [
     "_netdev",
     "_rnetdev",
     "nofail",
@@ -213,8 +213,6 @@ const IGNORED: [&str; 26] = [
     "nogroup",
     "defaults",
     "default_permissions",
-    "diratime",
-    "nodiratime",
     "lazytime",
     "nolazytime",
     "iversion",
@@ -231,13 +229,12 @@ const IGNORED_VALUES: [&str; 8] =
     ["subtype", "user_id", "group_id", "rootmode", "fd", "max_read", "blksize", "comment"];
 
 /// Words that take back a switch.
-const REVERSED: [(&str, &str); 9] = [
+const REVERSED: [(&str, &str); 8] = [
     ("suid", "nosuid"),
     ("dev", "nodev"),
     ("exec", "noexec"),
     ("atime", "noatime"),
-    ("relatime", "noatime"),
-    ("strictatime", "noatime"),
+    ("diratime", "nodiratime"),
     ("symfollow", "nosymfollow"),
     ("async", "sync"),
     ("rw", "read_only"),
@@ -271,6 +268,10 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             // util-linux keeps `X-` to itself, but mount -s and others may pass it on.
             _ if word.starts_with("x-") || word.starts_with("X-") => {}
             ("ro", None) => found.layer.set("read_only", "true", "-o ro"),
+            ("relatime" | "strictatime", None) => {
+                found.layer.set("noatime", "false", source.clone());
+                found.layer.set("strictatime", &(key == "strictatime").to_string(), source);
+            }
             (_, None) if reversed.is_some() => {
                 let key = reversed.map_or("", |(_, key)| key);
                 found.layer.set(key, "false", source);
@@ -371,9 +372,12 @@ mod tests {
                 ("nodev", "true"),
                 ("noexec", "false"),
                 ("nosuid", "true"),
+                ("strictatime", "false"),
                 ("sync", "false")
             ]
         );
+        let found = list("noatime,strictatime,diratime,nodiratime").unwrap();
+        assert_eq!(values(&found), [("noatime", "false"), ("nodiratime", "true"), ("strictatime", "true")]);
         let found = list("user_id=0,group_id=0,max_read=4096,X-mount.mkdir=0755,subtype=mirrorfs").unwrap();
         assert_eq!(found, MountList::default());
     }
