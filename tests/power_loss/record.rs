@@ -89,8 +89,8 @@ impl Recorder {
         use std::os::unix::ffi::OsStrExt;
         let Some(session) = self.session.take() else { return };
         let at = std::ffi::CString::new(self.at.as_os_str().as_bytes()).unwrap();
-        // What a killed process had open is let go of a little later. What a `Core` that was abandoned has open is not: then its
-        // server stays until this process ends.
+        // What a killed process had open is let go of a little later. What a `Core` that was abandoned has open is not: then the
+        // connection is broken off. Otherwise this process could never end: closing those files would ask a server that is gone.
         let until = Instant::now() + Duration::from_millis(500);
         loop {
             // SAFETY: a NUL-terminated string.
@@ -98,10 +98,12 @@ impl Recorder {
                 break;
             }
             if Instant::now() > until {
-                // SAFETY: as above.
-                unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) };
-                std::mem::forget(session);
-                return;
+                // SAFETY: as above. The first breaks off and fails, being busy; the second takes the place away.
+                unsafe {
+                    libc::umount2(at.as_ptr(), libc::MNT_FORCE);
+                    libc::umount2(at.as_ptr(), libc::MNT_DETACH);
+                }
+                break;
             }
             std::thread::sleep(Duration::from_millis(10));
         }
