@@ -21,6 +21,10 @@ const USAGE: i32 = 2;
 const IN_USE: i32 = 5;
 const DAMAGED: i32 = 7;
 
+/// What is changed while nothing can be reached: where, and how many bytes.
+const MIDDLE: usize = (1 << 20) + 12_288;
+const CHANGED: usize = 8192;
+
 #[test]
 fn without_a_replica_what_is_missing_is_named() {
     let servers = servers();
@@ -41,7 +45,8 @@ fn without_a_replica_what_is_missing_is_named() {
     // Changed while nothing can be reached: in the middle of a block, and at the end.
     machine.cut(true);
     let evicted = OpenOptions::new().write(true).open(m.path("evicted")).unwrap();
-    evicted.write_all_at(&[7; 5000], (1 << 20) + 10_000).unwrap();
+    // Whole pages: the kernel would have to read the rest of others, and may have forgotten them.
+    evicted.write_all_at(&[7; CHANGED], MIDDLE as u64).unwrap();
     evicted.write_all_at(&[8; 3000], 5 << 20).unwrap();
     evicted.sync_all().unwrap();
     drop(evicted);
@@ -89,15 +94,15 @@ fn without_a_replica_what_is_missing_is_named() {
     // What was written is there, what was not is a hole, and the holes are named.
     let found = fs::read(to.join("evicted.incomplete")).unwrap();
     assert_eq!(found.len(), (5 << 20) + 3000);
-    assert!(found[(1 << 20) + 10_000..][..5000].iter().all(|b| *b == 7));
+    assert!(found[MIDDLE..][..CHANGED].iter().all(|b| *b == 7));
     assert!(found[5 << 20..].iter().all(|b| *b == 8));
     let missing: Vec<(usize, usize)> =
         serde_json::from_value(report["incomplete"][0]["missing"].clone()).unwrap();
     let lost = |at: usize| missing.iter().any(|(from, to)| (*from..*to).contains(&at));
-    for at in [0, 1 << 20, (1 << 20) + 9_999, (1 << 20) + 15_000, (5 << 20) - 1] {
+    for at in [0, 1 << 20, MIDDLE - 1, MIDDLE + CHANGED, (5 << 20) - 1] {
         assert!(lost(at) || found[at] == old[at], "{at} is wrong, and not said to be missing: {missing:?}");
     }
-    assert!(lost(0) && !lost((1 << 20) + 10_000) && !lost(5 << 20), "{missing:?}");
+    assert!(lost(0) && !lost(MIDDLE) && !lost(5 << 20), "{missing:?}");
     assert_eq!(report["attributes"], serde_json::json!(["dir/0"]), "{report}");
 
     // With the replicas it is whole. By the folder's own memory of them their keys are not known.
@@ -105,7 +110,7 @@ fn without_a_replica_what_is_missing_is_named() {
     let again = v.path("again");
     machine.salvage(&again, &[]).ok();
     let mut right = old;
-    right[(1 << 20) + 10_000..][..5000].fill(7);
+    right[MIDDLE..][..CHANGED].fill(7);
     right.extend([8; 3000]);
     assert!(fs::read(again.join("evicted")).unwrap() == right);
     // The state is as good as before.
