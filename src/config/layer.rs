@@ -270,7 +270,7 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             ("ro", None) => found.layer.set("read_only", "true", "-o ro"),
             ("relatime" | "strictatime", None) => {
                 found.layer.set("noatime", "false", source.clone());
-                found.layer.set("strictatime", &(key == "strictatime").to_string(), source);
+                found.layer.set("strictatime", (key == "strictatime").to_string(), source);
             }
             (_, None) if reversed.is_some() => {
                 let key = reversed.map_or("", |(_, key)| key);
