@@ -33,27 +33,33 @@ fn each(input: &Input<'_>, table: u8, mut f: impl FnMut(&bytes::Bytes, &[u8])) -
     }
 }
 
-/// Checks the state folder's files against the tables. With `deep` content is read and verified.
+/// Checks the state folder's files against the tables. With `deep` content is read and verified. Answers what is to be said
+/// although it is no error.
 pub(super) fn check(
     state: &StateDir,
     input: &Input<'_>,
     deep: bool,
     findings: &mut Findings,
-) -> Result<(), Stop> {
+) -> Result<Option<String>, Stop> {
     if let Err(e) = Members::read(state.path()) {
         findings.about(Kind::StateFile, None, || e.to_string());
     }
-    check_staged(state, input, deep, findings)?;
-    if deep { check_cached(state, input, findings) } else { Ok(()) }
+    let note = check_staged(state, input, deep, findings)?;
+    if deep {
+        check_cached(state, input, findings)?;
+    }
+    Ok(note)
 }
 
-/// Segments that no replica holds must be staged; those that are staged must be whole.
+/// Staged segments must be whole. One that is neither staged nor, as far as the tables know, on a replica is no error: its file
+/// goes once replicas hold it, and the record that says so may be lost with a killed daemon.
 fn check_staged(
     state: &StateDir,
     input: &Input<'_>,
     deep: bool,
     findings: &mut Findings,
-) -> Result<(), Stop> {
+) -> Result<Option<String>, Stop> {
+    let mut unknown = 0_u64;
     let mut cursors: Vec<(String, SegmentNo)> = Vec::new();
     each(input, table::CURSOR, |key, value| {
         let name = String::from_utf8_lossy(&key[1..]).into_owned();
@@ -71,16 +77,14 @@ fn check_staged(
         let object = ObjectName::Segment(number, value.epoch);
         let path = state.staging().join(object.path());
         match fs::metadata(&path) {
-            Err(_) if number > held => findings.about(Kind::Staged, None, || {
-                format!(
-                    "segment {number} is on no replica, and its file {} is gone: what changed in it is here only as long as it is in \
-                     the tables and the cache; copy it out with mirrorfs salvage --all",
-                    path.display()
-                )
-            }),
+            Err(_) if number > held => unknown += 1,
             Ok(m) if m.len() != value.len => findings.about(Kind::Staged, None, || {
                 let is = m.len();
-                format!("{} has {is} bytes instead of {}; the next mount removes it", path.display(), value.len)
+                format!(
+                    "{} has {is} bytes instead of {}; the next mount removes it",
+                    path.display(),
+                    value.len
+                )
             }),
             Ok(_) if deep => {
                 let intact = fs::read(&path).map_err(|e| e.to_string()).and_then(|bytes| {
@@ -102,7 +106,12 @@ fn check_staged(
             )
         });
     }
-    Ok(())
+    Ok((unknown > 0).then(|| {
+        format!(
+            "whether a replica holds {unknown} of the newest segments is not known here (a killed daemon may not have noted it): see \
+             with --replica all, or mount"
+        )
+    }))
 }
 
 /// Compares cached blocks with their hashes.

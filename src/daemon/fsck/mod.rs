@@ -253,7 +253,10 @@ impl Work<'_> {
         for _ in 0..ROUNDS {
             let limit = if self.args.repair { usize::MAX } else { self.args.limit };
             let mut checked = fsck::check(&input, limit)?;
-            local::check(self.state, &input, self.args.deep, &mut checked.findings)?;
+            let said = local::check(self.state, &input, self.args.deep, &mut checked.findings)?;
+            if let Some(said) = said.filter(|_| first.is_none()) {
+                reporter.note(said);
+            }
             reporter.totals(*first.get_or_insert(checked.totals));
             let mends = match self.args.repair {
                 true => fsck::plan(input.source, checked.findings.list(), wall_clock(), owner())?,
