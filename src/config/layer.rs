@@ -118,9 +118,10 @@ impl Env {
         let mut vars: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
         // At boot there may be none; the state must lie where it lies when the same user mounts by hand.
         if vars.get(std::ffi::OsStr::new("HOME")).is_none_or(|home| home.is_empty())
-            && let Some(home) = home_of_user()
+            // Then out of the system's list of users.
+            && let Some(home) = std::env::home_dir().filter(|home| !home.as_os_str().is_empty())
         {
-            vars.insert("HOME".into(), home);
+            vars.insert("HOME".into(), home.into());
         }
         Ok(Env { vars, cwd })
     }
@@ -161,25 +162,6 @@ impl Env {
         }
         Ok(layer)
     }
-}
-
-/// The home folder that the system's list of users has for this process's user.
-fn home_of_user() -> Option<OsString> {
-    use std::os::unix::ffi::OsStringExt;
-    let mut buffer = vec![0 as libc::c_char; 16 << 10];
-    // SAFETY: all zeros is a valid passwd.
-    let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
-    let mut found = std::ptr::null_mut();
-    // SAFETY: the entry, the buffer of the length given and the result outlive the call.
-    let error = unsafe {
-        libc::getpwuid_r(libc::geteuid(), &raw mut entry, buffer.as_mut_ptr(), buffer.len(), &raw mut found)
-    };
-    if error != 0 || found.is_null() || entry.pw_dir.is_null() {
-        return None;
-    }
-    // SAFETY: a string within `buffer`, which is still there.
-    let home = unsafe { std::ffi::CStr::from_ptr(entry.pw_dir) }.to_bytes().to_vec();
-    Some(OsString::from_vec(home)).filter(|home| !home.is_empty())
 }
 
 /// What a `-o` list holds: settings, and the path of a configuration file.
@@ -280,7 +262,9 @@ pub fn mount_list(lists: &[String], cwd: &Path) -> Result<MountList, ConfigError
             ("config", Some(path)) => found.config = Some(cwd.join(path)),
             ("replica", Some(replica)) => found.layer.add_replica(replica, source, cwd),
             ("replica_option", Some(option)) => found.layer.add_replica_option(option, &source)?,
-            (known, None) if keys::SWITCHES.contains(&known) => found.layer.set(known, "true", source),
+            (known, None) if keys::switches().any(|key| key == known) => {
+                found.layer.set(known, "true", source)
+            }
             (known, Some(value)) if keys::known(known).is_some() => found.layer.set(known, value, source),
             (known, None) if keys::known(known).is_some() || TAKES_VALUE.contains(&known) => {
                 return Err(ConfigError::Value {

@@ -114,8 +114,6 @@ pub struct MountOptions {
     pub strictatime: bool,
     /// Listing does not change the access times of directories.
     pub nodiratime: bool,
-    /// Access control lists are on; they are anyway, the word is taken because other filesystems know it.
-    pub acl: bool,
     /// Access control lists are not supported.
     pub noacl: bool,
 }
@@ -279,7 +277,6 @@ impl Config {
                 labels: merged.labels.clone(),
                 strictatime: merged.get("strictatime", false, yes_or_no)?,
                 nodiratime: merged.get("nodiratime", false, yes_or_no)?,
-                acl: merged.get("acl", false, yes_or_no)?,
                 noacl: merged.get("noacl", false, yes_or_no)?,
             },
         };

@@ -304,7 +304,8 @@ impl Backend for Control {
     fn metrics(&self) -> BoxFuture<'_, String> {
         async {
             let scrubs = self.0.core.reconciler.as_ref().map(|r| r.status()).unwrap_or_default();
-            metrics(&self.status_now()) + &scrub_metrics(&scrubs) + &op_metrics(&trace::figures())
+            let status = self.status_now();
+            metrics(&status) + &scrub_metrics(&scrubs) + &op_metrics(&status.ops)
         }
         .boxed()
     }

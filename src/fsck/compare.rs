@@ -7,12 +7,9 @@ use std::collections::HashSet;
 use bytes::Bytes;
 
 use super::types::Place;
-use super::{Source, Stop, number_of};
+use super::{Rows, Source, Stop, number_of};
 use crate::format::tables::{dirty_key, split_dirent_key, table};
 use crate::ids::{BlockId, Ino};
-
-/// Rows read at a time.
-const PAGE: usize = 1024;
 
 /// A row that is not the same in both.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,31 +59,11 @@ impl Difference {
     }
 }
 
-struct Side<'a> {
-    source: &'a dyn Source,
-    next: Bytes,
-    page: std::iter::Peekable<std::vec::IntoIter<(Bytes, Bytes)>>,
-    done: bool,
-}
-
-impl<'a> Side<'a> {
-    fn new(source: &'a dyn Source) -> Self {
-        Self { source, next: Bytes::new(), page: Vec::new().into_iter().peekable(), done: false }
-    }
-
-    fn key(&mut self, cancelled: &dyn Fn() -> bool) -> Result<Option<Bytes>, Stop> {
-        while self.page.peek().is_none() && !self.done {
-            if cancelled() {
-                return Err(Stop::Cancelled);
-            }
-            let page = self.source.scan(&self.next, &[table::FIRST_LOCAL], PAGE)?;
-            match page.last() {
-                Some((last, _)) => self.next = [&last[..], &[0]].concat().into(),
-                None => self.done = true,
-            }
-            self.page = page.into_iter().peekable();
-        }
-        Ok(self.page.peek().map(|(k, _)| k.clone()))
+/// The next row, if it has this key.
+fn value_of(rows: &mut Rows<'_>, key: &Bytes) -> Result<Option<Bytes>, Stop> {
+    match rows.peek()? {
+        Some((next, _)) if next == key => Ok(rows.next()?.map(|(_, value)| value)),
+        _ => Ok(None),
     }
 }
 
@@ -98,15 +75,17 @@ pub fn compare(
     cancelled: &dyn Fn() -> bool,
     differs: &mut dyn FnMut(Difference),
 ) -> Result<(), Stop> {
-    let (mut here, mut there) = (Side::new(local), Side::new(replica));
+    let replicated =
+        |source| Rows::new(source, cancelled, Bytes::new(), Bytes::from_static(&[table::FIRST_LOCAL]));
+    let (mut here, mut there) = (replicated(local), replicated(replica));
     loop {
-        let key = match (here.key(cancelled)?, there.key(cancelled)?) {
+        let key = match (here.peek()?, there.peek()?) {
             (None, None) => return Ok(()),
-            (Some(a), Some(b)) => a.min(b),
-            (Some(k), None) | (None, Some(k)) => k,
+            (Some((a, _)), Some((b, _))) => a.min(b).clone(),
+            (Some((k, _)), None) | (None, Some((k, _))) => k.clone(),
         };
-        let ours = here.page.next_if(|(k, _)| *k == key).map(|(_, v)| v);
-        let theirs = there.page.next_if(|(k, _)| *k == key).map(|(_, v)| v);
+        let ours = value_of(&mut here, &key)?;
+        let theirs = value_of(&mut there, &key)?;
         if ours == theirs || touched.contains(&key) {
             continue;
         }

@@ -118,15 +118,18 @@ impl Input<'_> {
         self.segments.is_none()
     }
 
-    fn rows(&self, table: u8) -> Rows<'_> {
+    /// All rows of a table.
+    #[must_use]
+    pub fn rows(&self, table: u8) -> Rows<'_> {
         let (start, end) = prefix_range(&[table]);
-        Rows { input: self, next: start, end, page: Vec::new().into_iter(), peeked: None, done: false }
+        Rows::new(self.source, self.cancelled, start, end)
     }
 }
 
-/// A table's rows, one after the other.
-struct Rows<'a> {
-    input: &'a Input<'a>,
+/// The rows of a range of keys, one after the other.
+pub struct Rows<'a> {
+    source: &'a dyn Source,
+    cancelled: &'a dyn Fn() -> bool,
     next: Bytes,
     end: Bytes,
     page: std::vec::IntoIter<(Bytes, Bytes)>,
@@ -134,8 +137,15 @@ struct Rows<'a> {
     done: bool,
 }
 
-impl Rows<'_> {
-    fn next(&mut self) -> Result<Option<(Bytes, Bytes)>, Stop> {
+impl<'a> Rows<'a> {
+    fn new(source: &'a dyn Source, cancelled: &'a dyn Fn() -> bool, start: Bytes, end: Bytes) -> Self {
+        let page = Vec::new().into_iter();
+        Self { source, cancelled, next: start, end, page, peeked: None, done: false }
+    }
+
+    /// The next row; `None` behind the last.
+    #[expect(clippy::should_implement_trait, reason = "it can fail, and its callers stop at the first error")]
+    pub fn next(&mut self) -> Result<Option<(Bytes, Bytes)>, Stop> {
         if let Some(row) = self.peeked.take() {
             return Ok(Some(row));
         }
@@ -146,10 +156,10 @@ impl Rows<'_> {
             if self.done {
                 return Ok(None);
             }
-            if (self.input.cancelled)() {
+            if (self.cancelled)() {
                 return Err(Stop::Cancelled);
             }
-            let page = self.input.source.scan(&self.next, &self.end, PAGE)?;
+            let page = self.source.scan(&self.next, &self.end, PAGE)?;
             match page.last() {
                 Some((last, _)) => self.next = [&last[..], &[0]].concat().into(),
                 None => self.done = true,

@@ -53,10 +53,8 @@ pub(super) struct Adapter {
     shared: Arc<Shared>,
     /// The kernel does without OPENDIR when told that there is none.
     skip_opendir: bool,
-    /// Whether lists are wanted.
+    /// Whether lists are wanted; from INIT on, whether there are any: then the kernel leaves the umask to us.
     acl: bool,
-    /// The kernel leaves the umask to us.
-    masks: bool,
     /// It was said that lists are off.
     said: AtomicBool,
 }
@@ -69,14 +67,13 @@ impl Adapter {
             shared: Arc::new(Shared::new(fs, notifier)),
             skip_opendir: false,
             acl,
-            masks: false,
             said: AtomicBool::new(false),
         }
     }
 
     /// Who makes something with this mask.
     fn maker(&self, req: &Request, umask: u32) -> Caller {
-        let umask = if self.masks { perm_of_mode(umask) & 0o777 } else { 0 };
+        let umask = if self.acl { perm_of_mode(umask) & 0o777 } else { 0 };
         Caller { umask, ..caller(req) }
     }
 
@@ -92,7 +89,7 @@ impl Adapter {
         if !self.acl && is_acl(name.as_bytes()) {
             // Said once: `ls -l` asks for each file.
             if set && !self.said.swap(true, Ordering::Relaxed) {
-                log::info!("access control lists are off in this mount; -o acl turns them on");
+                log::info!("access control lists are off in this mount; mounted without noacl they are on");
             }
             return Err(Errno::EOPNOTSUPP);
         }
@@ -116,7 +113,6 @@ impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let there = config.capabilities();
         self.acl &= there.contains(offer::LISTS);
-        self.masks = self.acl;
         let wanted = if self.acl { offer::WANTED | offer::LISTS } else { offer::WANTED };
         if config.add_capabilities(wanted & there).is_err() {
             log::debug!("the kernel offers {there:?} and takes less");

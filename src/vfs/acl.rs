@@ -178,11 +178,7 @@ impl Vfs {
                 (FileKind::Directory, _) | (_, true) => {}
                 _ => return Err(VfsError::AccessDenied),
             }
-            match (mode, tx.get(&key)?.is_some()) {
-                (XattrMode::Create | XattrMode::Both, true) => return Err(VfsError::Exists),
-                (XattrMode::Replace | XattrMode::Both, false) => return Err(VfsError::NoAttribute),
-                _ => {}
-            }
+            mode.check(tx.get(&key)?.is_some())?;
             inode.ctime = now;
             if access {
                 inode.perm = (inode.perm & !0o777) | acl.mode();

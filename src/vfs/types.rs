@@ -143,6 +143,17 @@ pub enum XattrMode {
     Both,
 }
 
+impl XattrMode {
+    /// Refuses, when an attribute of that name `exists` or does not.
+    pub fn check(self, exists: bool) -> Result<(), VfsError> {
+        match (self, exists) {
+            (Self::Create | Self::Both, true) => Err(VfsError::Exists),
+            (Self::Replace | Self::Both, false) => Err(VfsError::NoAttribute),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// One directory entry.
 #[derive(Clone, Copy, Debug)]
 pub struct DirItem<'a> {

@@ -36,12 +36,7 @@ impl Vfs {
         let now = self.now();
         let key = xattr_key(ino, name);
         self.modify(ino, |tx, inode| {
-            let there = tx.get(&key)?;
-            match mode {
-                XattrMode::Create | XattrMode::Both if there.is_some() => return Err(VfsError::Exists),
-                XattrMode::Replace | XattrMode::Both if there.is_none() => return Err(VfsError::NoAttribute),
-                _ => {}
-            }
+            mode.check(tx.get(&key)?.is_some())?;
             inode.ctime = now;
             tx.put(key.clone(), Bytes::copy_from_slice(value));
             Ok(())

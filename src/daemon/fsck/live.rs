@@ -34,14 +34,13 @@ pub(in crate::daemon) fn check(
          are checked when it is not mounted",
         snapshot.lsn()
     ));
-    let ask = || cancelled();
     let input = Input {
         source: &snapshot,
         block_size: core.volume.block_size,
         segments: None,
         slots_len: None,
         last_lsn: Some(snapshot.lsn()),
-        cancelled: &ask,
+        cancelled,
     };
     let checked = fsck::check(&input, request.limit)?;
     reporter.totals(checked.totals);
@@ -55,17 +54,11 @@ pub(in crate::daemon) fn check(
     let mark = mark.and_then(|v| SealedMark::decode(&v).ok()).unwrap_or_default();
     let touched = replica::touched(&core.journal, mark.lsn, core.journal.last_lsn());
     let claims = core.claims();
-    let ground = Ground { input: &input, volume: &core.volume, claims: &claims, mark, touched };
+    let segments = replica::segments(&input)?;
+    let ground = Ground { input: &input, volume: &core.volume, claims: &claims, mark, segments, touched };
     let args = FsckArgs { repair: false, deep: request.deep, limit: request.limit, replicas: &[], cancelled };
     for replica in chosen {
-        let checked =
-            core.handle().block_on(replica::check(replica.store(), Some(&ground), &args, &mut reporter));
-        if let Err(e) = checked {
-            if cancelled() {
-                return Err(e);
-            }
-            reporter.fail(e.to_string());
-        }
+        core.handle().block_on(replica::check(replica.store(), Some(&ground), &args, &mut reporter))?;
     }
     Ok(reporter.finish())
 }

@@ -6,31 +6,25 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
+use bytes::Bytes;
+
 use crate::daemon::members::Members;
 use crate::daemon::state::StateDir;
 use crate::format::codec::FormatError;
 use crate::format::local::{CachedValue, SegmentValue};
 use crate::format::names::ObjectName;
 use crate::format::segment::verify_whole;
-use crate::format::tables::{number_of_key, prefix_range, table};
+use crate::format::tables::{number_of_key, table};
 use crate::fsck::{Findings, Fix, Input, Kind, Stop};
 use crate::ids::{BlockHash, SegmentNo};
 
-/// Rows read at a time.
-const PAGE: usize = 1024;
-
 /// Calls `f` for each row of a table.
-fn each(input: &Input<'_>, table: u8, mut f: impl FnMut(&bytes::Bytes, &[u8])) -> Result<(), Stop> {
-    let (mut start, end) = prefix_range(&[table]);
-    loop {
-        if (input.cancelled)() {
-            return Err(Stop::Cancelled);
-        }
-        let page = input.source.scan(&start, &end, PAGE)?;
-        let Some((last, _)) = page.last() else { return Ok(()) };
-        start = [&last[..], &[0]].concat().into();
-        page.iter().for_each(|(key, value)| f(key, value));
+fn each(input: &Input<'_>, table: u8, mut f: impl FnMut(&Bytes, &[u8])) -> Result<(), Stop> {
+    let mut rows = input.rows(table);
+    while let Some((key, value)) = rows.next()? {
+        f(&key, &value);
     }
+    Ok(())
 }
 
 /// Checks the state folder's files against the tables. With `deep` content is read and verified. Answers what is to be said

@@ -19,7 +19,7 @@ use crate::exit::Exit;
 use crate::format::record::Op;
 use crate::fsck::{self, Findings, Input, Kind, Names, Report, Reporter, Stop};
 use crate::journal::{self, Journal, JournalError};
-use crate::replica::{ReplicaSpec, Store};
+use crate::replica::ReplicaSpec;
 
 use replica::Ground;
 
@@ -204,12 +204,7 @@ pub fn fsck_replicas(args: &FsckArgs<'_>) -> Result<Report, Error> {
     for spec in args.replicas {
         let store =
             spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))?;
-        if let Err(e) = runtime.block_on(replica::check(&store, None, args, &mut reporter)) {
-            if (args.cancelled)() {
-                return Err(e);
-            }
-            reporter.fail(e.to_string());
-        }
+        runtime.block_on(replica::check(&store, None, args, &mut reporter))?;
     }
     // A request that hangs is not waited for.
     runtime.shutdown_background();
@@ -240,14 +235,13 @@ impl Work<'_> {
             return Err(e.into());
         }
         let slots = fs::metadata(self.state.slots()).map(|m| m.len());
-        let cancelled = || (self.args.cancelled)();
         let input = Input {
             source: &**self.journal,
             block_size: self.local.volume.block_size,
             segments: None,
             slots_len: Some(slots.unwrap_or(0)),
             last_lsn: Some(self.journal.last_lsn()),
-            cancelled: &cancelled,
+            cancelled: self.args.cancelled,
         };
         let mut first = None;
         for _ in 0..ROUNDS {
@@ -312,7 +306,9 @@ impl Work<'_> {
         let runtime = super::runtime()?;
         let mark = sealed_mark(self.journal)?;
         let touched = replica::touched(self.journal, mark.lsn, self.journal.last_lsn());
-        let ground = Ground { input, volume: &self.local.volume, claims: &self.local.claims, mark, touched };
+        let segments = replica::segments(input)?;
+        let ground =
+            Ground { input, volume: &self.local.volume, claims: &self.local.claims, mark, segments, touched };
         for spec in self.args.replicas {
             let store = match spec.store() {
                 Ok(store) => store,
@@ -321,26 +317,11 @@ impl Work<'_> {
                     continue;
                 }
             };
-            runtime.block_on(self.replica(&store, &ground, reporter))?;
+            runtime.block_on(replica::check(&store, Some(&ground), self.args, reporter))?;
         }
         // A request that hangs is not waited for.
         runtime.shutdown_background();
         Ok(())
-    }
-
-    async fn replica(
-        &self,
-        store: &Store,
-        ground: &Ground<'_>,
-        reporter: &mut Reporter,
-    ) -> Result<(), Error> {
-        match replica::check(store, Some(ground), self.args, reporter).await {
-            Err(e) if !(self.args.cancelled)() => {
-                reporter.fail(e.to_string());
-                Ok(())
-            }
-            other => other,
-        }
     }
 }
 

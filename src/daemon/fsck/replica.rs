@@ -37,6 +37,8 @@ pub(in crate::daemon) struct Ground<'a> {
     pub volume: &'a Volume,
     pub claims: &'a [Claim],
     pub mark: SealedMark,
+    /// All that the tables know.
+    pub segments: BTreeMap<SegmentNo, SegmentValue>,
     /// Replicated keys that were changed since the mark; `None` when that is not known any more.
     pub touched: Option<HashSet<Bytes>>,
 }
@@ -50,8 +52,24 @@ pub(in crate::daemon) fn touched(journal: &Journal, after: Lsn, upto: Lsn) -> Op
     Some(keys)
 }
 
-/// Checks one replica. An error says why it could not be looked at.
+/// Checks one replica. One that cannot be looked at is reported as such; an error is only that the check was cancelled.
 pub(in crate::daemon) async fn check(
+    store: &Store,
+    ground: Option<&Ground<'_>>,
+    args: &FsckArgs<'_>,
+    reporter: &mut Reporter,
+) -> Result<(), Error> {
+    match examine(store, ground, args, reporter).await {
+        Err(e) if !(args.cancelled)() => {
+            reporter.fail(e.to_string());
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// An error says why it could not be looked at.
+async fn examine(
     store: &Store,
     ground: Option<&Ground<'_>>,
     args: &FsckArgs<'_>,
@@ -92,8 +110,9 @@ pub(in crate::daemon) async fn check(
     drop(tables);
     if args.deep {
         let claims = ground.map_or_else(|| plan.claims.values().cloned().collect(), |g| g.claims.to_vec());
-        let hashes = ground.map_or_else(|| Ok(BTreeMap::new()), |g| segments(g.input))?;
-        deep(store, &plan, Identity { volume: plan.volume.clone(), claims }, &hashes, args, &mut findings)
+        let none = BTreeMap::new();
+        let hashes = ground.map_or(&none, |g| &g.segments);
+        deep(store, &plan, Identity { volume: plan.volume.clone(), claims }, hashes, args, &mut findings)
             .await?;
     }
     reporter.left(&findings, &Names::default(), true);
@@ -122,7 +141,7 @@ fn look_at(
         segments: Some(&segments),
         slots_len: None,
         last_lsn: Some(loaded.commit_lsn),
-        cancelled: &|| (args.cancelled)(),
+        cancelled: args.cancelled,
     };
     let mut checked = fsck::check(&input, args.limit)?;
     for damage in &loaded.damaged {
@@ -167,8 +186,7 @@ fn metadata(
         return Ok(());
     };
     let mut findings = Findings::new(args.limit);
-    let cancelled = || (args.cancelled)();
-    fsck::compare(ground.input.source, tables, touched, &cancelled, &mut |differs| {
+    fsck::compare(ground.input.source, tables, touched, args.cancelled, &mut |differs| {
         findings.push(Kind::ReplicaDiffers, differs.place(), None, || {
             format!("replica {name} at segment {}: {}", loaded.last_segment, differs.text())
         });
@@ -188,19 +206,15 @@ fn metadata(
 }
 
 /// All segments that the local tables know.
-fn segments(input: &Input<'_>) -> Result<BTreeMap<SegmentNo, SegmentValue>, Stop> {
+pub(in crate::daemon) fn segments(input: &Input<'_>) -> Result<BTreeMap<SegmentNo, SegmentValue>, Stop> {
     let mut all = BTreeMap::new();
-    let (mut start, end) = prefix_range(&[table::SEGMENT]);
-    loop {
-        let page = input.source.scan(&start, &end, PAGE)?;
-        let Some((last, _)) = page.last() else { return Ok(all) };
-        start = [&last[..], &[0]].concat().into();
-        for (key, value) in &page {
-            if let (Some(number), Ok(value)) = (number_of_key(key), SegmentValue::decode(value)) {
-                all.insert(SegmentNo(number), value);
-            }
+    let mut rows = input.rows(table::SEGMENT);
+    while let Some((key, value)) = rows.next()? {
+        if let (Some(number), Ok(value)) = (number_of_key(&key), SegmentValue::decode(&value)) {
+            all.insert(SegmentNo(number), value);
         }
     }
+    Ok(all)
 }
 
 /// How far the replica is, by its name and place or, when it is called by another name now, by its place.
@@ -221,10 +235,9 @@ async fn listing(store: &Store, ground: &Ground<'_>, findings: &mut Findings) ->
     let cursor = cursor(ground.input, store)?;
     let listed = store.list("").await.map_err(|e| Error::new(Exit::Unreachable, e.to_string()))?;
     let found: BTreeMap<String, u64> = listed.into_iter().map(|o| (o.path, o.size)).collect();
-    let all = segments(ground.input)?;
     let expected = Expected {
         cursor,
-        segments: all.iter().map(|(n, v)| (*n, (v.epoch, v.len))).collect(),
+        segments: ground.segments.iter().map(|(n, v)| (*n, (v.epoch, v.len))).collect(),
         // A claim is put by the shipper of a replica that was away, before anything else.
         claims: ground.claims.iter().filter(|c| c.first_segment <= cursor).cloned().collect(),
         ..Expected::default()
