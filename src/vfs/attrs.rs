@@ -30,9 +30,10 @@ impl Vfs {
             SetAttr { atime: set.atime, mtime: set.mtime, ctime: set.ctime, ..SetAttr::default() };
         if *set == only_times {
             match self.set_times(ino, set, now) {
-                // Directories have nothing pending.
-                Err(VfsError::IsDirectory) => {}
-                done => return done,
+                // These have nothing pending.
+                Ok(None) | Err(VfsError::IsDirectory) => {}
+                Ok(Some(attr)) => return Ok(attr),
+                Err(e) => return Err(e),
             }
         }
         let (_, inode) = self.modify(ino, |tx, inode| {
@@ -45,17 +46,20 @@ impl Vfs {
         Ok(self.attr(ino, &inode))
     }
 
-    /// Sets times. They go into the journal with whatever else is pending: the kernel sends them for each file that it closes.
-    fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Attr> {
+    /// Sets times of a regular file, and answers nothing for others. They go into the journal with whatever else is pending: the kernel sends them for each file that it closes.
+    fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Option<Attr>> {
         let _gate = self.enter()?;
         self.with_cell(ino, |cell| {
             let mut state = cell.state.write();
             if state.gone {
                 return Err(VfsError::Stale);
             }
+            if state.inode.kind != FileKind::Regular {
+                return Ok(None);
+            }
             apply(&mut state.inode, set, now);
             self.mark_pending(cell, &mut state);
-            Ok(self.attr(ino, &state.inode))
+            Ok(Some(self.attr(ino, &state.inode)))
         })
     }
 
