@@ -14,6 +14,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::error::JournalError;
+use super::kept::Kept;
 use super::memtable::{Changes, View};
 use super::sled_store::SledStore;
 use super::snapshot::Snapshots;
@@ -101,6 +102,7 @@ pub(super) struct Shared {
     pub(super) poison: Mutex<Option<JournalError>>,
     pub(super) poisoned: AtomicBool,
     pub(super) closed: AtomicBool,
+    pub(super) kept: Kept,
     pub(super) count: Counters,
 }
 
@@ -117,6 +119,7 @@ impl Shared {
                 });
             }
         }
+        self.kept.forget();
         self.poisoned.store(true, SeqCst);
         self.wake_all();
     }
