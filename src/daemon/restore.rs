@@ -7,8 +7,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
-
 use super::Error;
 use crate::exit::Exit;
 use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
@@ -118,17 +116,18 @@ pub(super) fn mark_of(loaded: &Loaded) -> SealedMark {
     }
 }
 
-/// Loads the restored tables, and the local ones that go with them, into a fresh journal.
-pub(super) fn import(journal: &Journal, restored: &Restored) -> Result<(), Error> {
+/// Loads the restored tables, and the local ones that go with them, into a fresh journal; they are taken out of `restored`, so that they
+/// do not lie in memory twice.
+pub(super) fn import(journal: &Journal, restored: &mut Restored) -> Result<(), Error> {
     let mut local = local_tables(restored)?;
     local.push(Op::put(local_key(SEALED_MARK), mark_of(&restored.loaded).encode()));
     // An import is fast where keys ascend.
     local.sort_unstable_by(|a, b| a.key().cmp(b.key()));
-    let (start, end) = (Bytes::new(), Bytes::from_static(&[table::FIRST_LOCAL]));
-    let replicated = restored.tables.range(start, end).map(|(k, v)| Ok(Op::put(k.clone(), v.clone())));
-    let began = Instant::now();
+    let tables = std::mem::take(&mut restored.tables);
+    let (began, count) = (Instant::now(), tables.len());
+    let replicated = tables.into_entries().map(|(key, value)| Ok(Op::Put { key, value }));
     journal.import(restored.loaded.commit_lsn, &mut replicated.chain(local.into_iter().map(Ok)))?;
-    log::debug!("{} entries put into the local tables in {:.3?}", restored.tables.len(), began.elapsed());
+    log::debug!("{count} entries put into the local tables in {:.3?}", began.elapsed());
     Ok(())
 }
 

@@ -7,6 +7,7 @@
 //! proof's sum is changed alike. So both sums move together, and where sled had a value that is not the witnessed one the difference between
 //! them stays, also when that value was overwritten before the cursor came by.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::error::JournalError;
@@ -49,14 +50,13 @@ impl Proof {
     pub(super) fn advance(&mut self, store: &SledStore, now: &Statement) -> Result<bool, JournalError> {
         let mut last = None;
         let mut count = 0;
-        let (sum, complete) =
-            sum_up(store, &self.cursor, SledStore::TABLES_END, now.after.applied, |key| {
-                count += 1;
-                if count == PIECE {
-                    last = Some(key.to_vec());
-                }
-                count < PIECE
-            })?;
+        let (sum, complete) = sum_up(store, &self.cursor, SledStore::TABLES_END, now.after.applied, |key| {
+            count += 1;
+            if count == PIECE {
+                last = Some(key.to_vec());
+            }
+            count < PIECE
+        })?;
         self.sum.merge(sum);
         if !complete && let Some(mut key) = last {
             key.push(0);
@@ -75,8 +75,8 @@ pub(super) fn all_at_once(store: &SledStore, witness: &Statement) -> Result<(), 
     let next = AtomicUsize::new(0);
     let work = || -> Result<Sum, JournalError> {
         let mut sum = Sum::default();
-        while let Some((start, end)) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let part = sum_up(store, start, end, newest, |_| true);
+        while let Some(range) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let part = sum_up(store, &range.start, &range.end, newest, |_| true);
             if part.is_err() {
                 // The others need not go on.
                 next.store(ranges.len(), Ordering::Relaxed);
@@ -137,7 +137,7 @@ fn compare(store: &SledStore, found: Point, witness: &Statement) -> Result<(), J
 }
 
 /// Ranges that hold all keys, each once, and are of about one size where the bytes behind the first one are spread evenly.
-fn ranges(store: &SledStore) -> Result<Vec<(Vec<u8>, Vec<u8>)>, JournalError> {
+fn ranges(store: &SledStore) -> Result<Vec<Range<Vec<u8>>>, JournalError> {
     // The eight bytes behind the first, as far as there are any.
     let number = |key: &[u8]| {
         let mut bytes = [0; 8];
@@ -166,5 +166,5 @@ fn ranges(store: &SledStore) -> Result<Vec<(Vec<u8>, Vec<u8>)>, JournalError> {
     }
     bounds.push(SledStore::TABLES_END.to_vec());
     bounds.dedup();
-    Ok(bounds.windows(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect())
+    Ok(bounds.windows(2).map(|pair| pair[0].clone()..pair[1].clone()).collect())
 }

@@ -12,9 +12,9 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::applier;
-use super::kept::Kept;
 use super::disk::{Disk, occupied};
 use super::error::JournalError;
+use super::kept::Kept;
 use super::memtable::{MemTable, View};
 use super::proof;
 use super::shared::{Pending, Shared, Wishes};

@@ -170,7 +170,11 @@ impl SledStore {
     }
 
     fn unwrap_value(&self, key: &[u8], stored: &[u8]) -> Result<Stored, JournalError> {
-        self.parts(key, stored).map(|(lsn, crc, value)| Stored { lsn, crc, value: Bytes::copy_from_slice(value) })
+        self.parts(key, stored).map(|(lsn, crc, value)| Stored {
+            lsn,
+            crc,
+            value: Bytes::copy_from_slice(value),
+        })
     }
 
     /// The value of a key, verified.

@@ -261,7 +261,11 @@ fn a_proof_goes_on_while_rounds_are_applied() {
                 j.transact::<_, JournalError>(|tx| {
                     for _ in 0..4 {
                         let key = rng.random_range(0..400u32).to_be_bytes().to_vec();
-                        if rng.random_bool(0.3) { tx.delete(key) } else { tx.put(key, n.to_le_bytes().to_vec()) }
+                        if rng.random_bool(0.3) {
+                            tx.delete(key)
+                        } else {
+                            tx.put(key, n.to_le_bytes().to_vec())
+                        }
                     }
                     Ok(())
                 })
