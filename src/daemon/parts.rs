@@ -137,10 +137,11 @@ pub(super) async fn open(
                 Decision::GoOn { .. } | Decision::Create => Vec::new(),
             };
             set_aside(state, &mut notes)?;
-            let (local, restored) = take_over(config, state, seen, &without, takeover, &mut notes).await?;
+            let (local, mut restored) =
+                take_over(config, state, seen, &without, takeover, &mut notes).await?;
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
-            restore::import(&journal, &restored)?;
+            restore::import(&journal, &mut restored)?;
             save_cursors(&journal, &holders(seen), &restored.cursors)?;
             complete(state, &local)?;
             (local, journal)

@@ -89,7 +89,7 @@ pub(super) async fn rebuild(
         Ok(store) => sources.push(store),
         Err(e) => log::warn!("staged segments cannot be used for the rebuild: {e}"),
     }
-    let restored = restore::fetch(&sources, |_, _| Ok(())).await?;
+    let mut restored = restore::fetch(&sources, |_, _| Ok(())).await?;
     describe(&restored, notes);
 
     let name = match &local.rebuild {
@@ -132,7 +132,7 @@ pub(super) async fn rebuild(
         ));
     }
     let (journal, _) = open_with_ballast(state, slots)?;
-    restore::import(&journal, &restored)?;
+    restore::import(&journal, &mut restored)?;
     let applied = restore::reapply(&journal, salvaged.records, after)?;
     local.rebuild = None;
     state.write(local)?;

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use super::disk::free_space;
 use super::error::JournalError;
 use super::memtable::MemTable;
+use super::proof::Proof;
 use super::shared::{LOOK_AGAIN, Shared};
 use super::sled_store::{Change, SledStore, checksum};
-use super::witness::{Point, State, Statement};
+use super::witness::{Point, State, Statement, Sum};
 use crate::ids::Lsn;
 
 /// A table too small to be frozen at commit is applied after this long.
@@ -21,6 +22,8 @@ const FREEZE_AGE: Duration = Duration::from_secs(2);
 /// sled must never meet a full disk (it would neither write nor open any more): before a round this much is laid aside for its
 /// file, and four times what the round brings.
 const HEADROOM: u64 = 16 << 20;
+/// How long closing waits for a proof under way: a journal that is open only for moments each time must be proved, too.
+const PROVE_AT_END: Duration = Duration::from_secs(5);
 /// Free disk at which sled is opened anew after it has met a full one all the same.
 const REOPEN: u64 = 64 << 20;
 /// How long readers of sled are waited for then.
@@ -35,43 +38,41 @@ pub(super) fn run(shared: &Arc<Shared>) {
 }
 
 fn serve(s: &Shared) {
+    // The proof under way, and the request that it answers.
+    let mut proving: Option<(Proof, u64)> = None;
+    let mut stopping: Option<Instant> = None;
     loop {
         let (stop, verify, cut) = {
             let mut w = s.wishes.lock();
-            if !w.stop && w.verify == w.verified && !w.cut && !due(s) {
+            if !w.stop && proving.is_none() && w.verify == w.verified && !w.cut && !due(s) {
                 s.wished.wait_for(&mut w, LOOK_AGAIN);
             }
-            (w.stop, w.verify > w.verified, std::mem::take(&mut w.cut))
+            (w.stop, (w.verify > w.verified).then_some(w.verify), std::mem::take(&mut w.cut))
         };
         if s.poisoned.load(SeqCst) {
             return;
         }
+        if stop && stopping.get_or_insert_with(Instant::now).elapsed() > PROVE_AT_END {
+            proving = None;
+        } else if let (None, Some(asked)) = (&proving, verify) {
+            proving = Some((Proof::new(), asked));
+        }
         let done = (|| {
-            if verify {
-                let outcome = usable(s).and_then(|store| {
-                    let now = s.witness.lock().now;
-                    // In the middle of a round that waits for space nothing can be said.
-                    if now.after.applied.0 > s.applied.load(SeqCst) {
-                        return Err(JournalError::Full { path: s.dir.clone() });
-                    }
-                    prove(&store, &now)
-                });
-                let mut w = s.wishes.lock();
-                w.verified = w.verify;
-                w.outcome = outcome.as_ref().err().cloned();
-                s.wished.notify_all();
-                drop(w);
-                outcome?;
-            }
             if cut {
                 trim(s)?;
             }
-            if due(s) || stop && s.mem_holds() { round(s) } else { Ok(()) }
+            let applied = if due(s) || stop && s.mem_holds() && proving.is_none() {
+                round(s, proving.as_mut().map(|(proof, _)| proof))
+            } else {
+                Ok(())
+            };
+            // Also when there is no space for a round: whoever waits for the proof is told.
+            applied.and(prove_on(s, &mut proving))
         })();
         match done {
             Ok(()) => {
                 s.applier_full.store(false, SeqCst);
-                if stop && !s.mem_holds() {
+                if stop && !s.mem_holds() && proving.is_none() {
                     return;
                 }
             }
@@ -93,6 +94,34 @@ fn serve(s: &Shared) {
             }
         }
     }
+}
+
+/// A piece of the proof under way; at its end whoever asked for it is told.
+fn prove_on(s: &Shared, proving: &mut Option<(Proof, u64)>) -> Result<(), JournalError> {
+    let Some((proof, asked)) = proving else { return Ok(()) };
+    let advanced = usable(s).and_then(|store| {
+        let now = s.witness.lock().now;
+        // In the middle of a round that waits for space nothing can be said.
+        if now.after.applied.0 > s.applied.load(SeqCst) {
+            return Err(JournalError::Full { path: s.dir.clone() });
+        }
+        proof.advance(&store, &now)
+    });
+    s.count.progress.fetch_add(1, SeqCst);
+    if matches!(advanced, Ok(false)) {
+        return Ok(());
+    }
+    {
+        let mut w = s.wishes.lock();
+        w.verified = w.verified.max(*asked);
+        w.outcome = advanced.as_ref().err().cloned();
+        s.wished.notify_all();
+    }
+    // For want of space it only waits, though nobody waits for it.
+    if !matches!(advanced, Err(JournalError::Full { .. })) {
+        *proving = None;
+    }
+    advanced.map(|_| ())
 }
 
 impl Shared {
@@ -140,7 +169,8 @@ fn usable(s: &Shared) -> Result<Arc<SledStore>, JournalError> {
 }
 
 /// Applies the oldest frozen table, or else the active one.
-pub(super) fn round(s: &Shared) -> Result<(), JournalError> {
+/// `proof` is the one under way, which must hear of it.
+pub(super) fn round(s: &Shared, mut proof: Option<&mut Proof>) -> Result<(), JournalError> {
     let Some(table) = s.view.write().begin() else { return Ok(()) };
     s.barrier(table.last)?;
     let store = usable(s)?;
@@ -158,10 +188,15 @@ pub(super) fn round(s: &Shared) -> Result<(), JournalError> {
         witness.now
     } else {
         let before = witness.now.after;
-        let after = Point { applied: table.last, sum: expected_sum(&store, before, &table)? };
+        let (change, covered) = changes_of(&store, before, &table, proof.as_deref())?;
+        let mut after = Point { applied: table.last, sum: before.sum };
+        after.sum.merge(change);
         let tail_seq = s.tail.newest_seq();
         let announced = Statement { state: State::Open, before, after, tail_seq, last: table.last };
         witness.say(announced)?;
+        if let Some(proof) = &mut proof {
+            proof.follow(covered);
+        }
         announced
     };
     apply(&store, &table, || {
@@ -189,14 +224,17 @@ pub(super) fn apply(
     store.apply(changes, Some(table.last), step_done)
 }
 
-/// The sum after a table will have been applied. Reads, and so verifies, every value that will be replaced.
-fn expected_sum(
+/// By how much the sum over sled's keys changes when a table is applied, and how much of that is of keys that `proof` covers. Reads, and
+/// so verifies, every value that will be replaced.
+fn changes_of(
     store: &SledStore,
     before: Point,
     table: &MemTable,
-) -> Result<super::witness::Sum, JournalError> {
-    let mut sum = before.sum;
+    proof: Option<&Proof>,
+) -> Result<(Sum, Sum), JournalError> {
+    let (mut all, mut covered) = (Sum::default(), Sum::default());
     for (key, lsn, value) in table.iter() {
+        let mut change = Sum::default();
         if let Some(old) = store.get(key)? {
             if old.lsn > before.applied {
                 return Err(JournalError::Damaged(format!(
@@ -206,29 +244,17 @@ fn expected_sum(
                     before.applied
                 )));
             }
-            sum.sub(key, old.lsn, old.crc);
+            change.sub(key, old.lsn, old.crc);
         }
         if let Some(value) = value {
-            sum.add(key, lsn, checksum(key, lsn, value));
+            change.add(key, lsn, checksum(key, lsn, value));
+        }
+        all.merge(change);
+        if proof.is_some_and(|proof| proof.covers(key)) {
+            covered.merge(change);
         }
     }
-    Ok(sum)
-}
-
-/// Fails unless sled holds exactly what the witness says it holds after its last round.
-pub(super) fn prove(store: &SledStore, witness: &Statement) -> Result<(), JournalError> {
-    let found = store.survey(witness.after.applied)?;
-    if found == witness.after {
-        return Ok(());
-    }
-    Err(JournalError::Damaged(format!(
-        "sled in {} is at record {} with sum {:032x}, but the witness says {} with {:032x}",
-        store.dir().display(),
-        found.applied,
-        found.sum.0,
-        witness.after.applied,
-        witness.after.sum.0
-    )))
+    Ok((all, covered))
 }
 
 /// Cuts the tail behind what is both applied and released.

@@ -22,7 +22,10 @@ mod applier;
 mod disk;
 mod error;
 mod flusher;
+mod import;
+mod kept;
 mod memtable;
+mod proof;
 mod replay;
 mod shared;
 mod sled_store;
@@ -55,8 +58,7 @@ use crate::trace::{self, Stage};
 use disk::Disk;
 use memtable::Changes;
 use shared::Shared;
-use sled_store::Change;
-use witness::{Point, State, Statement, Sum};
+use witness::{Point, State, Statement};
 
 /// The longest key, in bytes.
 pub const MAX_KEY: usize = 4 << 10;
@@ -75,12 +77,21 @@ pub struct Options {
     pub memtable_limit: usize,
     /// Length of a tail file in bytes.
     pub tail_file_size: u64,
+    /// When sled occupies less than this, in bytes, all of it is proved against the witness before it is used. A larger one is proved in
+    /// the background, if it must be as it was written: after a clean close, and while the kernel has kept its files.
+    pub prove_at_once: u64,
 }
 
 impl Options {
-    /// The defaults: 32 MiB of memtable, tail files of 16 MiB.
+    /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once.
     pub fn new(dir: impl Into<PathBuf>, data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>) -> Self {
-        Self { dir: dir.into(), data_sync, memtable_limit: 32 << 20, tail_file_size: 16 << 20 }
+        Self {
+            dir: dir.into(),
+            data_sync,
+            memtable_limit: 32 << 20,
+            tail_file_size: 16 << 20,
+            prove_at_once: 64 << 20,
+        }
     }
 }
 
@@ -276,7 +287,7 @@ impl Journal {
             return Err(JournalError::NotFresh { last });
         }
         witness.say(Statement::at(State::Importing, Point::default(), 0))?;
-        let done = load(&store, lsn, ops).and_then(|sum| {
+        let done = import::load(&store, lsn, ops).and_then(|sum| {
             let point = Point { applied: lsn, sum };
             witness.say(Statement::at(State::Open, point, 0))
         });
@@ -402,46 +413,6 @@ impl Drop for Journal {
             log::warn!("closing the journal in {}: {e}", self.shared.dir.display());
         }
     }
-}
-
-/// Steps of an import; values all carry its LSN.
-fn load(
-    store: &sled_store::SledStore,
-    lsn: Lsn,
-    ops: &mut dyn Iterator<Item = Result<Op, JournalError>>,
-) -> Result<Sum, JournalError> {
-    const CHUNK: usize = 1 << 20;
-    let mut sum = Sum::default();
-    let mut end = false;
-    while !end {
-        // A later change of a key within the chunk replaces the earlier one.
-        let mut chunk = Changes::new();
-        let mut bytes = 0;
-        while bytes < CHUNK {
-            let Some(op) = ops.next().transpose()? else {
-                end = true;
-                break;
-            };
-            bytes += op.payload();
-            let (key, value) = match op {
-                Op::Put { key, value } => (key, Some(value)),
-                Op::Delete { key } => (key, None),
-            };
-            tx::check(&key, value.as_ref())?;
-            chunk.insert(key, value);
-        }
-        for (key, value) in &chunk {
-            if let Some(old) = store.get(key)? {
-                sum.sub(key, old.lsn, old.crc);
-            }
-            if let Some(value) = value {
-                sum.add(key, lsn, sled_store::checksum(key, lsn, value));
-            }
-        }
-        let changes = chunk.iter().map(|(key, value)| Change { key, lsn, value: value.as_deref() });
-        store.apply(changes, end.then_some(lsn), || {})?;
-    }
-    Ok(sum)
 }
 
 /// Moves a journal that cannot be opened aside, whole (database, tail and witness), into `dir/quarantine-{label}`

@@ -15,7 +15,9 @@ use super::applier;
 use super::disk::{Disk, occupied};
 use super::error::JournalError;
 use super::flusher::Flush;
+use super::kept::Kept;
 use super::memtable::{MemTable, View};
+use super::proof;
 use super::shared::{Pending, Shared, Wishes};
 use super::sled_store::SledStore;
 use super::tail::{self, Found};
@@ -25,8 +27,6 @@ use super::{Opened, Options};
 use crate::format::record::Record;
 use crate::ids::Lsn;
 
-/// After a clean close sled is proved against the witness at once when it is smaller than this, else in the background.
-const PROVE_AT_ONCE: u64 = 64 << 20;
 /// During replay a table of this size is applied before reading on.
 const ROUND_BYTES: usize = 8 << 20;
 
@@ -44,6 +44,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
     if !fresh && !db.join("db").exists() {
         return Err(JournalError::Damaged(format!("sled's files in {} are gone", db.display())));
     }
+    let kept = Kept::look(&dir, &db.join("db"));
     let store = SledStore::open(&db)?;
     let tail = Arc::new(TailSet::open(&disk, &dir.join("tail"), options.tail_file_size)?);
     if fresh {
@@ -69,9 +70,10 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         )));
     }
     let redo = (applied != said.after.applied).then_some(said.after.applied);
-    let small = occupied(&db) < PROVE_AT_ONCE;
-    if redo.is_none() && !fresh && (!clean || small) {
-        applier::prove(&store, &said)?;
+    let small = occupied(&db) < options.prove_at_once;
+    let later = !small && !fresh && (clean || kept.is_so());
+    if redo.is_none() && !fresh && !later {
+        proof::all_at_once(&store, &said)?;
     }
 
     let writer = Writer::new(tail.clone(), witness.now.tail_seq);
@@ -94,17 +96,18 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         tail,
         store: RwLock::new(Some(Arc::new(store))),
         witness: Mutex::new(witness),
-        wishes: Mutex::new(Wishes { verify: u64::from(clean && !small), ..Wishes::default() }),
+        wishes: Mutex::new(Wishes { verify: u64::from(later), ..Wishes::default() }),
         wished: Condvar::new(),
         room: Mutex::new(()),
         room_made: Condvar::new(),
         applier_full: AtomicBool::new(false),
         poison: Mutex::new(None),
         poisoned: AtomicBool::new(false),
+        kept: kept.clone(),
         closed: AtomicBool::new(false),
         count: Default::default(),
     });
-    let mut replay = Replay { s: &shared, applied, redo, replayed: 0 };
+    let mut replay = Replay { s: &shared, applied, redo, prove: !later, replayed: 0 };
     replay.run()?;
     let replayed = replay.replayed;
     let last = Lsn(shared.last.load(SeqCst));
@@ -115,6 +118,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
             said.last
         )));
     }
+    kept.note();
     if said.state == State::Clean {
         // From here on a crash is a crash.
         let mut w = shared.witness.lock();
@@ -160,6 +164,8 @@ struct Replay<'a> {
     applied: Lsn,
     /// An interrupted round that must be finished with exactly the records up to this one.
     redo: Option<Lsn>,
+    /// Prove at once what the interrupted round gave.
+    prove: bool,
     replayed: u64,
 }
 
@@ -251,11 +257,13 @@ impl Replay<'_> {
             s.mem.store(0, SeqCst);
             let store = s.store()?;
             applier::apply(&store, &table, || {})?;
-            applier::prove(&store, &s.witness.lock().now)?;
+            if self.prove {
+                proof::all_at_once(&store, &s.witness.lock().now)?;
+            }
             s.applied.store(lsn.0, SeqCst);
             self.redo = None;
         } else if self.redo.is_none() && size > ROUND_BYTES {
-            applier::round(s)?;
+            applier::round(s, None)?;
         }
         Ok(())
     }

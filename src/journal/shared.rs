@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::error::JournalError;
 use super::flusher::{self, Flush};
+use super::kept::Kept;
 use super::memtable::{Changes, View};
 use super::sled_store::SledStore;
 use super::snapshot::Snapshots;
@@ -104,6 +105,7 @@ pub(super) struct Shared {
     pub(super) poison: Mutex<Option<JournalError>>,
     pub(super) poisoned: AtomicBool,
     pub(super) closed: AtomicBool,
+    pub(super) kept: Kept,
     pub(super) count: Counters,
 }
 
@@ -120,6 +122,7 @@ impl Shared {
                 });
             }
         }
+        self.kept.forget();
         self.poisoned.store(true, SeqCst);
         self.wake_all();
     }

@@ -23,7 +23,6 @@ use bytes::Bytes;
 
 use super::disk::free_space;
 use super::error::{JournalError, is_full};
-use super::witness::{Point, Sum};
 use crate::ids::Lsn;
 use crate::trace::{self, Stage};
 
@@ -33,6 +32,8 @@ const STEP_BYTES: usize = 256 << 10;
 const STEP_CHANGES: usize = 2_000;
 /// By how much sled's file may grow in one step, generously.
 const STEP_ROOM: u64 = 8 << 20;
+/// By how much of its payload sled's file may grow in an import, generously.
+const LOAD_GROWTH: u64 = 12;
 /// What sled's other files (its snapshots) may take; it is not laid aside.
 const BESIDE: u64 = 2 << 20;
 const SEGMENT: usize = 4 << 20;
@@ -40,8 +41,6 @@ const CACHE: u64 = 48 << 20;
 const WRAP: usize = 12;
 /// Outside every table: tables are below it.
 const APPLIED: &[u8] = b"\xffapplied";
-/// End of the range of table keys.
-const TABLES_END: &[u8] = b"\xff";
 
 /// A value as sled holds it.
 #[derive(Debug)]
@@ -93,6 +92,9 @@ fn wrap(key: &[u8], lsn: Lsn, value: &[u8]) -> Vec<u8> {
 }
 
 impl SledStore {
+    /// End of the range of table keys.
+    pub(super) const TABLES_END: &[u8] = b"\xff";
+
     /// Opens or creates the database in `dir`; every file and directory is synced afterwards.
     pub(super) fn open(dir: &Path) -> Result<Self, JournalError> {
         remove_leftovers(dir)?;
@@ -156,17 +158,23 @@ impl SledStore {
         }
     }
 
-    fn unwrap_value(&self, key: &[u8], stored: &[u8]) -> Result<Stored, JournalError> {
+    /// LSN, checksum and payload of what sled holds, verified.
+    fn parts<'a>(&self, key: &[u8], stored: &'a [u8]) -> Result<(Lsn, u32, &'a [u8]), JournalError> {
         let parts = stored.split_first_chunk::<4>().and_then(|(crc, rest)| {
             let (lsn, value) = rest.split_first_chunk::<8>()?;
-            Some((u32::from_le_bytes(*crc), Lsn(u64::from_le_bytes(*lsn)), value))
+            Some((Lsn(u64::from_le_bytes(*lsn)), u32::from_le_bytes(*crc), value))
         });
-        match parts {
-            Some((crc, lsn, value)) if checksum(key, lsn, value) == crc => {
-                Ok(Stored { lsn, crc, value: Bytes::copy_from_slice(value) })
-            }
-            _ => Err(damaged(&self.dir, "read", &format!("wrong checksum of the value of key {}", hex(key)))),
-        }
+        parts.filter(|(lsn, crc, value)| checksum(key, *lsn, value) == *crc).ok_or_else(|| {
+            damaged(&self.dir, "read", &format!("wrong checksum of the value of key {}", hex(key)))
+        })
+    }
+
+    fn unwrap_value(&self, key: &[u8], stored: &[u8]) -> Result<Stored, JournalError> {
+        self.parts(key, stored).map(|(lsn, crc, value)| Stored {
+            lsn,
+            crc,
+            value: Bytes::copy_from_slice(value),
+        })
     }
 
     /// The value of a key, verified.
@@ -190,7 +198,7 @@ impl SledStore {
         backwards: bool,
         mut each: impl FnMut(Bytes, Stored) -> bool,
     ) -> Result<(), JournalError> {
-        let end = end.min(TABLES_END);
+        let end = end.min(Self::TABLES_END);
         if start >= end {
             return Ok(());
         }
@@ -242,6 +250,21 @@ impl SledStore {
         Ok(())
     }
 
+    /// Lays space aside for [`SledStore::load`]s of `bytes` altogether.
+    pub(super) fn make_room_for_load(&self, bytes: usize) -> Result<(), JournalError> {
+        self.reserve(STEP_ROOM + LOAD_GROWTH * bytes as u64)
+    }
+
+    /// Puts a single pair, without a sync and from any thread: for an import.
+    pub(super) fn load(&self, key: &[u8], lsn: Lsn, value: &[u8]) -> Result<(), JournalError> {
+        self.guard("write", || self.db.insert(key, wrap(key, lsn, value))).map(|_| ())
+    }
+
+    /// Hands what was put to the kernel.
+    pub(super) fn flush(&self) -> Result<(), JournalError> {
+        self.guard("flush", || self.db.flush()).map(|_| ())
+    }
+
     fn step(&self, batch: sled::Batch) -> Result<(), JournalError> {
         self.reserve(STEP_ROOM)?;
         #[cfg(test)]
@@ -258,22 +281,41 @@ impl SledStore {
         self.file.sync_data().map_err(|e| JournalError::Io { what: "sync", path, source: Arc::new(e) })
     }
 
-    /// Reads and verifies everything: what the witness must agree with. Fails on a value newer than `newest`.
-    pub(super) fn survey(&self, newest: Lsn) -> Result<Point, JournalError> {
-        let mut sum = Sum::default();
-        let mut late = None;
-        self.scan(&[], TABLES_END, false, |key, s| {
-            if s.lsn > newest {
-                late = Some((key.clone(), s.lsn));
-            }
-            sum.add(&key, s.lsn, s.crc);
-            late.is_none()
-        })?;
-        if let Some((key, lsn)) = late {
-            let why = format!("key {} is of record {lsn}, which is yet to come", hex(&key));
-            return Err(damaged(&self.dir, "verify", &why));
+    /// Calls `each` with key, LSN and checksum of all pairs in `[start, end)`, in order and verified, until it returns `false`.
+    pub(super) fn each(
+        &self,
+        start: &[u8],
+        end: &[u8],
+        mut each: impl FnMut(&[u8], Lsn, u32) -> bool,
+    ) -> Result<(), JournalError> {
+        let end = end.min(Self::TABLES_END);
+        if start >= end {
+            return Ok(());
         }
-        Ok(Point { applied: self.applied()?, sum })
+        let mut iter = self.guard("scan", || Ok(self.db.range(start..end)))?;
+        while let Some((key, stored)) = self.guard("scan", || iter.next().transpose())? {
+            let (lsn, crc, _) = self.parts(&key, &stored)?;
+            if !each(&key, lsn, crc) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first or the last key in `[start, end)`.
+    pub(super) fn edge(&self, start: &[u8], end: &[u8], last: bool) -> Result<Option<Bytes>, JournalError> {
+        let mut found = None;
+        self.scan(start, end, last, |key, _| {
+            found = Some(key);
+            false
+        })?;
+        Ok(found)
+    }
+
+    /// The error for a value of a record that is yet to come.
+    pub(super) fn too_new(&self, key: &[u8], lsn: Lsn) -> JournalError {
+        let why = format!("key {} is of record {lsn}, which is yet to come", hex(key));
+        damaged(&self.dir, "verify", &why)
     }
 
     /// Where it lies.

@@ -42,6 +42,11 @@ impl Sum {
         self.0 = self.0.wrapping_add(Self::of(key, lsn, crc));
     }
 
+    /// Counts in what another sum holds.
+    pub(super) fn merge(&mut self, other: Sum) {
+        self.0 = self.0.wrapping_add(other.0);
+    }
+
     /// Counts a key out.
     pub(super) fn sub(&mut self, key: &[u8], lsn: Lsn, crc: u32) {
         self.0 = self.0.wrapping_sub(Self::of(key, lsn, crc));

@@ -52,6 +52,11 @@ impl Tables {
         self.map.range(start..end)
     }
 
+    /// All entries, in order; each is let go of when it was taken.
+    pub fn into_entries(self) -> impl Iterator<Item = (Bytes, Bytes)> {
+        self.map.into_iter()
+    }
+
     /// Number of entries.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -1,5 +1,6 @@
 //! Damage, loss and interruption of the files: what may be refused and what must never be returned.
 
+use super::super::sled_store::Change;
 use super::*;
 
 fn tail_files(dir: &Path) -> Vec<PathBuf> {
@@ -104,14 +105,9 @@ fn a_hole_between_tail_files_is_damage() {
     }
 }
 
-/// Flips bits all over sled's files; whatever happens, no wrong and no older value is returned.
-#[test]
-fn flipped_bits_in_sled_are_never_silent() {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed());
-    let root = tempfile::tempdir().unwrap();
-    let dir = root.path().join("j");
-    let (j, _) = open(&dir);
-    // Several generations of every key, so that older intact values lie about.
+/// A closed journal in `dir` with several generations of every key, so that older intact values lie about; its content, and sled's files.
+fn generations(dir: &Path) -> (Model, Vec<PathBuf>) {
+    let (j, _) = open(dir);
     for generation in 0..4u8 {
         for n in 0..400u32 {
             let value = vec![generation; 3000];
@@ -121,58 +117,175 @@ fn flipped_bits_in_sled_are_never_silent() {
             })
             .unwrap();
         }
-        j.shared.view.write().active.born = Instant::now().checked_sub(Duration::from_secs(9));
-        wait_until("it is applied", || j.stats().applied_lsn == j.last_lsn());
+        apply_all(&j);
     }
     let want = dump(&j);
     j.close().unwrap();
     // An open makes sled summarize what it has in a snapshot file.
-    assert_eq!(dump(&open(&dir).0), want);
-    let files: Vec<_> = walkdir::WalkDir::new(dir.join("db"))
+    assert_eq!(dump(&open(dir).0), want);
+    let files = walkdir::WalkDir::new(dir.join("db"))
         .into_iter()
         .map(|e| e.unwrap())
         .filter(|e| e.file_type().is_file())
         .map(|e| e.into_path())
         .collect();
-    let (mut refused, mut right) = (0, 0);
-    let by_name = |prefix: &str| -> Vec<_> {
-        files.iter().filter(|f| f.file_name().unwrap().to_string_lossy().starts_with(prefix)).collect()
-    };
-    for n in 0..40 {
-        let scratch = tempfile::tempdir().unwrap();
-        snapshot(&dir, scratch.path());
-        let kind = ["db", "db", "db", "snap", "conf"].choose(&mut rng).unwrap();
-        let kind = by_name(kind);
-        let Some(file) = kind.choose(&mut rng) else { continue };
-        let bytes = fs::read(file).unwrap();
-        // Where there is something: most of sled's file is empty.
-        let used: Vec<_> = (0..bytes.len()).filter(|i| bytes[*i] != 0).collect();
-        let Some(at) = used.choose(&mut rng) else { continue };
-        let copy = scratch.path().join(file.strip_prefix(&dir).unwrap());
+    (want, files)
+}
+
+/// Waits until all that was committed is in sled.
+fn apply_all(j: &Journal) {
+    age(j);
+    wait_until("it is applied", || j.stats().applied_lsn == j.last_lsn());
+}
+
+/// Makes what is not in sled yet old enough to be applied now.
+fn age(j: &Journal) {
+    if let Some(born) = &mut j.shared.view.write().active.born {
+        *born = Instant::now().checked_sub(Duration::from_secs(9)).unwrap_or(*born);
+    }
+    j.shared.wished.notify_all();
+}
+
+/// Flips a bit somewhere in one of `files`, in the copies of `dir`; `None` when there is nothing to flip.
+fn flip(rng: &mut ChaCha8Rng, dir: &Path, files: &[PathBuf], copies: &[&Path]) -> Option<String> {
+    let kind = ["db", "db", "db", "snap", "conf"].choose(rng).unwrap();
+    let named = |f: &&PathBuf| f.file_name().unwrap().to_string_lossy().starts_with(kind);
+    let file = files.iter().filter(named).collect::<Vec<_>>().choose(rng).copied()?;
+    let bytes = fs::read(file).unwrap();
+    if bytes.is_empty() {
+        return None;
+    }
+    // Where there is something: much of sled's file is empty.
+    let at = (0..10_000).map(|_| rng.random_range(0..bytes.len())).find(|at| bytes[*at] != 0)?;
+    let bit = 1 << rng.random_range(0..8);
+    for copy in copies {
+        let copy = copy.join(file.strip_prefix(dir).unwrap());
         let f = fs::File::options().write(true).open(&copy).unwrap();
-        f.write_all_at(&[bytes[*at] ^ (1 << rng.random_range(0..8))], *at as u64).unwrap();
-        match Journal::open(options(scratch.path())) {
-            Err(JournalError::Damaged(_) | JournalError::Io { .. }) => refused += 1,
-            Err(e) => panic!("{n}: {e} after a flip at {at} of {}", file.display()),
+        f.write_all_at(&[bytes[at] ^ bit], at as u64).unwrap();
+    }
+    Some(format!("a flip of {bit} at {at} of {}", file.display()))
+}
+
+/// Flips bits all over sled's files; whatever happens, no wrong and no older value is returned. What a proof at once finds, one in the
+/// background finds, too, whatever is changed meanwhile: after a clean close, and after a kill behind which the kernel has kept the files.
+#[test]
+fn flipped_bits_in_sled_are_never_silent() {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed());
+    let root = tempfile::tempdir().unwrap();
+    let (dir, killed) = (root.path().join("j"), root.path().join("killed"));
+    let (want, files) = generations(&dir);
+    snapshot(&dir, &killed);
+    {
+        // As a kill leaves it: open, nothing of a round under way.
+        let mut w = witness::Witness::open(&Disk::default(), &killed).unwrap().unwrap();
+        let now = Statement { state: State::Open, ..w.now };
+        w.say(now).unwrap();
+    }
+    let mut outcomes = [0, 0];
+    for n in 0..32 {
+        let from = if n % 2 == 0 { &dir } else { &killed };
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        snapshot(from, a.path());
+        snapshot(from, b.path());
+        keep(b.path());
+        // Without a flip such a copy is accepted.
+        let what = match n {
+            0 | 1 => "nothing".to_owned(),
+            _ => match flip(&mut rng, &dir, &files, &[a.path(), b.path()]) {
+                Some(what) => what,
+                None => continue,
+            },
+        };
+        let right = match Journal::open(options(a.path())) {
+            Err(JournalError::Damaged(_) | JournalError::Io { .. }) => false,
+            Err(e) => panic!("{n}: {e} after {what}"),
             Ok((j, _)) => match j.scan(&[], &[0xff], usize::MAX) {
                 Ok(all) => {
-                    assert!(
-                        all.into_iter().collect::<Model>() == want,
-                        "{n}: wrong after a flip at {at} of {}",
-                        file.display()
-                    );
-                    right += 1;
+                    assert!(all.into_iter().collect::<Model>() == want, "{n}: wrong after {what}");
+                    true
                 }
-                Err(_) => refused += 1,
+                Err(_) => false,
             },
+        };
+        assert!(right || n > 1);
+        let later = Journal::open(Options { prove_at_once: 0, ..options(b.path()) });
+        let outcome = later.and_then(|(j, opened)| changed_while_proved(&mut rng, &j, &opened, &want, &what));
+        assert_eq!(outcome.is_ok(), right, "{n}: {what}: {outcome:?}");
+        outcomes[usize::from(right)] += 1;
+    }
+    println!("{} refused, {} right", outcomes[0], outcomes[1]);
+    assert!(outcomes[0] > 0 && outcomes[1] > 1);
+}
+
+/// Overwrites some of what is there while the proof is under way, and waits for its end; fails as the journal does.
+fn changed_while_proved(
+    rng: &mut ChaCha8Rng,
+    j: &Journal,
+    opened: &Opened,
+    want: &Model,
+    what: &str,
+) -> Result<(), JournalError> {
+    assert_eq!(opened.replayed, 0);
+    let mut expected = want.clone();
+    for _ in 0..8 {
+        let key = Bytes::copy_from_slice(&rng.random_range(0..400u32).to_be_bytes());
+        j.transact::<_, JournalError>(|tx| {
+            tx.put(key.clone(), "new");
+            Ok(())
+        })?;
+        expected.insert(key, "new".into());
+        if rng.random_bool(0.3) {
+            age(j);
         }
     }
-    println!("{refused} refused, {right} right");
-    // Without a flip such a copy is accepted.
-    let scratch = tempfile::tempdir().unwrap();
-    snapshot(&dir, scratch.path());
-    assert_eq!(dump(&open(scratch.path()).0), want);
-    assert!(refused > 0);
+    j.verify()?;
+    assert!(dump(j) == expected, "wrong after {what}");
+    Ok(())
+}
+
+/// Says of a copy that the kernel has kept it since it was last open.
+fn keep(dir: &Path) {
+    kept::Kept::look(dir, &dir.join("db/db")).note();
+}
+
+/// Rounds that are applied while a proof is under way neither hold it up nor alarm it.
+#[test]
+fn a_proof_goes_on_while_rounds_are_applied() {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed());
+    let dir = tempfile::tempdir().unwrap();
+    let (j, _) = open(dir.path());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            for n in 0u64.. {
+                j.transact::<_, JournalError>(|tx| {
+                    for _ in 0..4 {
+                        let key = rng.random_range(0..400u32).to_be_bytes().to_vec();
+                        if rng.random_bool(0.3) {
+                            tx.delete(key)
+                        } else {
+                            tx.put(key, n.to_le_bytes().to_vec())
+                        }
+                    }
+                    Ok(())
+                })
+                .unwrap();
+                age(&j);
+                if stop.load(SeqCst) {
+                    return;
+                }
+            }
+        });
+        let begun = j.stats().rounds;
+        for _ in 0..3 {
+            j.verify().unwrap();
+        }
+        wait_until("rounds are applied", || j.stats().rounds > begun + 2);
+        stop.store(true, SeqCst);
+        changes.join().unwrap();
+    });
+    j.verify().unwrap();
+    j.close().unwrap();
 }
 
 #[test]
@@ -325,6 +438,23 @@ fn an_interrupted_round_is_redone_and_proved() {
                 assert_eq!(j.stats().applied_lsn, announced);
             }
             Err(e) => assert!(wrong && matches!(e, JournalError::Damaged(_)), "{n}: {e}"),
+        }
+        // Proved in the background, where the kernel has kept it; else at once, whatever its size.
+        for kept in [false, true] {
+            let copy = root.path().join(format!("{n}-{kept}"));
+            snapshot(&dir, &copy);
+            if kept {
+                keep(&copy);
+            }
+            match Journal::open(Options { prove_at_once: 0, ..options(&copy) }) {
+                Ok((j, _)) => {
+                    assert!(kept || !wrong);
+                    assert_eq!(j.verify().is_err(), wrong, "{n}");
+                    assert!(wrong || dump(&j) == all);
+                    wait_until("it is poisoned", || j.poisoned().is_some() == wrong);
+                }
+                Err(e) => assert!(wrong && !kept && matches!(e, JournalError::Damaged(_)), "{n}: {e}"),
+            }
         }
     }
     j.poison("the test meddled with sled");
