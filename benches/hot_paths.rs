@@ -34,6 +34,10 @@ use mirrorfs::restore::{Sink, Tables};
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// As the program has it.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const MIB: usize = 1 << 20;
 /// zstd's level for frames, as the daemon has it.
 const LEVEL: i32 = 1;

@@ -17,7 +17,7 @@ mod machine;
 mod workloads;
 
 pub use machine::Machine;
-use workloads::Needs;
+use workloads::{Buffer, Needs};
 pub use workloads::{Place, Workload};
 
 /// How much work.
@@ -216,6 +216,7 @@ pub fn run(
     let mut rows: BTreeMap<Workload, Row> = BTreeMap::new();
     // What a directory cannot even prepare is not tried for each workload again.
     let mut hopeless: HashMap<(usize, Needs), String> = HashMap::new();
+    let mut buffer = Buffer::new();
     let mut outcome = Outcome { rows: Vec::new(), measured: 0, disturbed: 0 };
     for _ in 0..plan.rounds {
         for &workload in plan.workloads {
@@ -225,6 +226,7 @@ pub fn run(
                     continue;
                 }
                 let key = (number, workload.needs());
+                std::mem::swap(&mut place.buffer, &mut buffer);
                 let taken = match hopeless.get(&key) {
                     Some(why) => Err(Trouble::Unprepared(why.clone())),
                     None => place.prepare(workload).map_err(|e| e.of_preparation()).and_then(|()| {
@@ -234,6 +236,7 @@ pub fn run(
                         place.run(workload)
                     }),
                 };
+                std::mem::swap(&mut place.buffer, &mut buffer);
                 match taken {
                     Ok(taken) => {
                         row.count = taken.count;

@@ -122,6 +122,31 @@ impl Watch {
     }
 }
 
+/// 1 MiB of noise to write, and to read into. One for all directories, handed from one to the next: where it happens to lie in memory
+/// and in the processor's caches makes up to a third of a warm read's time.
+#[derive(Debug, Default)]
+pub(super) struct Buffer {
+    bytes: Vec<u8>,
+    /// Makes every block written different from all others.
+    stamp: u64,
+}
+
+impl Buffer {
+    pub(super) fn new() -> Self {
+        let mut bytes = vec![0; MIB as usize];
+        let seed = format!("{} {:?}", std::process::id(), std::time::SystemTime::now());
+        blake3::Hasher::new_keyed(blake3::hash(seed.as_bytes()).as_bytes()).finalize_xof().fill(&mut bytes);
+        Self { bytes, stamp: 0 }
+    }
+
+    fn stamp(&mut self) {
+        self.stamp += 1;
+        for page in self.bytes.chunks_mut(SMALL) {
+            page[..8].copy_from_slice(&self.stamp.to_le_bytes());
+        }
+    }
+}
+
 /// A directory that is measured; what was made in it goes when this is dropped.
 #[derive(Debug)]
 pub struct Place {
@@ -129,10 +154,8 @@ pub struct Place {
     /// Beside, on a local disk: the archive to unpack.
     scratch: PathBuf,
     size: Size,
-    buffer: Vec<u8>,
+    pub(super) buffer: Buffer,
     watch: Watch,
-    /// Makes every block written different from all others.
-    stamp: u64,
     random: u64,
 }
 
@@ -158,12 +181,9 @@ impl Place {
         let unique = format!("mirrorfs-bench.{}.{:x}", std::process::id(), fs_number(dir));
         let root = dir.join(&unique);
         fs::create_dir(&root).map_err(io("make", &root))?;
-        let mut buffer = vec![0; MIB as usize];
-        let seed = blake3::hash(root.as_os_str().as_encoded_bytes());
-        blake3::Hasher::new_keyed(seed.as_bytes()).finalize_xof().fill(&mut buffer);
         let scratch = std::env::temp_dir().join(format!("{unique}.tar"));
         let watch = Watch { limit, begin: Instant::now() };
-        Ok(Self { root, scratch, size, buffer, watch, stamp: 0, random: 0x9E37_79B9_7F4A_7C15 })
+        Ok(Self { root, scratch, size, buffer: Buffer::default(), watch, random: 0x9E37_79B9_7F4A_7C15 })
     }
 
     /// The folder that it works in.
@@ -196,14 +216,6 @@ impl Place {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         (z ^ (z >> 31)) % below.max(1)
-    }
-
-    fn stamp(&mut self) {
-        self.stamp += 1;
-        let stamp = self.stamp;
-        for page in self.buffer.chunks_mut(SMALL) {
-            page[..8].copy_from_slice(&stamp.to_le_bytes());
-        }
     }
 
     /// Makes what a workload needs, untimed.
@@ -287,8 +299,8 @@ impl Place {
         let mut file = File::create(&path).map_err(io("create", &path))?;
         for number in 0..self.size.big / MIB {
             self.watch.check(number * 64)?;
-            self.stamp();
-            file.write_all(&self.buffer).map_err(io("write", &path))?;
+            self.buffer.stamp();
+            file.write_all(&self.buffer.bytes).map_err(io("write", &path))?;
         }
         file.sync_all().map_err(io("sync", &path))?;
         Ok(self.size.big / MIB)
@@ -299,7 +311,7 @@ impl Place {
         let mut file = File::open(&path).map_err(io("open", &path))?;
         let mut total = 0;
         loop {
-            match file.read(&mut self.buffer).map_err(io("read", &path))? {
+            match file.read(&mut self.buffer.bytes).map_err(io("read", &path))? {
                 0 => break,
                 n => total += n as u64,
             }
@@ -326,12 +338,12 @@ impl Place {
         let file = OpenOptions::new().write(true).open(&path).map_err(io("open", &path))?;
         for number in 0..count {
             self.watch.check(number.into())?;
-            self.stamp += 1;
+            self.buffer.stamp += 1;
             let from = self.next(MIB / SMALL as u64) as usize * SMALL;
-            let stamp = self.stamp;
-            self.buffer[from..from + 8].copy_from_slice(&stamp.to_le_bytes());
+            let stamp = self.buffer.stamp;
+            self.buffer.bytes[from..from + 8].copy_from_slice(&stamp.to_le_bytes());
             let at = self.next(self.size.big / SMALL as u64) * SMALL as u64;
-            file.write_all_at(&self.buffer[from..from + SMALL], at).map_err(io("write", &path))?;
+            file.write_all_at(&self.buffer.bytes[from..from + SMALL], at).map_err(io("write", &path))?;
             if sync_each {
                 file.sync_data().map_err(io("sync", &path))?;
             }
@@ -350,21 +362,21 @@ impl Place {
                 && let Some(dir) = path.parent()
             {
                 fs::create_dir(dir).map_err(io("make", dir))?;
-                self.stamp();
+                self.buffer.stamp();
             }
             let from = number as usize % (MIB as usize / SMALL) * SMALL;
-            self.buffer[from + 8..from + 12].copy_from_slice(&number.to_le_bytes());
+            self.buffer.bytes[from + 8..from + 12].copy_from_slice(&number.to_le_bytes());
             File::create(&path)
-                .and_then(|mut f| f.write_all(&self.buffer[from..from + SMALL]))
+                .and_then(|mut f| f.write_all(&self.buffer.bytes[from..from + SMALL]))
                 .map_err(io("create", &path))?;
         }
         Ok(())
     }
 
     fn create_synced(&mut self, threads: u32) -> Result<u64, Trouble> {
-        self.stamp();
+        self.buffer.stamp();
         let each = self.size.synced.div_ceil(threads);
-        let (root, page, watch) = (self.root.join("synced"), &self.buffer[..SMALL], self.watch);
+        let (root, page, watch) = (self.root.join("synced"), &self.buffer.bytes[..SMALL], self.watch);
         let work = |thread: u32| -> Result<(), Trouble> {
             for number in 0..each {
                 watch.check(number.into())?;

@@ -102,7 +102,7 @@ struct Directory {
     filesystem: String,
 }
 
-/// Directories by their filesystems; with their paths where two have the same.
+/// Directories by their filesystems; where several have the same, with what their paths do not have in common.
 fn directories(paths: &[PathBuf], mounts: &[Mount]) -> Vec<Directory> {
     let kind = |path: &PathBuf| {
         let real = path.canonicalize().unwrap_or_else(|_| path.clone());
@@ -111,11 +111,27 @@ fn directories(paths: &[PathBuf], mounts: &[Mount]) -> Vec<Directory> {
     let kinds: Vec<String> = paths.iter().map(kind).collect();
     let named = |(path, kind): (&PathBuf, &String)| {
         let short = kind.strip_prefix("fuse.").unwrap_or(kind);
-        let alone = kinds.iter().filter(|k| *k == kind).count() == 1;
-        let name = if alone { short.to_owned() } else { format!("{short} {}", path.display()) };
+        let alike: Vec<&Path> =
+            paths.iter().zip(&kinds).filter(|(_, k)| *k == kind).map(|(p, _)| &**p).collect();
+        let name = match alike.len() {
+            1 => short.to_owned(),
+            _ => format!("{short} {}", own_part(path, &alike).display()),
+        };
         Directory { name, path: path.clone(), filesystem: kind.clone() }
     };
     paths.iter().zip(&kinds).map(named).collect()
+}
+
+/// The middle of a path, without what all of `alike` begin and end with; all of it, when that leaves nothing.
+fn own_part(path: &Path, alike: &[&Path]) -> PathBuf {
+    let parts = |p: &Path| p.components().map(|c| c.as_os_str().to_owned()).collect::<Vec<_>>();
+    let (mine, all) = (parts(path), alike.iter().map(|p| parts(p)).collect::<Vec<_>>());
+    let first = (0..mine.len()).take_while(|i| all.iter().all(|p| p.get(*i) == mine.get(*i))).count();
+    let from_end = |p: &[std::ffi::OsString], i: usize| p.iter().rev().nth(i).cloned();
+    let last =
+        (0..mine.len()).take_while(|i| all.iter().all(|p| from_end(p, *i) == from_end(&mine, *i))).count();
+    let own: PathBuf = mine.iter().take(mine.len() - last).skip(first).collect();
+    if own.as_os_str().is_empty() { path.to_owned() } else { own }
 }
 
 pub(super) fn run(args: &Args) -> Outcome {
@@ -295,8 +311,10 @@ mod tests {
         };
         let pair = |name: &str, kind: &str| (name.to_owned(), kind.to_owned());
         assert_eq!(names(&["/no/m/x", "/no"]), [pair("mirrorfs", "fuse.mirrorfs"), pair("ext4", "ext4")]);
-        let both = [pair("mirrorfs /no/m", "fuse.mirrorfs"), pair("mirrorfs /no/n", "fuse.mirrorfs")];
-        assert_eq!(names(&["/no/m", "/no/n"]), both);
+        let both = [pair("mirrorfs m", "fuse.mirrorfs"), pair("mirrorfs n", "fuse.mirrorfs")];
+        assert_eq!(names(&["/no/m/x", "/no/n/x"]), both);
+        let within = [pair("ext4 /no", "ext4"), pair("ext4 deep/er", "ext4")];
+        assert_eq!(names(&["/no", "/no/deep/er"]), within);
     }
 
     #[test]
