@@ -233,7 +233,7 @@ pub fn run(
                         settle();
                         outcome.measured += 1;
                         outcome.disturbed += u32::from(!machine::wait_idle(plan.idle));
-                        place.run(workload)
+                        place.run(workload, plan.idle)
                     }),
                 };
                 std::mem::swap(&mut place.buffer, &mut buffer);
@@ -283,6 +283,8 @@ mod tests {
 
     #[test]
     fn every_workload_runs_in_two_folders_in_turn() {
+        // Emptying the machine's caches would disturb whatever else runs here.
+        let all: Vec<Workload> = Workload::ALL.into_iter().filter(|w| !w.name().ends_with("-cold")).collect();
         let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let mut places = places(&dirs, Duration::from_secs(600));
         let mut order = Vec::new();
@@ -290,12 +292,11 @@ mod tests {
             Event::Taken(_) => order.push((w, place)),
             Event::Failed(why) => panic!("{w:?}: {why}"),
         };
-        let outcome = run(&mut places, plan(&Workload::ALL), || (), told);
-        assert_eq!(outcome.rows.len(), Workload::ALL.len());
+        let outcome = run(&mut places, plan(&all), || (), told);
+        assert_eq!(outcome.rows.len(), all.len());
         for row in &outcome.rows {
             match &row.skipped {
-                // Caches can be dropped by root only.
-                Some(why) => assert!(why.contains("root") || why.contains("tar"), "{why}"),
+                Some(why) => assert!(why.contains("tar"), "{why}"),
                 None => {
                     assert_eq!(row.seconds.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
                     assert!(row.count > 0 && row.ratio(1).unwrap() > 0.0, "{row:?}");

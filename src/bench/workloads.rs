@@ -115,7 +115,7 @@ impl Watch {
 
     /// Complains when the time is over; looks every 64th time.
     fn check(&self, number: u64) -> Result<(), Trouble> {
-        match number % 64 == 0 && self.left().is_zero() {
+        match number.is_multiple_of(64) && self.left().is_zero() {
             true => Err(Trouble::TooSlow(self.limit)),
             false => Ok(()),
         }
@@ -123,7 +123,7 @@ impl Watch {
 }
 
 /// 1 MiB of noise to write, and to read into. One for all directories, handed from one to the next: where it happens to lie in memory
-/// and in the processor's caches makes up to a third of a warm read's time.
+/// and in the processor's caches must make no difference between them.
 #[derive(Debug, Default)]
 pub(super) struct Buffer {
     bytes: Vec<u8>,
@@ -263,14 +263,15 @@ impl Place {
         Ok(())
     }
 
-    /// Runs one workload, prepared before.
+    /// Runs one workload, prepared before. When it has emptied the caches it waits for the echo of that, at most `idle`.
     ///
     /// # Errors
     /// When the directory fails or is too slow, or this user may not do it.
-    pub fn run(&mut self, workload: Workload) -> Result<Taken, Trouble> {
+    pub fn run(&mut self, workload: Workload, idle: Duration) -> Result<Taken, Trouble> {
         use Workload as W;
         if matches!(workload, W::SeqReadCold | W::RandReadCold | W::StatCold) {
             drop_caches()?;
+            super::machine::wait_idle(idle.min(Duration::from_secs(2)));
         }
         self.watch.begin = Instant::now();
         let begin = self.watch.begin;
@@ -490,9 +491,7 @@ impl Place {
 fn drop_caches() -> Result<(), Trouble> {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3")
-        .map_err(|error| Trouble::Skipped(format!("only root can empty the kernel's caches ({error})")))?;
-    super::machine::wait_idle(Duration::from_secs(2));
-    Ok(())
+        .map_err(|error| Trouble::Skipped(format!("only root can empty the kernel's caches ({error})")))
 }
 
 fn fs_number(dir: &Path) -> u64 {

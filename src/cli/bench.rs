@@ -191,7 +191,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             output::print(&table(&outcome.rows, &directories))?;
         }
     }
-    if outcome.disturbed > 0 && !args.idle.is_zero() {
+    if outcome.disturbed > 0 {
         let (disturbed, measured) = (outcome.disturbed, outcome.measured);
         output::note(&format!(
             "{disturbed} of {measured} measurements began while the machine had other work"
