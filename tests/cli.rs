@@ -301,3 +301,38 @@ fn a_secret_is_not_repeated() {
     assert_eq!(ran.code, 2);
     assert!(!ran.err.contains("hunter2"), "{}", ran.err);
 }
+
+#[test]
+fn a_benchmark_writes_what_its_documentation_says() {
+    let world = World::new();
+    let common =
+        ["bench", "a", "--scale", "0.0001", "--rounds", "2", "--idle", "0", "--workloads", "create,remove"];
+    let ran =
+        world.run(&[&common[..], &["--against", "b", "--against", "m", "--json", "figures.json"]].concat());
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.out.starts_with("workload "), "{}", ran.out);
+    let figures: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(world.path().join("figures.json")).unwrap()).unwrap();
+    let doc = include_str!("../docs/performance.md");
+    let documented = |object: &serde_json::Value| {
+        for field in object.as_object().unwrap().keys() {
+            assert!(doc.contains(&format!("`{field}`")), "docs/performance.md does not tell what {field} is");
+        }
+    };
+    documented(&figures);
+    documented(&figures["machine"]);
+    documented(&figures["directories"][0]);
+    documented(&figures["size"]);
+    documented(&figures["rows"][0]);
+    assert_eq!(figures["rows"][0]["seconds"][2].as_array().unwrap().len(), 2, "{figures}");
+    assert_eq!(figures["directories"][1]["path"], "b");
+
+    // Where it cannot write it says so, and ends with 1.
+    std::fs::remove_dir(world.path().join("b")).unwrap();
+    let ran = world.run(&[&common[..], &["--against", "b"]].concat());
+    assert_eq!((ran.code, ran.out.as_str()), (1, ""), "{}", ran.err);
+    assert!(ran.err.contains("cannot measure: make b/mirrorfs-bench."), "{}", ran.err);
+    for folder in ["a", "m"] {
+        assert_eq!(std::fs::read_dir(world.path().join(folder)).unwrap().count(), 0, "left in {folder}");
+    }
+}

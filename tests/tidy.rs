@@ -116,7 +116,7 @@ fn names_after<'a>(line: &'a str, prefix: &'a str) -> impl Iterator<Item = &'a s
 
 #[test]
 fn every_file_says_what_it_owns() {
-    let all = rust("src").into_iter().chain(rust("tests"));
+    let all = rust("src").into_iter().chain(rust("tests")).chain(rust("benches"));
     report(
         &all.filter(|s| !s.text.starts_with("//! "))
             .map(|s| format!("{}: does not begin with `//!`", s.path))
@@ -127,7 +127,7 @@ fn every_file_says_what_it_owns() {
 #[test]
 fn no_file_grows_without_end() {
     let mut faults = Vec::new();
-    for s in rust("src").into_iter().chain(rust("tests")) {
+    for s in rust("src").into_iter().chain(rust("tests")).chain(rust("benches")) {
         let lines = s.text.lines().count();
         let most = LONG.iter().find(|(path, ..)| *path == s.path).map_or(MOST_LINES, |(_, most, _)| *most);
         if lines > most {
@@ -215,7 +215,7 @@ fn nothing_of_a_machine_is_committed() {
     let place = concat!("/wo", "rk/");
     let mut faults = Vec::new();
     let folders = ["src", "docs", "scripts", ".ci"];
-    for s in folders.iter().flat_map(|f| files(f, text)).chain(rust("tests")) {
+    for s in folders.iter().flat_map(|f| files(f, text)).chain(rust("tests")).chain(rust("benches")) {
         for (i, line) in s.text.lines().enumerate() {
             if line.contains(place) {
                 faults.push(format!("{}:{}: a place on somebody's machine", s.path, i + 1));
