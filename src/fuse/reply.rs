@@ -10,6 +10,7 @@ use super::adapter::TTL;
 use super::convert::file_attr;
 use super::errno::errno;
 use crate::vfs::api::VfsResult;
+use crate::vfs::buffers::give_back;
 use crate::vfs::types::{Attr, StatFs};
 
 pub(super) fn entry(reply: ReplyEntry, answer: VfsResult<Attr>) {
@@ -35,7 +36,10 @@ pub(super) fn empty(reply: ReplyEmpty, answer: VfsResult<()>) {
 
 pub(super) fn data(reply: ReplyData, answer: VfsResult<Bytes>) {
     match answer {
-        Ok(bytes) => reply.data(&bytes),
+        Ok(bytes) => {
+            reply.data(&bytes);
+            give_back(bytes);
+        }
         Err(e) => reply.error(errno(&e)),
     }
 }

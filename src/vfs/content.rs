@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
+use super::buffers;
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
@@ -97,7 +98,7 @@ impl Vfs {
 
     pub(super) fn do_read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> Result<Bytes> {
         self.with_cell(ino, |cell| {
-            let mut out = BytesMut::zeroed(len as usize);
+            let mut out = buffers::take(len as usize);
             let mut supply = Supply::new();
             let n = loop {
                 let read = {

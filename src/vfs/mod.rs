@@ -10,6 +10,7 @@ mod accessed;
 pub mod acl;
 pub mod api;
 mod attrs;
+pub mod buffers;
 mod cell;
 mod content;
 mod copy;
