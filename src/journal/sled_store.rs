@@ -37,7 +37,7 @@ const LOAD_GROWTH: u64 = 12;
 /// What sled's other files (its snapshots) may take; it is not laid aside.
 const BESIDE: u64 = 2 << 20;
 const SEGMENT: usize = 4 << 20;
-const CACHE: u64 = 48 << 20;
+const CACHE: u64 = 128 << 20;
 const WRAP: usize = 12;
 /// Outside every table: tables are below it.
 const APPLIED: &[u8] = b"\xffapplied";

@@ -28,6 +28,17 @@ impl Vfs {
         flushed
     }
 
+    /// Puts the files whose times were set into the journal.
+    fn commit_times(&self) -> Result<()> {
+        let timed: Vec<Arc<Cell>> = self.timed.lock().values().cloned().collect();
+        let mut outcome = Ok(());
+        for cell in timed {
+            outcome = outcome.and(self.commit_cell(&cell));
+            self.let_go(cell);
+        }
+        outcome
+    }
+
     /// Puts what is pending of a file into the journal.
     pub(super) fn commit_cell(&self, cell: &Cell) -> Result<()> {
         if cell.state.read().dirty {
@@ -42,6 +53,7 @@ impl Vfs {
             return Err(VfsError::WouldBlock);
         }
         self.do_flush(ino)?;
+        self.commit_times()?;
         self.journal.barrier(self.journal.last_lsn())?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),
