@@ -20,6 +20,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
+use super::near::{self, Near};
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
@@ -38,8 +39,8 @@ use crate::trace::{self, Stage};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The block is only on replicas: fetch it, then ask again.
-    #[error("block {} is not local", .0.hash)]
-    Miss(Box<BlockEntry>),
+    #[error("block {} is not local", .0.entry.hash)]
+    Miss(Box<Missing>),
     /// The journal refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -57,6 +58,15 @@ pub enum StoreError {
     /// No replica could give it.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+}
+
+/// A sealed block that is not local.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// Where it lies.
+    pub entry: BlockEntry,
+    /// Its number, when it was asked for by that.
+    pub id: Option<BlockId>,
 }
 
 /// Content already fetched for one request, so that a small cache cannot starve it.
@@ -99,6 +109,8 @@ pub struct BlockStore {
     source: OnceLock<Arc<dyn FrameSource>>,
     /// Frames of which no replica had an intact copy when they were asked for: no new block may rest on them.
     lost_frames: Mutex<HashSet<FrameLoc>>,
+    /// How much is fetched along with small blocks.
+    near: Mutex<Near>,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -109,6 +121,8 @@ pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
+/// By how much the numbers of blocks may differ that are looked at as neighbours.
+const BESIDE: u64 = 512;
 
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
@@ -172,6 +186,7 @@ impl BlockStore {
             reserved_id: Mutex::new(next),
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
+            near: Mutex::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -243,7 +258,10 @@ impl BlockStore {
             return self.read_dirty(&block, start, out, supply);
         }
         match self.entry(id) {
-            Ok(entry) => self.read_sealed(&entry, start, out, supply),
+            Ok(entry) => self.read_sealed(&entry, start, out, supply).map_err(|e| match e {
+                StoreError::Miss(missing) => StoreError::Miss(Box::new(Missing { id: Some(id), ..*missing })),
+                other => other,
+            }),
             // Sealed or written between the two looks.
             Err(StoreError::Dangling(_)) => match self.dirty(id) {
                 Some(block) => self.read_dirty(&block, start, out, supply),
@@ -299,9 +317,10 @@ impl BlockStore {
             return Ok(());
         }
         let found = self.clean.lock().get(&entry.hash).map(|c| (Arc::clone(&c.slot), c.len, c.verified));
-        let Some((slot, len, verified)) = found else { return Err(StoreError::Miss(Box::new(*entry))) };
+        let miss = || Err(StoreError::Miss(Box::new(Missing { entry: *entry, id: None })));
+        let Some((slot, len, verified)) = found else { return miss() };
         if !verified && !self.verify(entry, &slot, len)? {
-            return Err(StoreError::Miss(Box::new(*entry)));
+            return miss();
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
         slot.read(start, &mut out[..live])?;
@@ -335,6 +354,27 @@ impl BlockStore {
         let mut raw = vec![0; len as usize];
         slot.read(0, &mut raw).ok()?;
         (len == entry.loc.raw_len && BlockHash::of(&raw) == entry.hash).then(|| raw.into())
+    }
+
+    /// Asks the replicas for what a reader lacks; along with a small block come those that lie beside it. Blocks.
+    pub fn fetch_missing(&self, missing: &Missing) -> Result<Bytes, StoreError> {
+        let Missing { entry, id } = missing;
+        let beside = match id {
+            Some(id) if near::is_small(&entry.loc) => self.beside(*id, entry)?,
+            _ => Vec::new(),
+        };
+        self.fetch(entry, &beside)
+    }
+
+    /// Blocks that lie beside a small one in its segment and are not local.
+    fn beside(&self, id: BlockId, entry: &BlockEntry) -> Result<Vec<BlockEntry>, StoreError> {
+        let stretch = self.near.lock().stretch(&entry.loc);
+        let first = block_key(BlockId(id.0.saturating_sub(BESIDE)));
+        let last = block_key(BlockId(id.0.saturating_add(BESIDE)));
+        let found = self.journal.scan(&first, &last, 2 * BESIDE as usize)?;
+        let found = found.iter().filter_map(|(_, value)| BlockEntry::decode(value).ok());
+        let chosen = near::choose(&entry.loc, &stretch, found.collect(), self.space.limit() / 8);
+        Ok(chosen.into_iter().filter(|e| !self.is_cached(&e.hash)).collect())
     }
 
     /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
@@ -558,9 +598,9 @@ impl BlockStore {
         loop {
             match self.read_dirty(block, 0, &mut out, &supply) {
                 Ok(()) => return Ok(out),
-                Err(StoreError::Miss(entry)) => {
-                    let raw = self.fetch(&entry, &[])?;
-                    supply.insert(entry.hash, raw);
+                Err(StoreError::Miss(missing)) => {
+                    let raw = self.fetch(&missing.entry, &[])?;
+                    supply.insert(missing.entry.hash, raw);
                 }
                 Err(e) => return Err(e),
             }

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -22,7 +23,7 @@ use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{Backlog, Outbox, Staged, StagedKind};
+use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind};
 
 /// Why the staging area cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,8 @@ pub struct Staging {
     blocks: Arc<BlockStore>,
     state: Mutex<State>,
     newest: watch::Sender<SegmentNo>,
+    /// What was written just now, for the shippers.
+    shelf: Arc<Shelf>,
 }
 
 #[derive(Default)]
@@ -134,6 +137,7 @@ impl Staging {
             blocks,
             state: Mutex::new(state),
             newest: watch::channel(newest).0,
+            shelf: Arc::default(),
         }))
     }
 
@@ -147,8 +151,8 @@ impl Staging {
         self.dir.join("checkpoints")
     }
 
-    /// Writes a segment's file durably. It is not sent before [`Staging::publish`].
-    pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: &[u8]) -> Result<(), StagingError> {
+    /// Writes a segment's file durably, and keeps it in memory for a while. It is not sent before [`Staging::publish`].
+    pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: Bytes) -> Result<(), StagingError> {
         let path = self.segment_path(number, epoch);
         let write = || {
             let folder = path.parent().unwrap_or(&self.dir);
@@ -157,7 +161,7 @@ impl Staging {
                 File::open(self.dir.join("segments"))?.sync_all()?;
             }
             let mut file = File::create(&path)?;
-            file.write_all(bytes)?;
+            file.write_all(&bytes)?;
             file.sync_all()?;
             File::open(folder)?.sync_all()
         };
@@ -173,6 +177,7 @@ impl Staging {
             // Half a file would only take space.
             let _ = fs::remove_file(&path);
         } else {
+            self.shelf.put(number, epoch, bytes);
             self.state.lock().written.insert(number, epoch);
         }
         at(&path, written)
@@ -184,6 +189,7 @@ impl Staging {
             let mut state = self.state.lock();
             state.written.retain(|number, epoch| !segments.contains(&(*number, *epoch)));
         }
+        self.shelf.forget(segments);
         for (number, epoch) in segments {
             let _ = fs::remove_file(self.segment_path(*number, *epoch));
         }
@@ -360,6 +366,10 @@ impl Outbox for Staging {
             .next_back()
             .map(|(_, s)| s.clone())
             .filter(|s| s.number <= cursor)
+    }
+
+    fn shelf(&self) -> Option<Arc<Shelf>> {
+        Some(Arc::clone(&self.shelf))
     }
 
     fn watch(&self) -> watch::Receiver<SegmentNo> {

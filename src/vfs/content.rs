@@ -10,7 +10,7 @@ use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
 use crate::cache::space::Admission;
-use crate::cache::{StoreError, Supply};
+use crate::cache::{Missing, StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
 use crate::ids::{BlockId, Ino};
 
@@ -28,7 +28,7 @@ pub(crate) fn units(len: u32) -> u64 {
 /// Why a change of content did not come about.
 enum Needs {
     /// This block is not local.
-    Block(Box<BlockEntry>),
+    Block(Box<Missing>),
     /// Nothing would help.
     Nothing(VfsError),
 }
@@ -42,7 +42,7 @@ impl From<VfsError> for Needs {
 impl From<StoreError> for Needs {
     fn from(e: StoreError) -> Self {
         match e {
-            StoreError::Miss(entry) => Needs::Block(entry),
+            StoreError::Miss(missing) => Needs::Block(missing),
             other => Needs::Nothing(other.into()),
         }
     }
@@ -101,9 +101,9 @@ impl Vfs {
                 match read {
                     Ok(n) => break n,
                     Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
-                    Err(StoreError::Miss(entry)) => {
-                        let raw = self.fetch(ino, &entry)?;
-                        supply.insert(entry.hash, raw);
+                    Err(StoreError::Miss(missing)) => {
+                        let raw = self.fetch(ino, &missing)?;
+                        supply.insert(missing.entry.hash, raw);
                     }
                     Err(e) => return Err(e.into()),
                 }
@@ -114,8 +114,8 @@ impl Vfs {
         })
     }
 
-    fn fetch(&self, ino: Ino, entry: &BlockEntry) -> Result<Bytes> {
-        self.blocks.fetch(entry, &[]).map_err(|e| {
+    fn fetch(&self, ino: Ino, missing: &Missing) -> Result<Bytes> {
+        self.blocks.fetch_missing(missing).map_err(|e| {
             self.pathfinder.report(&self.journal, ino, e.to_string());
             VfsError::Io(e.to_string())
         })
@@ -304,9 +304,9 @@ impl Vfs {
             match change(&supply) {
                 Ok(done) => return Ok(done),
                 Err(Needs::Block(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
-                Err(Needs::Block(entry)) => {
-                    let raw = self.fetch(ino, &entry)?;
-                    supply.insert(entry.hash, raw);
+                Err(Needs::Block(missing)) => {
+                    let raw = self.fetch(ino, &missing)?;
+                    supply.insert(missing.entry.hash, raw);
                 }
                 Err(Needs::Nothing(VfsError::NoSpace)) if self.blocks.space.clean() > 0 => {
                     if wait == Wait::No {
