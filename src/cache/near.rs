@@ -4,6 +4,7 @@
 //! Pure. Owns the stretch of the segment. Stretches are aligned, so that whoever reads all files of a folder, in whatever order,
 //! fetches each byte once.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::format::tables::{BlockEntry, FrameLoc};
@@ -13,6 +14,8 @@ use crate::ids::{Epoch, SegmentNo};
 const SMALL: u32 = 256 << 10;
 /// First and largest stretch, in stored bytes: powers of two.
 const STRETCH: (u64, u64) = (1 << 20, 4 << 20);
+/// Segments that are remembered.
+const RECENT: usize = 32;
 /// Raw bytes fetched along at most.
 const MOST_RAW: u64 = 16 << 20;
 
@@ -22,20 +25,23 @@ pub fn is_small(loc: &FrameLoc) -> bool {
     loc.raw_len <= SMALL
 }
 
-/// The stretch of the last miss.
-#[derive(Clone, Copy, Debug, Default)]
+/// The segments in which blocks were missing lately, and their stretches.
+#[derive(Clone, Debug, Default)]
 pub struct Near {
-    last: Option<(SegmentNo, Epoch)>,
-    stretch: u64,
+    /// The last one first.
+    recent: VecDeque<(SegmentNo, Epoch, u64)>,
 }
 
 impl Near {
     /// The bytes of its segment to fetch around a missing block: twice as many with each further miss in one segment.
     pub fn stretch(&mut self, loc: &FrameLoc) -> Range<u64> {
-        let same = self.last.replace((loc.segment, loc.epoch)) == Some((loc.segment, loc.epoch));
-        self.stretch = if same { (self.stretch * 2).min(STRETCH.1) } else { STRETCH.0 };
-        let first = loc.offset - loc.offset % self.stretch;
-        first..first.saturating_add(self.stretch)
+        let known = self.recent.iter().position(|(s, e, _)| (*s, *e) == (loc.segment, loc.epoch));
+        let before = known.and_then(|at| self.recent.remove(at));
+        let stretch = before.map_or(STRETCH.0, |(.., stretch)| (stretch * 2).min(STRETCH.1));
+        self.recent.push_front((loc.segment, loc.epoch, stretch));
+        self.recent.truncate(RECENT);
+        let first = loc.offset - loc.offset % stretch;
+        first..first.saturating_add(stretch)
     }
 }
 
@@ -88,6 +94,9 @@ mod tests {
         assert_eq!(mib(near.stretch(&block(1, (2 << 20) + 5, 8192).loc)), (0, 4));
         assert_eq!(mib(near.stretch(&block(1, (2 << 20) + 5, 8192).loc)), (0, 4));
         assert_eq!(mib(near.stretch(&block(2, (2 << 20) + 5, 8192).loc)), (2, 3));
+        assert_eq!(mib(near.stretch(&block(1, (9 << 20) + 5, 8192).loc)), (8, 12));
+        (3..3 + RECENT as u64).for_each(|n| drop(near.stretch(&block(n, 0, 8192).loc)));
+        assert_eq!(mib(near.stretch(&block(1, (9 << 20) + 5, 8192).loc)), (9, 10), "forgotten");
     }
 
     #[test]

@@ -34,8 +34,10 @@ use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo, VolumeId};
 use crate::journal::{Journal, JournalError};
 use crate::replica::FetchError;
 
-/// A segment is closed when it reaches this many bytes.
+/// A segment is closed when it reaches this many bytes, ...
 pub const SEGMENT_TARGET: u64 = 16 << 20;
+/// ... unless no more than this is left of the group: then that goes into it, too, instead of costing a request of its own.
+const SEGMENT_REST: u64 = SEGMENT_TARGET / 4;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
 /// Records that are local only, after which the mark is written anew.
@@ -123,8 +125,11 @@ impl Draft<'_, '_> {
         Ok(())
     }
 
-    fn roll(&mut self) -> Result<(), SealError> {
-        if self.current.size() >= SEGMENT_TARGET { self.close(None) } else { Ok(()) }
+    /// Closes the current segment when it is large enough and at most `rest` bytes of content are still to come.
+    fn roll(&mut self, rest: u64) -> Result<(), SealError> {
+        let size = self.current.size();
+        let full = size >= SEGMENT_TARGET && rest > SEGMENT_REST || size >= SEGMENT_TARGET + SEGMENT_REST;
+        if full { self.close(None) } else { Ok(()) }
     }
 }
 
@@ -285,7 +290,8 @@ impl Sealer {
         let packed = Arc::default();
         // The replicas have the entries of lost ones without content already.
         let just_tried = |id| self.lost.get(&id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN);
-        let wanted = cut.frozen.iter().filter(|b| !just_tried(b.id)).cloned().collect();
+        let wanted: Vec<_> = cut.frozen.iter().filter(|b| !just_tried(b.id)).cloned().collect();
+        let mut rest: u64 = wanted.iter().map(|b| u64::from(b.len())).sum();
         thread::scope(|scope| {
             let mut batches = batches(wanted).into_iter();
             let mut start = || batches.next().map(|batch| preparer.start(scope, batch, &packed));
@@ -295,8 +301,9 @@ impl Sealer {
                 // Prepared while these are written.
                 ready = start();
                 for (block, prepared) in batch {
+                    rest = rest.saturating_sub(u64::from(block.len()));
                     self.append(draft, &block, prepared, preparer, &mut fresh, &mut sealed)?;
-                    draft.roll()?;
+                    draft.roll(rest)?;
                 }
             }
             Ok::<_, SealError>(())
@@ -306,7 +313,7 @@ impl Sealer {
             let ops: Vec<Op> = record.ops.into_iter().filter(is_shipped).collect();
             if !ops.is_empty() {
                 draft.current.push(&Record { lsn: record.lsn, ops })?;
-                draft.roll()?;
+                draft.roll(0)?;
             }
         }
         if draft.done.is_empty() && draft.current.is_empty() {

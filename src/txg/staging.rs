@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use super::direct;
 use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
@@ -160,9 +161,7 @@ impl Staging {
                 fs::create_dir_all(folder)?;
                 File::open(self.dir.join("segments"))?.sync_all()?;
             }
-            let mut file = File::create(&path)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
+            direct::write(&path, &bytes)?;
             File::open(folder)?.sync_all()
         };
         // The cache gives way: sealing is what makes dirty content clean, it must not wait for a person.

@@ -100,7 +100,11 @@ impl Vfs {
                 };
                 match read {
                     Ok(n) => break n,
-                    Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
+                    Err(StoreError::Miss(_)) if wait == Wait::No => {
+                        // What comes next is on its way while this one is waited for.
+                        self.read_ahead(cell, offset, u64::from(len));
+                        return Err(VfsError::WouldBlock);
+                    }
                     Err(StoreError::Miss(missing)) => {
                         let raw = self.fetch(ino, &missing)?;
                         supply.insert(missing.entry.hash, raw);
