@@ -5,6 +5,7 @@
 
 mod clean;
 mod frames;
+mod misses;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
-use super::near::{self, Near};
+use super::near::Near;
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
@@ -121,9 +122,6 @@ pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
-/// By how much the numbers of blocks may differ that are looked at as neighbours.
-const BESIDE: u64 = 512;
-
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
@@ -354,58 +352,6 @@ impl BlockStore {
         let mut raw = vec![0; len as usize];
         slot.read(0, &mut raw).ok()?;
         (len == entry.loc.raw_len && BlockHash::of(&raw) == entry.hash).then(|| raw.into())
-    }
-
-    /// Asks the replicas for what a reader lacks; along with a small block come those that lie beside it. Blocks.
-    pub fn fetch_missing(&self, missing: &Missing) -> Result<Bytes, StoreError> {
-        let Missing { entry, id } = missing;
-        let beside = match id {
-            Some(id) if near::is_small(&entry.loc) => self.beside(*id, entry)?,
-            _ => Vec::new(),
-        };
-        self.fetch(entry, &beside)
-    }
-
-    /// Blocks that lie beside a small one in its segment and are not local.
-    fn beside(&self, id: BlockId, entry: &BlockEntry) -> Result<Vec<BlockEntry>, StoreError> {
-        let stretch = self.near.lock().stretch(&entry.loc);
-        let first = block_key(BlockId(id.0.saturating_sub(BESIDE)));
-        let last = block_key(BlockId(id.0.saturating_add(BESIDE)));
-        let found = self.journal.scan(&first, &last, 2 * BESIDE as usize)?;
-        let found = found.iter().filter_map(|(_, value)| BlockEntry::decode(value).ok());
-        let chosen = near::choose(&entry.loc, &stretch, found.collect(), self.space.limit() / 8);
-        Ok(chosen.into_iter().filter(|e| !self.is_cached(&e.hash)).collect())
-    }
-
-    /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
-    pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
-        if entry.is_without_content() {
-            let detail = "the rest of it was lost when it was overwritten in part".into();
-            return Err(FetchError::Lost { what: "a block".into(), detail }.into());
-        }
-        let source = self.source.get().ok_or_else(|| FetchError::Unavailable {
-            what: format!("block {}", entry.hash),
-            detail: "no replica is attached".into(),
-        })?;
-        self.counters.misses.fetch_add(1, Ordering::Relaxed);
-        let deliver = |e: &BlockEntry, raw: Bytes| {
-            if let Err(error) = self.insert_clean(e, &raw) {
-                log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
-            }
-        };
-        let raw = match trace::stage(Stage::Replicas, || source.fetch(entry, ahead, &deliver)) {
-            Err(lost @ FetchError::Lost { .. }) => {
-                self.lost_frames.lock().insert(entry.loc);
-                // The same content may have been stored again, elsewhere.
-                let frame = self.journal.get(&frame_key(&entry.hash))?;
-                let frame = frame.map(|v| FrameValue::decode(&v)).transpose()?;
-                let other = frame.map(|f| f.entry).filter(|e| e.loc != entry.loc).ok_or(lost)?;
-                source.fetch(&other, &[], &deliver)?
-            }
-            other => other?,
-        };
-        deliver(entry, raw.clone());
-        Ok(raw)
     }
 
     // ---- writing -------------------------------------------------------------------------------------------------

@@ -16,23 +16,34 @@ use crate::ids::{Epoch, SegmentNo};
 const MOST_BYTES: u64 = 64 << 20;
 
 type Key = (SegmentNo, Epoch);
-type Place = Arc<OnceCell<Bytes>>;
+
+/// One segment.
+#[derive(Debug)]
+struct Place {
+    key: Key,
+    len: u64,
+    bytes: Arc<OnceCell<Bytes>>,
+    /// Whether somebody has asked for it.
+    taken: bool,
+}
 
 /// The segments in memory.
 #[derive(Debug, Default)]
 pub struct Shelf {
-    /// Least recently wanted first, each with its length.
-    places: Mutex<VecDeque<(Key, u64, Place)>>,
+    /// Least recently wanted first.
+    places: Mutex<VecDeque<Place>>,
 }
 
 impl Shelf {
-    /// Puts a segment there.
+    /// Puts a segment there, unless it is full of others that nobody has asked for yet: those are sent first.
     pub fn put(&self, number: SegmentNo, epoch: Epoch, bytes: Bytes) {
-        let len = bytes.len() as u64;
+        let (key, len) = ((number, epoch), bytes.len() as u64);
         let mut places = self.places.lock();
-        places.retain(|(key, ..)| *key != (number, epoch));
-        places.push_back(((number, epoch), len, Arc::new(OnceCell::new_with(Some(bytes)))));
-        shorten(&mut places);
+        places.retain(|p| p.key != key);
+        if make_room(&mut places, len) {
+            let bytes = Arc::new(OnceCell::new_with(Some(bytes)));
+            places.push_back(Place { key, len, bytes, taken: false });
+        }
     }
 
     /// A segment of `len` bytes: from here, else what `read` gives, which is kept for those who ask next. Who asks meanwhile waits for
@@ -45,42 +56,50 @@ impl Shelf {
         read: impl Future<Output = Result<Bytes, E>>,
     ) -> Result<Bytes, E> {
         let key = (number, epoch);
-        let place = {
+        let bytes = {
             let mut places = self.places.lock();
-            let found = places.iter().position(|(k, ..)| *k == key).and_then(|at| places.remove(at));
-            let entry = found.unwrap_or_else(|| (key, len, Place::default()));
-            let place = Arc::clone(&entry.2);
-            places.push_back(entry);
-            shorten(&mut places);
-            place
+            let found = places.iter().position(|p| p.key == key).and_then(|at| places.remove(at));
+            let place = found.unwrap_or_else(|| {
+                while !make_room(&mut places, len) {
+                    places.pop_front();
+                }
+                Place { key, len, bytes: Arc::default(), taken: true }
+            });
+            let bytes = Arc::clone(&place.bytes);
+            places.push_back(Place { taken: true, ..place });
+            bytes
         };
-        let got = place.get_or_try_init(|| read).await.cloned();
+        let got = bytes.get_or_try_init(|| read).await.cloned();
         if got.is_err() {
-            self.places.lock().retain(|(k, _, p)| *k != key || !Arc::ptr_eq(p, &place));
+            self.places.lock().retain(|p| p.key != key || !Arc::ptr_eq(&p.bytes, &bytes));
         }
         got
     }
 
     /// Takes away what nobody will want any more.
     pub fn forget(&self, segments: &[Key]) {
-        self.places.lock().retain(|(key, ..)| !segments.contains(key));
+        self.places.lock().retain(|p| !segments.contains(&p.key));
     }
 
     /// Bytes kept here.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.places.lock().iter().map(|(_, len, _)| len).sum()
+        total(&self.places.lock())
     }
 }
 
-/// Lets the least recently wanted go, until the rest fits; one always stays, however large.
-fn shorten(places: &mut VecDeque<(Key, u64, Place)>) {
-    let mut bytes: u64 = places.iter().map(|(_, len, _)| len).sum();
-    while bytes > MOST_BYTES
-        && places.len() > 1
-        && let Some((_, len, _)) = places.pop_front()
-    {
-        bytes -= len;
+fn total(places: &VecDeque<Place>) -> u64 {
+    places.iter().map(|p| p.len).sum()
+}
+
+/// Lets go of what somebody had already, until `len` bytes fit; one always fits alone.
+fn make_room(places: &mut VecDeque<Place>, len: u64) -> bool {
+    loop {
+        if places.is_empty() || total(places).saturating_add(len) <= MOST_BYTES {
+            return true;
+        }
+        let Some(taken) = places.iter().position(|p| p.taken) else { return false };
+        places.remove(taken);
     }
 }
 
@@ -123,6 +142,18 @@ mod tests {
         assert_eq!(reads.load(Ordering::Relaxed), 5, "the least recently wanted one went");
         shelf.forget(&[1, 2, 3, 4].map(|n| (SegmentNo(n), Epoch(1))));
         assert_eq!(shelf.bytes(), 16 << 20);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_has_asked_for_stays_before_what_comes_later() {
+        let shelf = Shelf::default();
+        let get = |n: u64| shelf.get(SegmentNo(n), Epoch(1), 16 << 20, async { Err::<Bytes, _>("not here") });
+        (1..=6).for_each(|n| shelf.put(SegmentNo(n), Epoch(1), segment(n)));
+        assert_eq!(get(1).await, Ok(segment(1)));
+        shelf.put(SegmentNo(7), Epoch(1), segment(7));
+        for (n, kept) in [(2, true), (3, true), (4, true), (7, true), (5, false)] {
+            assert_eq!(get(n).await.is_ok(), kept, "{n}");
+        }
     }
 
     #[tokio::test]
