@@ -22,7 +22,7 @@ pub const VOLUME_KEYS: [&str; 14] = [
 ];
 
 /// Keys of the table `[mount]`.
-pub const MOUNT_KEYS: [&str; 13] = [
+pub const MOUNT_KEYS: [&str; 14] = [
     "allow_other",
     "nosuid",
     "nodev",
@@ -36,6 +36,7 @@ pub const MOUNT_KEYS: [&str; 13] = [
     "acl",
     "noacl",
     "fsname",
+    "low_latency",
 ];
 
 /// Keys that hold tables.
@@ -43,7 +44,9 @@ pub const TABLES: [&str; 2] = ["replica", "mount"];
 
 /// Keys that hold a yes or no; in `-o` they may stand without a value.
 pub fn switches() -> impl Iterator<Item = &'static str> {
-    ["read_only"].into_iter().chain(MOUNT_KEYS.into_iter().filter(|key| *key != "fsname"))
+    ["read_only"]
+        .into_iter()
+        .chain(MOUNT_KEYS.into_iter().filter(|key| !matches!(*key, "fsname" | "low_latency")))
 }
 
 /// Keys that are flags of the kernel's mount, which a remount can change.

@@ -116,6 +116,36 @@ pub struct MountOptions {
     pub nodiratime: bool,
     /// Access control lists are not supported.
     pub noacl: bool,
+    /// Whether processors are kept awake in bursts of requests.
+    pub low_latency: LowLatency,
+}
+
+/// When idle processors are kept from sleeping while requests come in bursts: each request then takes much less time, and the idle
+/// processors more power.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LowLatency {
+    /// On machines with few processors: there, a burst keeps most of them busy anyway.
+    #[default]
+    Auto,
+    /// On any machine.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Processors up to which [`LowLatency::Auto`] keeps them awake.
+const FEW: usize = 4;
+
+impl LowLatency {
+    /// What that means on this machine.
+    #[must_use]
+    pub fn wanted(self) -> bool {
+        match self {
+            Self::Auto => std::thread::available_parallelism().is_ok_and(|n| n.get() <= FEW),
+            Self::On => true,
+            Self::Off => false,
+        }
+    }
 }
 
 /// Everything a volume's daemon needs to know, checked.
@@ -278,6 +308,7 @@ impl Config {
                 strictatime: merged.get("strictatime", false, yes_or_no)?,
                 nodiratime: merged.get("nodiratime", false, yes_or_no)?,
                 noacl: merged.get("noacl", false, yes_or_no)?,
+                low_latency: merged.get("low_latency", LowLatency::Auto, low_latency)?,
             },
         };
         config.check_state()?;
@@ -411,6 +442,17 @@ fn fsname(text: &str) -> Result<Option<String>, String> {
         return Err(format!("must be a line of 1 to {MAX_FSNAME} bytes"));
     }
     Ok(Some(text.to_owned()))
+}
+
+fn low_latency(text: &str) -> Result<LowLatency, String> {
+    match text {
+        "auto" => Ok(LowLatency::Auto),
+        other => match yes_or_no(other) {
+            Ok(true) => Ok(LowLatency::On),
+            Ok(false) => Ok(LowLatency::Off),
+            Err(_) => Err(format!("{text:?} is none of auto, on and off")),
+        },
+    }
 }
 
 fn yes_or_no(text: &str) -> Result<bool, String> {

@@ -243,6 +243,7 @@ fn attach(
         strictatime: config.mount.strictatime,
         nodiratime: config.mount.nodiratime,
         acl,
+        low_latency: config.mount.low_latency.wanted(),
         ..fuse::MountOptions::default()
     };
     let server = {

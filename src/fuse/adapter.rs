@@ -10,16 +10,16 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags,
-    PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::convert::{
@@ -27,7 +27,6 @@ use super::convert::{
     rename_mode, set_time, time, xattr_mode,
 };
 use super::errno::errno;
-use super::guard::guarded;
 use super::offer;
 use super::reply;
 use super::shared::{Shared, may_write};
@@ -60,15 +59,10 @@ pub(super) struct Adapter {
 }
 
 impl Adapter {
-    /// An adapter in front of `fs`; `notifier` is to be set when the session is there.
+    /// An adapter in front of what `shared` holds.
     /// `acl`: access control lists are kept and, by the kernel, enforced.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>, acl: bool) -> Self {
-        Self {
-            shared: Arc::new(Shared::new(fs, notifier)),
-            skip_opendir: false,
-            acl,
-            said: AtomicBool::new(false),
-        }
+    pub(super) fn new(shared: Arc<Shared>, acl: bool) -> Self {
+        Self { shared, skip_opendir: false, acl, said: AtomicBool::new(false) }
     }
 
     /// Who makes something with this mask.
@@ -94,6 +88,11 @@ impl Adapter {
             return Err(Errno::EOPNOTSUPP);
         }
         check_xattr_name(name.as_bytes())
+    }
+
+    /// Serves a request; see [`guarded`](super::guard::guarded).
+    fn serve(&self, what: &'static str, work: impl FnOnce()) {
+        self.shared.serve(what, work);
     }
 
     fn fs(&self) -> &dyn FileSystem {
@@ -134,10 +133,11 @@ impl Filesystem for Adapter {
         self.shared.reads.close();
         self.shared.writes.close();
         self.shared.syncs.close();
+        self.shared.awake.stop();
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded("lookup", || match self.fs().lookup(ino(parent), name.as_bytes()) {
+        self.serve("lookup", || match self.fs().lookup(ino(parent), name.as_bytes()) {
             // Inode 0 tells the kernel that there is no such name, and that it may believe so.
             Err(VfsError::NotFound) => {
                 reply.entry(&TTL, &bare_attr(0, FileKind::Regular), Generation(0));
@@ -147,11 +147,11 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _req: &Request, n: INodeNo, nlookup: u64) {
-        guarded("forget", || self.fs().forget(ino(n), nlookup));
+        self.serve("forget", || self.fs().forget(ino(n), nlookup));
     }
 
     fn getattr(&self, _req: &Request, n: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", || reply::attr(reply, self.fs().getattr(ino(n))));
+        self.serve("getattr", || reply::attr(reply, self.fs().getattr(ino(n))));
     }
 
     fn setattr(
@@ -172,7 +172,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        guarded("setattr", || {
+        self.serve("setattr", || {
             let mut set = SetAttr {
                 perm: mode.map(perm_of_mode),
                 uid,
@@ -195,7 +195,7 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, n: INodeNo, reply: ReplyData) {
-        guarded("readlink", || {
+        self.serve("readlink", || {
             self.fs().accessed(ino(n));
             reply::data(reply, self.fs().readlink(ino(n)));
         });
@@ -211,7 +211,7 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        guarded("mknod", || {
+        self.serve("mknod", || {
             let Some(kind) = kind_of_mode(mode) else { return reply.error(Errno::EINVAL) };
             let (name, perm) = (name.as_bytes(), perm_of_mode(mode));
             reply::entry(
@@ -222,7 +222,7 @@ impl Filesystem for Adapter {
     }
 
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        guarded("mkdir", || {
+        self.serve("mkdir", || {
             let perm = perm_of_mode(mode);
             let maker = self.maker(req, umask);
             reply::entry(reply, self.fs().mkdir(ino(parent), name.as_bytes(), perm, &maker));
@@ -230,15 +230,15 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guarded("unlink", || reply::empty(reply, self.fs().unlink(ino(parent), name.as_bytes())));
+        self.serve("unlink", || reply::empty(reply, self.fs().unlink(ino(parent), name.as_bytes())));
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guarded("rmdir", || reply::empty(reply, self.fs().rmdir(ino(parent), name.as_bytes())));
+        self.serve("rmdir", || reply::empty(reply, self.fs().rmdir(ino(parent), name.as_bytes())));
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        guarded("symlink", || {
+        self.serve("symlink", || {
             let target = target.as_os_str().as_bytes();
             reply::entry(reply, self.fs().symlink(ino(parent), name.as_bytes(), target, &caller(req)));
         });
@@ -254,7 +254,7 @@ impl Filesystem for Adapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        guarded("rename", || {
+        self.serve("rename", || {
             let Some(mode) = rename_mode(flags, caller(req)) else { return reply.error(Errno::EINVAL) };
             let (from, to) = (name.as_bytes(), newname.as_bytes());
             reply::empty(reply, self.fs().rename(ino(parent), from, ino(newparent), to, mode));
@@ -262,13 +262,13 @@ impl Filesystem for Adapter {
     }
 
     fn link(&self, _req: &Request, n: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        guarded("link", || {
+        self.serve("link", || {
             reply::entry(reply, self.fs().link(ino(n), ino(newparent), newname.as_bytes()));
         });
     }
 
     fn open(&self, req: &Request, n: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        guarded("open", || {
+        self.serve("open", || {
             let truncate = flags.0 & libc::O_TRUNC != 0;
             let opened = self.fs().open(ino(n), may_write(flags), truncate).and_then(|()| {
                 let fall = truncate && req.uid() != 0;
@@ -297,7 +297,7 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        guarded("create", || {
+        self.serve("create", || {
             let maker = self.maker(req, umask);
             match self.fs().create(ino(parent), name.as_bytes(), perm_of_mode(mode), &maker) {
                 Ok(attr) => {
@@ -322,7 +322,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", || {
+        self.serve("read", || {
             if flags.0 & libc::O_NOATIME == 0 {
                 self.fs().accessed(ino(n));
             }
@@ -349,7 +349,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        guarded("write", || {
+        self.serve("write", || {
             if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
                 && let Err(e) = self.shared.drop_privileges(ino(n), &caller(req))
             {
@@ -373,10 +373,6 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn flush(&self, _req: &Request, n: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        guarded("flush", || reply::empty(reply, self.fs().flush(ino(n))));
-    }
-
     fn release(
         &self,
         _req: &Request,
@@ -387,7 +383,7 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        guarded("release", || {
+        self.serve("release", || {
             self.shared.closed(ino(n), flags);
             self.fs().release(ino(n));
             reply.ok();
@@ -395,13 +391,10 @@ impl Filesystem for Adapter {
     }
 
     fn fsync(&self, _req: &Request, n: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
-        // Even a local sync takes the disk's time, in which this thread could serve a hundred other requests; and the
-        // more syncs wait together, the more share one.
-        let shared = Arc::clone(&self.shared);
-        self.shared.syncs.run(move || {
-            let answer = shared.fs.fsync(ino(n), datasync, Wait::Yes);
+        self.shared.sync("fsync", reply, move |shared, wait| {
+            let answer = shared.fs.fsync(ino(n), datasync, wait);
             shared.tell_blocks(ino(n));
-            reply::empty(reply, answer);
+            answer
         });
     }
 
@@ -414,7 +407,7 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        guarded("readdir", || {
+        self.serve("readdir", || {
             self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, false, &mut |item| {
@@ -439,7 +432,7 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        guarded("readdirplus", || {
+        self.serve("readdirplus", || {
             self.listed(n, offset);
             let mut taken = 0_u32;
             let listed = self.fs().readdir(ino(n), offset, true, &mut |item| {
@@ -470,12 +463,11 @@ impl Filesystem for Adapter {
     }
 
     fn fsyncdir(&self, _req: &Request, n: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let fs = Arc::clone(&self.shared.fs);
-        self.shared.syncs.run(move || reply::empty(reply, fs.fsyncdir(ino(n), Wait::Yes)));
+        self.shared.sync("fsyncdir", reply, move |shared, wait| shared.fs.fsyncdir(ino(n), wait));
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        guarded("statfs", || reply::statfs(reply, self.fs().statfs()));
+        self.serve("statfs", || reply::statfs(reply, self.fs().statfs()));
     }
 
     fn setxattr(
@@ -488,7 +480,7 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        guarded("setxattr", || {
+        self.serve("setxattr", || {
             if let Err(e) = self.check_xattr(name, true) {
                 return reply.error(e);
             }
@@ -503,7 +495,7 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, n: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        guarded("getxattr", || {
+        self.serve("getxattr", || {
             if let Err(e) = self.check_xattr(name, false) {
                 return reply.error(e);
             }
@@ -515,7 +507,7 @@ impl Filesystem for Adapter {
     }
 
     fn listxattr(&self, req: &Request, n: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", || match self.fs().listxattr(ino(n)) {
+        self.serve("listxattr", || match self.fs().listxattr(ino(n)) {
             Ok(names) => {
                 let mut list = Vec::new();
                 for name in names {
@@ -532,7 +524,7 @@ impl Filesystem for Adapter {
     }
 
     fn removexattr(&self, _req: &Request, n: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guarded("removexattr", || {
+        self.serve("removexattr", || {
             if let Err(e) = self.check_xattr(name, false) {
                 return reply.error(e);
             }
@@ -555,7 +547,7 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        guarded("fallocate", || {
+        self.serve("fallocate", || {
             let Some(how) = fallocate_mode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
             let n = ino(n);
             if let Err(e) = self.shared.drop_privileges_unless_root(n, &caller(req)) {
@@ -590,7 +582,7 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        guarded("lseek", || {
+        self.serve("lseek", || {
             let seek = match whence {
                 libc::SEEK_DATA => Seek::Data,
                 libc::SEEK_HOLE => Seek::Hole,
@@ -622,7 +614,7 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        guarded("copy_file_range", || {
+        self.serve("copy_file_range", || {
             // The answer has 32 bits; the kernel comes back for the rest.
             let len = len.min(u64::from(u32::MAX) & !0xfff);
             let (from, to) = (ino(source), ino(target));
@@ -650,6 +642,12 @@ impl Filesystem for Adapter {
     }
 
     // Asked once each: after ENOSYS the kernel answers by itself.
+
+    /// Before it the kernel hands over the pages of a file that is closed, and goes on doing so; it keeps locks itself. What came
+    /// is committed when the file is released, for which nobody waits.
+    fn flush(&self, _req: &Request, _n: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
 
     fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
         reply.error(Errno::ENOSYS);

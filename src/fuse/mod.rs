@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::vfs::api::FileSystem;
 mod adapter;
 mod apart;
 mod attach;
+mod awake;
 mod convert;
 mod errno;
 mod guard;
@@ -76,6 +77,8 @@ pub struct MountOptions {
     pub nodiratime: bool,
     /// Access control lists are kept, and enforced by the kernel.
     pub acl: bool,
+    /// Processors are kept from sleeping deeply while requests come in bursts, where this process may ask for that (as root).
+    pub low_latency: bool,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
     /// A process of its own takes the mount away when this one dies ([`guardian`]). This program must then understand the
@@ -85,7 +88,7 @@ pub struct MountOptions {
 
 impl Default for MountOptions {
     fn default() -> Self {
-        let threads = thread::available_parallelism().map_or(4, |n| n.get().clamp(4, 16));
+        let threads = thread::available_parallelism().map_or(8, |n| n.get().clamp(8, 16));
         Self {
             fsname: "mirrorfs".to_owned(),
             allow_other: false,
@@ -101,6 +104,7 @@ impl Default for MountOptions {
             strictatime: false,
             nodiratime: false,
             acl: true,
+            low_latency: false,
             threads,
             guarded: false,
         }
@@ -173,15 +177,20 @@ fn serve(
     options: &MountOptions,
 ) -> io::Result<Session> {
     let connection = device.try_clone()?;
-    let notifier = Arc::new(OnceLock::new());
-    let adapter = adapter::Adapter::new(fs, Arc::clone(&notifier), options.acl);
+    let threads = options.threads.max(2);
+    let shared = Arc::new(shared::Shared::new(fs, threads));
+    let adapter = adapter::Adapter::new(Arc::clone(&shared), options.acl);
     let mut config = fuser::Config::default();
-    config.n_threads = Some(options.threads.max(2));
+    config.n_threads = Some(threads);
     config.clone_fd = attach::can_open_device();
     // "All" because the kernel decides who may ask; see `attach`.
     let session = fuser::Session::from_fd(adapter, device, fuser::SessionACL::All, config)?;
-    // The cell is new, so this cannot fail.
-    let _ = notifier.set(session.notifier());
+    shared.connect(session.notifier());
+    if options.low_latency
+        && let Err(e) = shared.awake.start()
+    {
+        log::debug!("requests are served as fast as processors wake by themselves: {e}");
+    }
     let entry = mountinfo::mount_at(path).ok().flatten();
     let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
     let (say, ended) = mpsc::channel();

@@ -3,16 +3,20 @@
 //! Owns the knowledge of which inodes the kernel may hold unwritten pages of, and the rule by which set-user-id bits fall.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use fuser::{INodeNo, Notifier, OpenAccMode, OpenFlags};
+use fuser::{INodeNo, Notifier, OpenAccMode, OpenFlags, ReplyEmpty};
 use parking_lot::Mutex;
 
+use super::awake::Awake;
 use super::convert::without_privileges;
+use super::guard::guarded;
 use super::pool::Pool;
+use super::reply;
 use crate::ids::Ino;
-use crate::vfs::api::FileSystem;
-use crate::vfs::types::{Caller, FileKind, SetAttr, VfsError};
+use crate::vfs::api::{FileSystem, VfsResult};
+use crate::vfs::types::{Caller, FileKind, SetAttr, VfsError, Wait};
 
 /// Those who may write to an inode.
 #[derive(Default)]
@@ -30,23 +34,67 @@ pub(super) struct Shared {
     pub(super) reads: Pool,
     /// Writes that wait for space, or for a block that they change in part.
     pub(super) writes: Pool,
-    /// All syncs: they wait for the disk at least.
+    /// Syncs that wait for replicas, or for which no serving thread is to spare.
     pub(super) syncs: Pool,
+    /// Serving threads that are busy with a sync, and how many may be.
+    syncing: AtomicUsize,
+    may_sync: usize,
     /// What may be written to: only of that the kernel may hold pages that we have not seen.
     writers: Mutex<HashMap<Ino, Writers>>,
-    notifier: Arc<OnceLock<Notifier>>,
+    notifier: OnceLock<Notifier>,
+    pub(super) awake: Arc<Awake>,
 }
 
 impl Shared {
-    /// Around `fs`; `notifier` is to be set when the session is there.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, notifier: Arc<OnceLock<Notifier>>) -> Self {
+    /// Around `fs`; `threads` serve.
+    pub(super) fn new(fs: Arc<dyn FileSystem>, threads: usize) -> Self {
         Self {
             fs,
             reads: Pool::new("mirrorfs-read", 48),
             writes: Pool::new("mirrorfs-write", 32),
             syncs: Pool::new("mirrorfs-sync", 48),
+            syncing: AtomicUsize::new(0),
+            may_sync: threads / 2,
             writers: Mutex::default(),
-            notifier,
+            notifier: OnceLock::new(),
+            awake: Arc::default(),
+        }
+    }
+
+    /// Gives it the way to the kernel, when the session is there.
+    pub(super) fn connect(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
+    }
+
+    /// Serves a request; see [`guarded`].
+    pub(super) fn serve(&self, what: &'static str, work: impl FnOnce()) {
+        self.awake.note();
+        guarded(what, work);
+    }
+
+    /// Syncs on this thread, since handing over to another costs more than a fast disk takes; on one of the pool's when it is
+    /// to wait for replicas, or so many serving threads sync already that the others' requests would suffer.
+    pub(super) fn sync(
+        self: &Arc<Self>,
+        what: &'static str,
+        reply: ReplyEmpty,
+        work: impl Fn(&Self, Wait) -> VfsResult<()> + Send + 'static,
+    ) {
+        let spare = self.syncing.fetch_add(1, Ordering::AcqRel) < self.may_sync;
+        let mut left = Some((reply, work));
+        if spare {
+            self.serve(what, || {
+                let Some((reply, work)) = left.take() else { return };
+                match work(self, Wait::No) {
+                    Err(VfsError::WouldBlock) => left = Some((reply, work)),
+                    answer => reply::empty(reply, answer),
+                }
+            });
+        }
+        self.syncing.fetch_sub(1, Ordering::AcqRel);
+        if let Some((reply, work)) = left {
+            let shared = Arc::clone(self);
+            self.syncs.run(move || reply::empty(reply, work(&shared, Wait::Yes)));
         }
     }
 

@@ -56,7 +56,6 @@ use disk::Disk;
 use memtable::Changes;
 use shared::Shared;
 use sled_store::Change;
-use tail_set::Writer;
 use witness::{Point, State, Statement, Sum};
 
 /// The longest key, in bytes.
@@ -142,11 +141,10 @@ impl Journal {
     fn open_on(options: Options, disk: Disk) -> Result<(Arc<Journal>, Opened), JournalError> {
         let dir = options.dir.clone();
         let (shared, opened) = replay::open(options, disk)?;
-        let writer = Writer::new(shared.tail.clone(), shared.witness.lock().now.tail_seq);
         let spawn_error = |e| JournalError::io("start a thread for", &dir, e);
         let thread = |name: &str| std::thread::Builder::new().name(name.into());
         let s = shared.clone();
-        let flusher = thread("journal-flush").spawn(move || flusher::run(&s, writer)).map_err(spawn_error)?;
+        let flusher = thread("journal-flush").spawn(move || flusher::run(&s)).map_err(spawn_error)?;
         let s = shared.clone();
         let applier = match thread("journal-apply").spawn(move || applier::run(&s)) {
             Ok(t) => t,

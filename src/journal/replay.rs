@@ -14,11 +14,12 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use super::applier;
 use super::disk::{Disk, occupied};
 use super::error::JournalError;
+use super::flusher::Flush;
 use super::memtable::{MemTable, View};
 use super::shared::{Pending, Shared, Wishes};
 use super::sled_store::SledStore;
 use super::tail::{self, Found};
-use super::tail_set::{TailFile, TailSet};
+use super::tail_set::{TailFile, TailSet, Writer};
 use super::witness::{Point, State, Statement, Witness};
 use super::{Opened, Options};
 use crate::format::record::Record;
@@ -73,6 +74,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         applier::prove(&store, &said)?;
     }
 
+    let writer = Writer::new(tail.clone(), witness.now.tail_seq);
     let shared = Arc::new(Shared {
         dir,
         data_sync: options.data_sync,
@@ -86,6 +88,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         snapshots: Default::default(),
         mem: AtomicUsize::new(0),
         pending: Mutex::new(Pending { first: applied.next(), last: applied, ..Pending::default() }),
+        flush: Mutex::new(Flush::new(writer)),
         flush_wanted: Condvar::new(),
         flushed: Condvar::new(),
         tail,

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::error::JournalError;
+use super::flusher::{self, Flush};
 use super::memtable::{Changes, View};
 use super::sled_store::SledStore;
 use super::snapshot::Snapshots;
@@ -42,8 +43,8 @@ pub(super) struct Pending {
     pub(super) buf: Vec<u8>,
     pub(super) first: Lsn,
     pub(super) last: Lsn,
-    /// The newest record somebody waits for.
-    pub(super) want: Lsn,
+    /// Somebody is making records durable.
+    pub(super) leading: bool,
     /// The last attempt failed for want of space; counts attempts so that a waiter gets the outcome of its own.
     pub(super) full: Option<JournalError>,
     pub(super) attempts: u64,
@@ -87,6 +88,8 @@ pub(super) struct Shared {
     /// Estimated memory of both memtables (grows and shrinks by wrapping differences).
     pub(super) mem: AtomicUsize,
     pub(super) pending: Mutex<Pending>,
+    /// Held by whoever leads.
+    pub(super) flush: Mutex<Flush>,
     pub(super) flush_wanted: Condvar,
     pub(super) flushed: Condvar,
     pub(super) tail: Arc<TailSet>,
@@ -241,9 +244,7 @@ impl Shared {
             return Ok(());
         }
         let mut p = self.pending.lock();
-        p.want = p.want.max(lsn);
         let asked_at = p.attempts;
-        self.flush_wanted.notify_one();
         loop {
             if self.durable.load(SeqCst) >= lsn.0 {
                 return Ok(());
@@ -254,10 +255,13 @@ impl Shared {
             {
                 return Err(full.clone());
             }
-            if p.stop {
+            if p.leading {
+                self.flushed.wait_for(&mut p, LOOK_AGAIN);
+            } else if p.stop {
                 return Err(JournalError::Closed);
+            } else {
+                p = flusher::lead(self, p).0;
             }
-            self.flushed.wait_for(&mut p, LOOK_AGAIN);
         }
     }
 

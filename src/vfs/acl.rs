@@ -172,6 +172,7 @@ impl Vfs {
         let access = name == ACCESS;
         // From now on they are looked for; before anybody can depend on it.
         self.acls.store(true, Ordering::Release);
+        self.expect_xattrs();
         self.modify(ino, |tx, inode| {
             match (inode.kind, access) {
                 (FileKind::Symlink, _) => return Err(VfsError::NotSupported),

@@ -113,7 +113,8 @@ pub trait FileSystem: Send + Sync {
         self.write(ino, offset, data, wait)
     }
 
-    /// Returns when all of the file is as durable as the volume promises.
+    /// Returns when all of the file is as durable as the volume promises. It always waits for the local disk; for replicas only
+    /// with `wait`, and is [`VfsError::WouldBlock`] without when it had to.
     fn fsync(&self, ino: Ino, datasync: bool, wait: Wait) -> VfsResult<()>;
 
     /// Returns when the directory's entries are as durable as the volume promises.

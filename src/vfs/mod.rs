@@ -95,6 +95,8 @@ pub struct Vfs {
     refusing: AtomicBool,
     /// There are, or have been, access control lists.
     acls: AtomicBool,
+    /// There are, or may be, extended attributes.
+    xattrs: AtomicBool,
     accessed: accessed::Accessed,
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
@@ -192,6 +194,7 @@ impl Vfs {
             read_only: RwLock::new(None),
             refusing: AtomicBool::new(false),
             acls: AtomicBool::new(false),
+            xattrs: AtomicBool::new(true),
             accessed: accessed::Accessed::default(),
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
@@ -200,6 +203,7 @@ impl Vfs {
         });
         vfs.make_root()?;
         vfs.load_acl_use()?;
+        vfs.load_xattr_use()?;
         vfs.start_reaper()?;
         Ok(vfs)
     }

@@ -23,14 +23,18 @@ impl Vfs {
 
     pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
         let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
-        let dirty = cell.state.read().dirty;
-        let flushed = if dirty {
-            self.enter().and_then(|_gate| self.flush_cell(&cell, &mut cell.state.write()))
-        } else {
-            Ok(None)
-        };
+        let flushed = self.commit_cell(&cell);
         self.let_go(cell);
-        flushed.map(|_| ())
+        flushed
+    }
+
+    /// Puts what is pending of a file into the journal.
+    pub(super) fn commit_cell(&self, cell: &Cell) -> Result<()> {
+        if cell.state.read().dirty {
+            let _gate = self.enter()?;
+            self.flush_cell(cell, &mut cell.state.write())?;
+        }
+        Ok(())
     }
 
     pub(super) fn do_fsync(&self, ino: Ino, wait: Wait) -> Result<()> {

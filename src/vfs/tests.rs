@@ -5,7 +5,7 @@
 mod limits;
 
 use super::api::FileSystem;
-use super::types::{Caller, Fallocate, FileKind, RenameMode, Seek, SetAttr, Wait, XattrMode};
+use super::types::{Caller, Fallocate, FileKind, RenameMode, Seek, SetAttr, SetTime, Wait, XattrMode};
 use super::*;
 use crate::journal::Options as JournalOptions;
 
@@ -77,8 +77,13 @@ fn cells_with_changes_or_handles_stay() {
     let f = Fixture::new(1 << 30);
     let ino = f.file(b"a", b"x");
     assert_eq!(f.cells(), 1, "open");
-    f.vfs.write(ino, 1, b"y", Wait::Yes).unwrap();
+    f.vfs.write(ino, 1, b"z", Wait::Yes).unwrap();
+    assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "open and pending");
     f.vfs.release(ino);
+    assert_eq!((f.cells(), f.vfs.pending_files()), (0, 0), "the last handle's release commits");
+    let later = SetAttr { mtime: Some(SetTime::At(Time { secs: 7, nanos: 0 })), ..SetAttr::default() };
+    f.vfs.setattr(ino, &later, &Caller::default()).unwrap();
+    f.vfs.write(ino, 1, b"y", Wait::Yes).unwrap();
     assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "pending");
     f.vfs.commit().unwrap();
     assert_eq!((f.cells(), f.vfs.pending_files()), (0, 0));

@@ -1,11 +1,13 @@
 //! Extended attributes.
 
+use std::sync::atomic::Ordering;
+
 use bytes::Bytes;
 
 use super::acl::is_acl;
 use super::types::{VfsError, XattrMode};
 use super::{Result, Vfs};
-use crate::format::tables::{prefix_range, xattr_key};
+use crate::format::tables::{prefix_range, table, xattr_key};
 use crate::ids::Ino;
 
 /// Longest attribute name in bytes.
@@ -19,7 +21,23 @@ impl Vfs {
         if is_acl(name) && !self.has_acls() {
             return Err(VfsError::NoAttribute);
         }
+        // As it asks for one at the first write to each file.
+        if !self.xattrs.load(Ordering::Acquire) {
+            return Err(VfsError::NoAttribute);
+        }
         self.journal.get(&xattr_key(ino, name))?.ok_or(VfsError::NoAttribute)
+    }
+
+    /// Looks whether the volume has any attribute at all.
+    pub(super) fn load_xattr_use(&self) -> Result<()> {
+        let (start, end) = prefix_range(&[table::XATTR]);
+        self.xattrs.store(!self.journal.scan(&start, &end, 1)?.is_empty(), Ordering::Release);
+        Ok(())
+    }
+
+    /// From now on attributes are looked for; before the first one is set.
+    pub(super) fn expect_xattrs(&self) {
+        self.xattrs.store(true, Ordering::Release);
     }
 
     pub(super) fn do_setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> Result<()> {
@@ -35,6 +53,7 @@ impl Vfs {
         }
         let now = self.now();
         let key = xattr_key(ino, name);
+        self.expect_xattrs();
         self.modify(ino, |tx, inode| {
             mode.check(tx.get(&key)?.is_some())?;
             inode.ctime = now;
