@@ -34,14 +34,16 @@ pub(super) struct Prepared {
     pub packed: Option<Packed>,
 }
 
+/// What came of some blocks of a batch, with their places in it.
+type Numbered = Vec<(usize, Result<Prepared, SealError>)>;
 /// What came of each block of a batch, in order.
 type Batch = Vec<(Arc<DirtyBlock>, Result<Prepared, SealError>)>;
 
 /// A batch that is being prepared.
 pub(super) struct Started<'scope> {
     blocks: Vec<Arc<DirtyBlock>>,
-    workers: Vec<ScopedJoinHandle<'scope, Vec<(usize, Result<Prepared, SealError>)>>>,
-    done: Vec<(usize, Result<Prepared, SealError>)>,
+    workers: Vec<ScopedJoinHandle<'scope, Numbered>>,
+    done: Numbered,
 }
 
 impl Started<'_> {
@@ -119,7 +121,7 @@ impl Preparer {
         next: &AtomicUsize,
         encoder: &Mutex<FrameEncoder>,
         packed: &Mutex<HashSet<BlockHash>>,
-    ) -> Vec<(usize, Result<Prepared, SealError>)> {
+    ) -> Numbered {
         let mut done = Vec::new();
         let mut encoder = encoder.lock();
         loop {

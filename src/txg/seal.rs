@@ -90,6 +90,9 @@ struct Sealed {
     lost: Vec<(BlockId, BlockEntry)>,
 }
 
+/// The segments of one txg that were put together.
+type Drafted = Vec<(SegmentNo, SegmentSummary)>;
+
 /// The segments of one txg while they are written.
 struct Draft<'scope, 'env> {
     writers: Writers<'scope, 'env>,
@@ -98,7 +101,7 @@ struct Draft<'scope, 'env> {
     cut_at: Time,
     first: SegmentNo,
     current: SegmentBuilder,
-    done: Vec<(SegmentNo, SegmentSummary)>,
+    done: Drafted,
 }
 
 impl Draft<'_, '_> {
@@ -245,11 +248,7 @@ impl Sealer {
     }
 
     /// Writes the segments of a cut to the local disk, durably. They count for nothing before they are registered.
-    fn stage(
-        &mut self,
-        cut: &Cut,
-        cut_at: Time,
-    ) -> (Result<Option<Sealed>, SealError>, Vec<(SegmentNo, SegmentSummary)>) {
+    fn stage(&mut self, cut: &Cut, cut_at: Time) -> (Result<Option<Sealed>, SealError>, Drafted) {
         let first = self.mark.segment.next();
         let staging = Arc::clone(&self.staging);
         let header = SegmentHeader {
