@@ -178,7 +178,7 @@ impl Vfs {
         if from >= to {
             return;
         }
-        let wanted = {
+        let mut wanted = {
             let state = cell.state.read();
             let to = to.min(state.inode.size.div_ceil(bs));
             if state.inline.is_some() || from >= to {
@@ -191,6 +191,8 @@ impl Vfs {
                 .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
                 .collect::<Vec<_>>()
         };
+        // Writers overtake one another: neighbours in a segment are not always in the order of the file.
+        wanted.sort_by_key(|e| (e.loc.segment, e.loc.offset));
         // In pieces, so that several requests are under way; a full queue means that enough are.
         for part in wanted.chunks(4) {
             if queue.try_send(part.to_vec()).is_err() {
@@ -211,11 +213,15 @@ impl Vfs {
                     loop {
                         let next = receiver.lock().recv();
                         let Ok(mut wanted) = next else { return };
-                        wanted.retain(|e| !blocks.is_cached(&e.hash));
-                        if let Some((first, ahead)) = wanted.split_first()
-                            && let Err(e) = blocks.fetch(first, ahead)
-                        {
-                            log::debug!("fetching ahead: {e}");
+                        // One request gets what lies beside the first; the rest may lie elsewhere.
+                        loop {
+                            wanted.retain(|e| !blocks.is_cached(&e.hash));
+                            let Some((first, ahead)) = wanted.split_first() else { break };
+                            if let Err(e) = blocks.fetch(first, ahead) {
+                                log::debug!("fetching ahead: {e}");
+                                break;
+                            }
+                            wanted.remove(0);
                         }
                     }
                 })
