@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use support::azurite::Azurite;
 use support::gcs::GcsDouble;
-use support::mount::{How, Volume};
+use support::mount::{How, Mount, Volume};
 use support::proxy::Proxy;
 use support::run::{seed, wait_until};
 use support::s3::S3Server;
@@ -73,6 +73,42 @@ fn one_of_every_kind_and_one_stops() {
         expected.assert_same(&Snapshot::take(&to), &format!("restored from {name}"));
         fs::remove_dir_all(to).unwrap();
     }
+}
+
+/// Requests of one kind made of a replica so far.
+fn requests(m: &Mount, name: &str, kind: &str) -> u64 {
+    m.replica_status(name)["requests"][kind].as_u64().unwrap()
+}
+
+#[test]
+fn many_small_files_cost_few_requests() {
+    const FILES: u64 = 1000;
+    let Some(mut v) = Volume::new("replicas: requests") else { return };
+    let mut content = Content::new(seed("requests"));
+    v.folder("a");
+    v.folder("b");
+    let m = v.mount();
+    let puts = ["a", "b"].map(|name| requests(&m, name, "put"));
+    fs::create_dir(m.path("d")).unwrap();
+    for n in 0..FILES {
+        fs::write(m.path(format!("d/{n}")), content.take(8192)).unwrap();
+    }
+    m.sync();
+    for (name, before) in ["a", "b"].into_iter().zip(puts) {
+        let puts = requests(&m, name, "put") - before;
+        assert!(puts <= FILES / 100, "{puts} PUTs on {name}");
+    }
+    let expected = Snapshot::take(m.root());
+    m.unmount();
+    // Of one replica alone, so that none is asked because another one is late.
+    let fresh = v.mount_as(&How::usual().state("fresh").only(&["a"]).arg("--read-only"));
+    let before = requests(&fresh, "a", "get");
+    expected.assert_same(&Snapshot::take(fresh.root()), "with an empty cache");
+    let gets = requests(&fresh, "a", "get") - before;
+    assert!(gets <= FILES / 100, "{gets} GETs");
+    let text = fresh.ask(&["status"], &[]).ok().text();
+    assert!(text.contains("REQUESTS  PUT  GET"), "{text}");
+    fresh.unmount();
 }
 
 #[test]

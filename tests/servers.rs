@@ -26,6 +26,7 @@ use support::moto::Moto;
 use support::mount::{How, Mount, Volume, drop_page_cache};
 use support::proxy::Proxy;
 use support::run::{seed, wait_until};
+use support::s3::S3Server;
 use support::tree::{Content, Snapshot};
 
 /// How long each fault lasts: longer than a call may take, so that calls do time out.
@@ -412,4 +413,13 @@ impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// No test: the S3 double as a server for `scripts/bench-behind`, until its standard input ends.
+#[test]
+#[ignore = "a server for scripts/bench-behind"]
+fn serve_s3() {
+    let server = S3Server::start();
+    println!("\nserving {}", server.http.url());
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).unwrap();
 }

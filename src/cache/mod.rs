@@ -3,6 +3,7 @@
 //! Knows neither files nor replicas.
 
 pub mod dirty;
+mod near;
 pub mod ranges;
 pub mod slots;
 pub mod space;
@@ -14,4 +15,4 @@ pub fn is_full(e: &std::io::Error) -> bool {
     matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
-pub use store::{BlockStore, StoreError, Supply};
+pub use store::{BlockStore, Missing, StoreError, Supply};

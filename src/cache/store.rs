@@ -5,6 +5,7 @@
 
 mod clean;
 mod frames;
+mod misses;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
+use super::near::Near;
 use super::ranges::Ranges;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
@@ -38,8 +40,8 @@ use crate::trace::{self, Stage};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The block is only on replicas: fetch it, then ask again.
-    #[error("block {} is not local", .0.hash)]
-    Miss(Box<BlockEntry>),
+    #[error("block {} is not local", .0.entry.hash)]
+    Miss(Box<Missing>),
     /// The journal refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -57,6 +59,15 @@ pub enum StoreError {
     /// No replica could give it.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+}
+
+/// A sealed block that is not local.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// Where it lies.
+    pub entry: BlockEntry,
+    /// Its number, when it was asked for by that.
+    pub id: Option<BlockId>,
 }
 
 /// Content already fetched for one request, so that a small cache cannot starve it.
@@ -99,6 +110,8 @@ pub struct BlockStore {
     source: OnceLock<Arc<dyn FrameSource>>,
     /// Frames of which no replica had an intact copy when they were asked for: no new block may rest on them.
     lost_frames: Mutex<HashSet<FrameLoc>>,
+    /// How much is fetched along with small blocks.
+    near: Mutex<Near>,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -109,7 +122,6 @@ pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
-
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
@@ -172,6 +184,7 @@ impl BlockStore {
             reserved_id: Mutex::new(next),
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
+            near: Mutex::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -243,7 +256,10 @@ impl BlockStore {
             return self.read_dirty(&block, start, out, supply);
         }
         match self.entry(id) {
-            Ok(entry) => self.read_sealed(&entry, start, out, supply),
+            Ok(entry) => self.read_sealed(&entry, start, out, supply).map_err(|e| match e {
+                StoreError::Miss(missing) => StoreError::Miss(Box::new(Missing { id: Some(id), ..*missing })),
+                other => other,
+            }),
             // Sealed or written between the two looks.
             Err(StoreError::Dangling(_)) => match self.dirty(id) {
                 Some(block) => self.read_dirty(&block, start, out, supply),
@@ -299,9 +315,10 @@ impl BlockStore {
             return Ok(());
         }
         let found = self.clean.lock().get(&entry.hash).map(|c| (Arc::clone(&c.slot), c.len, c.verified));
-        let Some((slot, len, verified)) = found else { return Err(StoreError::Miss(Box::new(*entry))) };
+        let miss = || Err(StoreError::Miss(Box::new(Missing { entry: *entry, id: None })));
+        let Some((slot, len, verified)) = found else { return miss() };
         if !verified && !self.verify(entry, &slot, len)? {
-            return Err(StoreError::Miss(Box::new(*entry)));
+            return miss();
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
         slot.read(start, &mut out[..live])?;
@@ -335,37 +352,6 @@ impl BlockStore {
         let mut raw = vec![0; len as usize];
         slot.read(0, &mut raw).ok()?;
         (len == entry.loc.raw_len && BlockHash::of(&raw) == entry.hash).then(|| raw.into())
-    }
-
-    /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
-    pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
-        if entry.is_without_content() {
-            let detail = "the rest of it was lost when it was overwritten in part".into();
-            return Err(FetchError::Lost { what: "a block".into(), detail }.into());
-        }
-        let source = self.source.get().ok_or_else(|| FetchError::Unavailable {
-            what: format!("block {}", entry.hash),
-            detail: "no replica is attached".into(),
-        })?;
-        self.counters.misses.fetch_add(1, Ordering::Relaxed);
-        let deliver = |e: &BlockEntry, raw: Bytes| {
-            if let Err(error) = self.insert_clean(e, &raw) {
-                log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
-            }
-        };
-        let raw = match trace::stage(Stage::Replicas, || source.fetch(entry, ahead, &deliver)) {
-            Err(lost @ FetchError::Lost { .. }) => {
-                self.lost_frames.lock().insert(entry.loc);
-                // The same content may have been stored again, elsewhere.
-                let frame = self.journal.get(&frame_key(&entry.hash))?;
-                let frame = frame.map(|v| FrameValue::decode(&v)).transpose()?;
-                let other = frame.map(|f| f.entry).filter(|e| e.loc != entry.loc).ok_or(lost)?;
-                source.fetch(&other, &[], &deliver)?
-            }
-            other => other?,
-        };
-        deliver(entry, raw.clone());
-        Ok(raw)
     }
 
     // ---- writing -------------------------------------------------------------------------------------------------
@@ -558,9 +544,9 @@ impl BlockStore {
         loop {
             match self.read_dirty(block, 0, &mut out, &supply) {
                 Ok(()) => return Ok(out),
-                Err(StoreError::Miss(entry)) => {
-                    let raw = self.fetch(&entry, &[])?;
-                    supply.insert(entry.hash, raw);
+                Err(StoreError::Miss(missing)) => {
+                    let raw = self.fetch(&missing.entry, &[])?;
+                    supply.insert(missing.entry.hash, raw);
                 }
                 Err(e) => return Err(e),
             }

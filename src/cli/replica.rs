@@ -11,7 +11,7 @@ use crate::config::{self, Env};
 use crate::control::{Client, ReplicaEntry, ReplicaRequest, reason};
 use crate::exit::Exit;
 use crate::ids::{ReplicaName, SegmentNo};
-use crate::replica::{ReplicaSpec, ReplicaState};
+use crate::replica::{RawSpeed, RawWork, ReplicaSpec, ReplicaState};
 
 /// How often a command that waits asks.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -25,7 +25,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
   mirrorfs replica list
   mirrorfs replica attach off=s3://bucket/mirror ~/files --wait
   mirrorfs replica replace old new=/mnt/disk2/mirror
-  mirrorfs replica pause off && mirrorfs replica resume off")]
+  mirrorfs replica pause off && mirrorfs replica resume off
+  mirrorfs replica bench s3://bucket/mirror --replica-option region=eu-central-1")]
 pub(super) struct Args {
     #[command(subcommand)]
     action: Action,
@@ -45,6 +46,45 @@ enum Action {
     Pause(Named),
     /// Send to a replica again
     Resume(Named),
+    /// Measure how fast a place is by itself, with bare requests, before or beside its use
+    Bench(Bench),
+}
+
+#[derive(Debug, clap::Args)]
+struct Bench {
+    /// The place: a folder that is there, s3://bucket/prefix, gs://… or az://…, or the name of one in --config
+    #[arg(value_name = "[NAME=]URL")]
+    place: String,
+
+    /// Configuration file (TOML) that describes it [env: MIRRORFS_CONFIG]
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// An option of it, such as endpoint=https://…; may be repeated [env: MIRRORFS_REPLICA_OPTION, separated by blanks]
+    #[arg(long, value_name = "KEY=VALUE")]
+    replica_option: Vec<String>,
+
+    /// Objects that are written, read and deleted
+    #[arg(long, value_name = "NUMBER", env = "MIRRORFS_OBJECTS", default_value = "32", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    objects: u32,
+
+    /// Bytes of each
+    #[arg(long, value_name = "SIZE", env = "MIRRORFS_OBJECT_SIZE", default_value = "16MiB", value_parser = parse_size)]
+    object_size: usize,
+
+    /// Bytes of the ranges in which they are read
+    #[arg(long, value_name = "SIZE", env = "MIRRORFS_RANGE_SIZE", default_value = "4MiB", value_parser = parse_size)]
+    range_size: usize,
+
+    /// Print JSON
+    #[arg(long, env = "MIRRORFS_JSON", value_parser = clap::builder::FalseyValueParser::new())]
+    json: bool,
+}
+
+/// A size that one object may have here.
+fn parse_size(text: &str) -> Result<usize, String> {
+    let size = config::units::parse_size(text, 1..=256 << 20)?;
+    usize::try_from(size).map_err(|e| e.to_string())
 }
 
 #[derive(Debug, clap::Args)]
@@ -141,6 +181,7 @@ pub(super) fn run(args: Args) -> Outcome {
         }
         Action::Pause(named) => change(&named.common, &ReplicaRequest::Pause { name: named.name }),
         Action::Resume(named) => change(&named.common, &ReplicaRequest::Resume { name: named.name }),
+        Action::Bench(bench) => measure(&bench),
     }
 }
 
@@ -156,7 +197,7 @@ fn ask(located: &Located, request: &ReplicaRequest) -> Result<Vec<ReplicaEntry>,
 }
 
 fn add(place: &Place, replaces: Option<ReplicaName>) -> Outcome {
-    let spec = spec(place)?;
+    let spec = spec(&place.place, place.config.as_deref(), &place.replica_option)?;
     let located = locate::one(place.common.mountpoint.as_deref())?;
     let name = spec.name.clone();
     let request =
@@ -175,16 +216,65 @@ fn add(place: &Place, replaces: Option<ReplicaName>) -> Outcome {
     Ok(())
 }
 
-/// The new replica, with what configuration and options say of it.
-fn spec(place: &Place) -> Result<ReplicaSpec, CommandError> {
+/// A replica, with what configuration and options say of it.
+fn spec(place: &str, config: Option<&Path>, options: &[String]) -> Result<ReplicaSpec, CommandError> {
     let env = Env::current()?;
     let args = ReplicaArgs {
-        config: place.config.clone(),
+        config: config.map(Path::to_owned),
         replica: Vec::new(),
-        replica_option: place.replica_option.clone(),
+        replica_option: options.to_vec(),
     };
     let raw = args.raw(&env.cwd)?;
-    Ok(config::load_replica(&place.place, &raw, &env)?)
+    Ok(config::load_replica(place, &raw, &env)?)
+}
+
+/// Figures of one place, as JSON.
+#[derive(serde::Serialize)]
+struct Measured<'a> {
+    url: &'a str,
+    work: RawWork,
+    speed: RawSpeed,
+}
+
+fn measure(bench: &Bench) -> Outcome {
+    let spec = spec(&bench.place, bench.config.as_deref(), &bench.replica_option)?;
+    let failed = |e: &dyn std::fmt::Display| CommandError::new(Exit::Failure, format!("cannot measure: {e}"));
+    let store = spec.store().map_err(|e| failed(&e))?;
+    let work = RawWork {
+        objects: bench.objects as usize,
+        object_bytes: bench.object_size,
+        puts: spec.limits.in_flight,
+        range_bytes: bench.range_size,
+        gets: spec.limits.reads_in_flight,
+    };
+    let unique = u128::from(getrandom::u64().map_err(|e| failed(&e))?);
+    // As many threads as the daemon would use.
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|e| failed(&e))?;
+    let speed = runtime.block_on(store.measure(work, unique)).map_err(|e| failed(&e))?;
+    if bench.json {
+        return output::print_json(&Measured { url: &spec.url, work, speed });
+    }
+    output::print(&measured(&work, &speed))
+}
+
+fn measured(work: &RawWork, speed: &RawSpeed) -> String {
+    let rate = |seconds: f64| human::rate(speed.bytes as f64 / seconds.max(1e-9));
+    let of = |bytes: usize| human::size(bytes as u64);
+    let all = human::size(speed.bytes);
+    let rows = [
+        [
+            "written".to_owned(),
+            rate(speed.put_seconds),
+            format!("{all} in objects of {}, {} at a time", of(work.object_bytes), work.puts),
+        ],
+        [
+            "read".to_owned(),
+            rate(speed.get_seconds),
+            format!("{all} in ranges of {}, {} at a time", of(work.range_bytes), work.gets),
+        ],
+        ["an answer".to_owned(), human::brief(speed.answer_seconds), "median, one byte".to_owned()],
+    ];
+    output::table(&rows.map(Vec::from))
 }
 
 /// Waits until a replica is filled, and the one that it replaces is gone.

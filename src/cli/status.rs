@@ -119,7 +119,20 @@ fn show(status: &Status, now: f64) -> String {
         errors += &format!("cached blocks that were damaged and fetched anew: {}\n", cache.corrupt);
     }
     errors.extend(status.replicas.iter().map(|r| trouble(r, now)));
-    format!("{}\n{}{errors}", output::table(&head), output::table(&rows))
+    format!("{}\n{}\n{}{errors}", output::table(&head), output::table(&rows), requests(&status.replicas))
+}
+
+/// What was asked of each replica since the start.
+fn requests(replicas: &[ReplicaStatus]) -> String {
+    let titles = ["REQUESTS", "PUT", "GET", "HEAD", "LIST", "DELETE", "FAILED", "SENT", "RECEIVED"];
+    let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
+    rows.extend(replicas.iter().map(|replica| {
+        let r = &replica.requests;
+        let counts = [r.put, r.get, r.head, r.list, r.delete, r.failed].map(|n| n.to_string());
+        let bytes = [r.bytes_sent, r.bytes_received].map(human::size);
+        std::iter::once(replica.name.to_string()).chain(counts).chain(bytes).collect()
+    }));
+    output::table(&rows)
 }
 
 /// Requests by kind, and the shares of their time.
@@ -240,6 +253,9 @@ mod tests {
                  \n\
                  REPLICA  STATE    CURSOR  BEHIND                         SENT  RATE  URL\n\
                  a        healthy  5       2 segments, 3.0 MiB, 1 m 15 s  6 B   -     file:///r/a\n\
+                 \n\
+                 REQUESTS  PUT  GET  HEAD  LIST  DELETE  FAILED  SENT  RECEIVED\n\
+                 a         0    0    0     0     0       0       0 B   0 B\n\
                  last error of a, 1 m ago: broken\n",
                 status.volume
             )

@@ -20,7 +20,7 @@ use crate::exit::Exit;
 use crate::fsck::Report;
 use crate::ids::{Epoch, SegmentNo};
 use crate::reconcile::{Reconciler, ScrubStatus};
-use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus};
+use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus, Requests};
 use crate::trace::{self, OpFigures};
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
@@ -394,7 +394,7 @@ fn metrics(s: &Status) -> String {
         ("replica_lag_bytes", "Bytes of sealed segments it lacks", |r| r.lag_bytes as f64),
         ("replica_lag_seconds", "Age of the oldest segment it lacks", |r| r.lag_seconds),
         ("replica_uploaded_bytes", "Bytes sent", |r| r.uploaded_bytes as f64),
-        ("replica_requests", "Requests made", |r| r.requests.total() as f64),
+        ("replica_failed_requests", "Requests that failed", |r| r.requests.failed as f64),
         ("replica_damages", "Damaged or missing places met while reading", |r| r.damages as f64),
     ];
     for (name, help, value) in per_replica {
@@ -403,5 +403,35 @@ fn metrics(s: &Status) -> String {
             let _ = writeln!(out, "mirrorfs_{name}{{replica=\"{}\"}} {}", r.name, value(r));
         }
     }
+    out += &request_metrics(&s.replicas);
     out
 }
+
+/// What was asked of replicas since the start, in the text form that Prometheus reads.
+fn request_metrics(replicas: &[ReplicaStatus]) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    let mut counter = |name: &str, help: &str, label: &str, kinds: &[(&str, RequestFigure)]| {
+        let _ = writeln!(out, "# HELP mirrorfs_{name} {help}\n# TYPE mirrorfs_{name} counter");
+        for r in replicas {
+            for (kind, value) in kinds {
+                let labels = format!("replica=\"{}\",{label}=\"{kind}\"", r.name);
+                let _ = writeln!(out, "mirrorfs_{name}{{{labels}}} {}", value(&r.requests));
+            }
+        }
+    };
+    let kinds: [(&str, RequestFigure); 5] = [
+        ("put", |r| r.put),
+        ("get", |r| r.get),
+        ("head", |r| r.head),
+        ("list", |r| r.list),
+        ("delete", |r| r.delete),
+    ];
+    counter("replica_requests_total", "Requests made of a replica", "kind", &kinds);
+    let bytes: [(&str, RequestFigure); 2] = [("sent", |r| r.bytes_sent), ("received", |r| r.bytes_received)];
+    counter("replica_bytes_total", "Bytes of objects", "direction", &bytes);
+    out
+}
+
+/// One count of the requests of a replica.
+type RequestFigure = fn(&Requests) -> u64;

@@ -38,6 +38,8 @@ use crate::vfs::{self, Durability, Vfs};
 
 /// How often pending changes are committed locally.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
+/// Threads that fetch ahead: as many requests are under way for sequential readers.
+const PREFETCH: usize = 8;
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
@@ -365,7 +367,7 @@ fn assemble(
     );
     let reader: Arc<dyn FrameSource> = Arc::new(reader.with_deadline(config.read_timeout));
     blocks.set_source(reader);
-    vfs.start_prefetch(4).map_err(|e| failure(&e))?;
+    vfs.start_prefetch(PREFETCH).map_err(|e| failure(&e))?;
 
     let mut tasks = JoinSet::new();
     let (engine, reconciler) = match shipping {

@@ -99,7 +99,8 @@ impl FrameHeader {
         Ok(header)
     }
 
-    fn encode(self) -> [u8; HEADER_LEN] {
+    /// The header's bytes.
+    pub(super) fn encode(self) -> [u8; HEADER_LEN] {
         let mut o = [0; HEADER_LEN];
         o[..4].copy_from_slice(&MAGIC);
         o[4] = VERSION;
@@ -159,13 +160,21 @@ impl FrameEncoder {
     /// The frame of `raw`. Compression is skipped when a sample of the content promises nothing, and not kept when
     /// it saves less than 3 %.
     pub fn encode(&mut self, raw: &[u8]) -> Result<Frame, FormatError> {
+        let packed = self.pack(raw)?;
+        let header = packed.header(raw);
+        let payload = packed.payload(raw);
+        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+        bytes.extend_from_slice(&header.encode());
+        bytes.extend_from_slice(payload);
+        Ok(Frame { bytes, header })
+    }
+
+    /// What [`FrameEncoder::encode`] would store of `raw`, without a copy of what is stored as it is.
+    pub fn pack(&mut self, raw: &[u8]) -> Result<Packed, FormatError> {
         if raw.len() > MAX_RAW {
             return Err(FormatError::new(WHAT, format!("{} bytes are too many for a block", raw.len())));
         }
-        if let Some(payload) = self.compress(raw)? {
-            return Ok(frame(Codec::Zstd, raw.len(), &payload));
-        }
-        Ok(frame(Codec::Raw, raw.len(), raw))
+        Ok(Packed(self.compress(raw)?))
     }
 
     fn compress(&mut self, raw: &[u8]) -> Result<Option<Vec<u8>>, FormatError> {
@@ -188,12 +197,23 @@ impl FrameEncoder {
     }
 }
 
-fn frame(codec: Codec, raw_len: usize, payload: &[u8]) -> Frame {
-    let header = FrameHeader { codec, raw_len: raw_len as u32, payload_len: payload.len() as u32 };
-    let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
-    bytes.extend_from_slice(&header.encode());
-    bytes.extend_from_slice(payload);
-    Frame { bytes, header }
+/// How a block's content is stored: compressed, or as it is.
+#[derive(Debug, Default)]
+pub struct Packed(Option<Vec<u8>>);
+
+impl Packed {
+    /// The frame's header, for the content that was packed.
+    #[must_use]
+    pub fn header(&self, raw: &[u8]) -> FrameHeader {
+        let codec = if self.0.is_some() { Codec::Zstd } else { Codec::Raw };
+        FrameHeader { codec, raw_len: raw.len() as u32, payload_len: self.payload(raw).len() as u32 }
+    }
+
+    /// The frame's payload.
+    #[must_use]
+    pub fn payload<'a>(&'a self, raw: &'a [u8]) -> &'a [u8] {
+        self.0.as_deref().unwrap_or(raw)
+    }
 }
 
 /// The frame of one block; see [`FrameEncoder`] for many.
@@ -204,6 +224,11 @@ pub fn encode(raw: &[u8], level: i32) -> Result<Frame, FormatError> {
 /// The content of a frame (`stored` is exactly one frame), checked against the hash under which it is known. Allocates
 /// no more than the raw length, which is at most [`MAX_RAW`].
 pub fn decode(stored: &[u8], expected: &BlockHash) -> Result<Bytes, FormatError> {
+    decode_shared(&Bytes::copy_from_slice(stored), expected)
+}
+
+/// As [`decode`]; what was stored as it is shares the memory of `stored`.
+fn decode_shared(stored: &Bytes, expected: &BlockHash) -> Result<Bytes, FormatError> {
     let raw = decode_unverified(stored)?;
     let found = BlockHash::of(&raw);
     if found != *expected {
@@ -214,6 +239,11 @@ pub fn decode(stored: &[u8], expected: &BlockHash) -> Result<Bytes, FormatError>
 
 /// The content of the block that `entry` describes, out of the bytes that lie at its place.
 pub fn decode_entry(stored: &[u8], entry: &BlockEntry) -> Result<Bytes, FormatError> {
+    decode_entry_shared(&Bytes::copy_from_slice(stored), entry)
+}
+
+/// As [`decode_entry`]; what was stored as it is shares the memory of `stored`.
+pub fn decode_entry_shared(stored: &Bytes, entry: &BlockEntry) -> Result<Bytes, FormatError> {
     if entry.is_without_content() {
         return Err(FormatError::new(WHAT, "a part of this block's content was lost before it was stored"));
     }
@@ -224,19 +254,22 @@ pub fn decode_entry(stored: &[u8], entry: &BlockEntry) -> Result<Bytes, FormatEr
             format!("{} bytes of content, {} expected", header.raw_len, entry.loc.raw_len),
         ));
     }
-    decode(stored, &entry.hash)
+    decode_shared(stored, &entry.hash)
 }
 
-fn decode_unverified(stored: &[u8]) -> Result<Bytes, FormatError> {
+fn decode_unverified(stored: &Bytes) -> Result<Bytes, FormatError> {
     let header = FrameHeader::decode(stored)?;
-    let payload = &stored[HEADER_LEN..];
+    let payload = stored.slice(HEADER_LEN..);
     if payload.len() != header.payload_len as usize {
         return Err(FormatError::new(
             WHAT,
             format!("{} bytes of payload, {} expected", payload.len(), header.payload_len),
         ));
     }
-    unpack(WHAT, header.codec, payload, header.raw_len as usize)
+    match header.codec {
+        Codec::Raw => Ok(payload),
+        codec => unpack(WHAT, codec, &payload, header.raw_len as usize),
+    }
 }
 
 /// Undoes `codec`; the result has exactly `raw_len` bytes, which the caller has bounded.

@@ -3,9 +3,11 @@
 //! Owns no behaviour. The block cache asks a [`FrameSource`]; a shipper asks an [`Outbox`] and a [`CursorStore`].
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::shelf::Shelf;
 use crate::format::tables::BlockEntry;
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
@@ -36,7 +38,7 @@ pub enum FetchError {
 /// Gives the raw, verified content of sealed blocks. Blocking: never called from async code.
 pub trait FrameSource: Send + Sync {
     /// The raw content of `wanted`, its hash checked. `ahead` are blocks that will probably be asked for next; the
-    /// source may fetch them in the same request and hand them to `deliver`, or ignore them.
+    /// source may fetch them in the same request, or ignore them. What was fetched it may hand to `deliver`, too, also what was wanted.
     fn fetch(
         &self,
         wanted: &BlockEntry,
@@ -80,6 +82,10 @@ pub trait Outbox: Send + Sync {
     fn backlog(&self, after: SegmentNo) -> Backlog;
     /// The newest checkpoint whose number is at most `cursor` and above `after`, if one is staged.
     fn checkpoint(&self, after: SegmentNo, cursor: SegmentNo) -> Option<Staged>;
+    /// Where segments stand that are still in memory, when they are kept.
+    fn shelf(&self) -> Option<Arc<Shelf>> {
+        None
+    }
     /// Number of the newest sealed segment; changes wake the watcher.
     fn watch(&self) -> tokio::sync::watch::Receiver<SegmentNo>;
 }

@@ -15,6 +15,7 @@ pub mod read_plan;
 mod reader;
 mod roster;
 mod shared;
+mod shelf;
 pub mod ship_plan;
 mod shipper;
 mod store;
@@ -32,6 +33,7 @@ pub use fence::{Fence, FenceNote, FenceReason, Fenced, confirm, look_for_rivals,
 pub use reader::{DEADLINE, Local, Reader};
 pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus, jitter, unix_now};
+pub use shelf::Shelf;
 pub use shipper::{Shipper, Tuning, status};
-pub use store::{Conditional, Created, Limits, ObjectInfo, Requests, Store};
+pub use store::{Conditional, Created, Limits, ObjectInfo, RawSpeed, RawWork, Requests, Store};
 pub use target::{Place, ReplicaSpec, Scheme, TargetError, check_distinct, same_place};

@@ -219,11 +219,11 @@ impl FrameSource for Reader {
         };
         let mut found = Err(FetchError::Closed);
         for (block, bytes) in intact {
+            // In this order: who comes in between finds either the flight or what was delivered.
+            deliver(&block, bytes.clone());
             owned.land(block.hash, Landing::Got(bytes.clone()));
             if block.hash == wanted.hash {
                 found = Ok(bytes);
-            } else {
-                deliver(&block, bytes);
             }
         }
         found
@@ -362,7 +362,7 @@ impl Shared {
             log::error!("staged {}: {}: {why}; asking the replicas", path.display(), name_of(&span.wanted));
         };
         let bytes = match read_range(&path, span.offset, span.len) {
-            Ok(bytes) => bytes,
+            Ok(bytes) => Bytes::from(bytes),
             // It was just removed because replicas hold it.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
             Err(e) => {
@@ -464,11 +464,12 @@ fn answer_of(e: &StoreError) -> Answer {
 }
 
 /// Decodes the blocks of a span: those that are intact, and those that are not with the reason.
-fn decode(span: &Span, bytes: &[u8]) -> (Intact, Vec<(BlockEntry, String)>) {
+fn decode(span: &Span, bytes: &Bytes) -> (Intact, Vec<(BlockEntry, String)>) {
     let (mut intact, mut broken) = (Vec::new(), Vec::new());
     for block in std::iter::once(&span.wanted).chain(&span.others) {
-        let stored = span.part(block).and_then(|part| bytes.get(part)).unwrap_or_default();
-        match frame::decode_entry(stored, block) {
+        let part = span.part(block).filter(|part| part.end <= bytes.len());
+        let stored = part.map_or_else(Bytes::new, |part| bytes.slice(part));
+        match frame::decode_entry_shared(&stored, block) {
             Ok(raw) => intact.push((*block, raw)),
             Err(e) => broken.push((*block, e.to_string())),
         }

@@ -437,11 +437,14 @@ impl Shipper {
 
     fn job(&self, staged: Staged, listed: bool) -> impl Future<Output = Done> + Send + use<> {
         let (replica, peers) = (Arc::clone(&self.replica), self.peers.all());
+        let shelf = self.outbox.shelf();
         let volume = self.identity.volume.volume;
         async move {
             match staged.kind {
                 StagedKind::Segment => {
-                    let result = transfer::send_segment(&replica, &peers, volume, &staged, listed).await;
+                    let result =
+                        transfer::send_segment(&replica, &peers, shelf.as_deref(), volume, &staged, listed)
+                            .await;
                     Done::Segment(staged, result)
                 }
                 StagedKind::Checkpoint => {

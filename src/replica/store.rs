@@ -30,7 +30,10 @@ const CREATE_TRIES: u32 = 3;
 
 mod files;
 mod limits;
+mod raw;
 mod read;
+
+pub use raw::{RawSpeed, RawWork};
 
 /// How long calls may take and how many run at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

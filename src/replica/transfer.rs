@@ -12,6 +12,7 @@ use super::contract::Staged;
 use super::error::{ErrorKind, StoreError};
 use super::health;
 use super::shared::{Damage, DamageKind, Replica};
+use super::shelf::Shelf;
 use crate::format::codec::FormatError;
 use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder};
 use crate::format::segment::{self, FOOTER_LEN, SegmentHash};
@@ -37,11 +38,12 @@ impl From<StoreError> for SendError {
     }
 }
 
-/// Sees that `to` holds a segment; its bytes come from its file or from one of `peers`. Gives the bytes sent: none when an equal one is
+/// Sees that `to` holds a segment; its bytes come from memory (`shelf`), its file or one of `peers`. Gives the bytes sent: none when an equal one is
 /// there already. `listed` says that there is something of its name. An intact segment is never replaced by another one.
 pub(super) async fn send_segment(
     to: &Replica,
     peers: &[Arc<Replica>],
+    shelf: Option<&Shelf>,
     volume: VolumeId,
     staged: &Staged,
     listed: bool,
@@ -54,7 +56,12 @@ pub(super) async fn send_segment(
             done => return done,
         }
     }
-    let local = match read_checked(&staged.path, volume, staged).await {
+    let read = read_checked(&staged.path, volume, staged);
+    let local = match shelf {
+        Some(shelf) => shelf.get(staged.number, staged.epoch, staged.len, read).await,
+        None => read.await,
+    };
+    let local = match local {
         Ok(bytes) => Ok(bytes),
         Err(local) => from_peers(to, peers, volume, staged, &object).await.map_err(|peers| match peers {
             _ if peers.is_empty() => format!("local copy: {local}"),

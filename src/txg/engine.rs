@@ -3,6 +3,7 @@
 //! Owns when a transaction group ends. What waits for a commit on replicas asks [`Engine::sync`].
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -156,17 +157,13 @@ impl Run {
         let mut changed_since: Option<Instant> = None;
         let mut pause = RETRY.0;
         loop {
-            let wanted = {
-                let mut state = self.engine.state.lock();
-                if !state.stop && state.served >= state.wanted {
-                    self.engine.wake.wait_for(&mut state, TICK);
-                }
+            let (wanted, served) = {
+                let state = self.engine.state.lock();
                 if state.stop {
                     return;
                 }
-                state.wanted
+                (state.wanted, state.served)
             };
-            let served = self.engine.state.lock().served;
             let changed = self.journal.last_lsn() > self.sealer.mark().lsn || self.source.has_pending();
             if changed {
                 changed_since.get_or_insert_with(Instant::now);
@@ -175,6 +172,10 @@ impl Run {
             }
             let age = changed_since.map(|t| t.elapsed());
             if self.cut.is_none() && !is_due(wanted > served, age, self.blocks.space.dirty(), &self.options) {
+                let mut state = self.engine.state.lock();
+                if !state.stop && state.served >= state.wanted {
+                    self.engine.wake.wait_for(&mut state, TICK);
+                }
                 continue;
             }
             match self.step() {
@@ -186,6 +187,10 @@ impl Run {
                     state.progress = Progress { sealed: mark.lsn, segment: mark.segment, error: None };
                     state.served = state.served.max(wanted);
                     self.engine.done.notify_all();
+                    // What stays dirty because its rest is lost calls for no group at once.
+                    if self.blocks.counters.lost.load(Ordering::Relaxed) > 0 && !state.stop {
+                        self.engine.wake.wait_for(&mut state, TICK);
+                    }
                 }
                 Err(e) => {
                     log::warn!("sealing failed, it is tried again in {pause:?}: {e}");

@@ -2,9 +2,12 @@
 //!
 //! Owns the order "freeze, seal, stage durably, register, publish". Knows no replica: shippers read the staging area.
 
+mod direct;
 mod engine;
+mod prepare;
 mod seal;
 mod staging;
+mod writers;
 
 pub use engine::{AfterSeal, Engine, EngineOptions, Progress};
 pub use seal::{SealError, Sealer};

@@ -16,14 +16,16 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Cut;
+use super::prepare::{Prepared, Preparer, batches};
 use super::staging::{Staging, StagingError};
+use super::writers::Writers;
 use crate::cache::dirty::DirtyBlock;
 use crate::cache::{BlockStore, StoreError, is_full};
 use crate::format::codec::FormatError;
-use crate::format::frame::FrameEncoder;
 use crate::format::local::{SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader, SegmentSummary};
@@ -32,8 +34,10 @@ use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo, VolumeId};
 use crate::journal::{Journal, JournalError};
 use crate::replica::FetchError;
 
-/// A segment is closed when it reaches this many bytes.
+/// A segment is closed when it reaches this many bytes, ...
 pub const SEGMENT_TARGET: u64 = 16 << 20;
+/// ... unless no more than this is left of the group: then that goes into it, too, instead of costing a request of its own.
+const SEGMENT_REST: u64 = SEGMENT_TARGET / 4;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
 /// Records that are local only, after which the mark is written anew.
@@ -66,7 +70,7 @@ pub struct Sealer {
     staging: Arc<Staging>,
     volume: VolumeId,
     epoch: Epoch,
-    encoder: FrameEncoder,
+    preparer: Arc<Preparer>,
     mark: SealedMark,
     /// As far as the mark in the tables goes: the tail is kept from there on.
     remembered: Lsn,
@@ -86,18 +90,21 @@ struct Sealed {
     lost: Vec<(BlockId, BlockEntry)>,
 }
 
+/// The segments of one txg that were put together.
+type Drafted = Vec<(SegmentNo, SegmentSummary)>;
+
 /// The segments of one txg while they are written.
-struct Draft<'a> {
-    sealer_staging: &'a Staging,
+struct Draft<'scope, 'env> {
+    writers: Writers<'scope, 'env>,
     volume: VolumeId,
     epoch: Epoch,
     cut_at: Time,
     first: SegmentNo,
     current: SegmentBuilder,
-    done: Vec<(SegmentNo, SegmentSummary)>,
+    done: Drafted,
 }
 
-impl Draft<'_> {
+impl Draft<'_, '_> {
     fn header(&self, number: SegmentNo, previous: SegmentHash) -> SegmentHeader {
         SegmentHeader {
             volume: self.volume,
@@ -115,14 +122,17 @@ impl Draft<'_> {
         // The builder is replaced first; when finishing fails the whole draft is thrown away.
         let next = SegmentBuilder::new(self.header(number.next(), SegmentHash::default()));
         let (bytes, summary) = std::mem::replace(&mut self.current, next).finish(commit)?;
-        self.sealer_staging.write(number, self.epoch, &bytes)?;
         self.done.push((number, summary));
+        self.writers.write(number, bytes.into(), commit.is_some())?;
         self.current = SegmentBuilder::new(self.header(number.next(), summary.hash));
         Ok(())
     }
 
-    fn roll(&mut self) -> Result<(), SealError> {
-        if self.current.size() >= SEGMENT_TARGET { self.close(None) } else { Ok(()) }
+    /// Closes the current segment when it is large enough and at most `rest` bytes of content are still to come.
+    fn roll(&mut self, rest: u64) -> Result<(), SealError> {
+        let size = self.current.size();
+        let full = size >= SEGMENT_TARGET && rest > SEGMENT_REST || size >= SEGMENT_TARGET + SEGMENT_REST;
+        if full { self.close(None) } else { Ok(()) }
     }
 }
 
@@ -138,13 +148,14 @@ impl Sealer {
         mark: SealedMark,
     ) -> Result<Self, SealError> {
         journal.release(mark.lsn);
+        let preparer = Arc::new(Preparer::new(Arc::clone(&blocks), level)?);
         Ok(Self {
             journal,
             blocks,
             staging,
             volume,
             epoch,
-            encoder: FrameEncoder::new(level)?,
+            preparer,
             remembered: mark.lsn,
             mark,
             unpublished: Vec::new(),
@@ -190,27 +201,9 @@ impl Sealer {
     /// or `None` when nothing of it belongs on a replica.
     pub fn seal(&mut self, cut: &Cut, cut_at: Time) -> Result<Option<SegmentNo>, SealError> {
         self.publish()?;
-        let first = self.mark.segment.next();
         let staging = Arc::clone(&self.staging);
-        let header = SegmentHeader {
-            volume: self.volume,
-            number: first,
-            epoch: self.epoch,
-            cut_at,
-            txg_first: first,
-            previous: SegmentHash(self.mark.blake3),
-        };
-        let mut draft = Draft {
-            sealer_staging: &staging,
-            volume: self.volume,
-            epoch: self.epoch,
-            cut_at,
-            first,
-            current: SegmentBuilder::new(header),
-            done: Vec::new(),
-        };
-        let result = self.fill(&mut draft, cut);
-        let numbers: Vec<_> = draft.done.iter().map(|(n, _)| (*n, self.epoch)).collect();
+        let (result, done) = self.stage(cut, cut_at);
+        let numbers: Vec<_> = done.iter().map(|(n, _)| (*n, self.epoch)).collect();
         let sealed = match result {
             Ok(Some(sealed)) => sealed,
             Ok(None) => {
@@ -222,7 +215,7 @@ impl Sealer {
                 return Err(e);
             }
         };
-        if let Err(e) = self.register_segments(&draft.done, cut, cut_at) {
+        if let Err(e) = self.register_segments(&done, cut, cut_at) {
             staging.discard(&numbers);
             return Err(e);
         }
@@ -254,59 +247,72 @@ impl Sealer {
         Ok(())
     }
 
+    /// Writes the segments of a cut to the local disk, durably. They count for nothing before they are registered.
+    fn stage(&mut self, cut: &Cut, cut_at: Time) -> (Result<Option<Sealed>, SealError>, Drafted) {
+        let first = self.mark.segment.next();
+        let staging = Arc::clone(&self.staging);
+        let header = SegmentHeader {
+            volume: self.volume,
+            number: first,
+            epoch: self.epoch,
+            cut_at,
+            txg_first: first,
+            previous: SegmentHash(self.mark.blake3),
+        };
+        let preparer = Arc::clone(&self.preparer);
+        thread::scope(|scope| {
+            let mut draft = Draft {
+                writers: Writers::new(scope, &staging, self.epoch),
+                volume: self.volume,
+                epoch: self.epoch,
+                cut_at,
+                first,
+                current: SegmentBuilder::new(header),
+                done: Vec::new(),
+            };
+            let filled = self.fill(&mut draft, cut, &preparer);
+            // Also after a failure: nobody writes any more when the files are removed.
+            let written = draft.writers.finish().map_err(SealError::from);
+            (filled.and_then(|sealed| written.map(|()| sealed)), draft.done)
+        })
+    }
+
     /// Writes frames, index and records. `None`: there was nothing.
-    fn fill(&mut self, draft: &mut Draft<'_>, cut: &Cut) -> Result<Option<Sealed>, SealError> {
+    fn fill(
+        &mut self,
+        draft: &mut Draft<'_, '_>,
+        cut: &Cut,
+        preparer: &Preparer,
+    ) -> Result<Option<Sealed>, SealError> {
         let mut sealed = Sealed::default();
         let mut fresh: HashMap<BlockHash, BlockEntry> = HashMap::new();
-        for block in &cut.frozen {
-            if self.lost.get(&block.id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN) {
-                // The replicas have its entry without content already.
-                continue;
-            }
-            let raw = match self.blocks.seal_content(block) {
-                Ok(raw) => raw,
-                Err(StoreError::Fetch(e @ FetchError::Lost { .. })) => {
-                    let Some(entry) = self.without_content(block, &e)? else {
-                        return Err(StoreError::Fetch(e).into());
-                    };
-                    draft.current.push_index(block.id, entry)?;
-                    sealed.lost.push((block.id, entry));
-                    draft.roll()?;
-                    continue;
-                }
-                Err(e) => return Err(e.into()),
-            };
-            let hash = BlockHash::of(&raw);
-            let known = match fresh.get(&hash) {
-                Some(entry) => Some(*entry),
-                None => self.blocks.frame(&hash)?.filter(|e| e.loc.raw_len as usize == raw.len()),
-            };
-            let entry = match known {
-                Some(entry) => entry,
-                None => {
-                    let frame = self.encoder.encode(&raw)?;
-                    let entry = BlockEntry { hash, loc: draft.current.push_frame(&frame.bytes)? };
-                    fresh.insert(hash, entry);
-                    entry
-                }
-            };
-            draft.current.push_index(block.id, entry)?;
-            if !block.is_dead() {
-                match self.blocks.fill(block, &raw) {
-                    // Then it is just not cached.
-                    Err(StoreError::Io(e)) if is_full(&e) => log::debug!("block {}: {e}", block.id),
-                    other => other?,
+        let packed = Arc::default();
+        // The replicas have the entries of lost ones without content already.
+        let just_tried = |id| self.lost.get(&id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN);
+        let wanted: Vec<_> = cut.frozen.iter().filter(|b| !just_tried(b.id)).cloned().collect();
+        let mut rest: u64 = wanted.iter().map(|b| u64::from(b.len())).sum();
+        thread::scope(|scope| {
+            let mut batches = batches(wanted).into_iter();
+            let mut start = || batches.next().map(|batch| preparer.start(scope, batch, &packed));
+            let mut ready = start();
+            while let Some(batch) = ready {
+                let batch = batch.finish();
+                // Prepared while these are written.
+                ready = start();
+                for (block, prepared) in batch {
+                    rest = rest.saturating_sub(u64::from(block.len()));
+                    self.append(draft, &block, prepared, preparer, &mut fresh, &mut sealed)?;
+                    draft.roll(rest)?;
                 }
             }
-            sealed.whole.push((Arc::clone(block), entry));
-            draft.roll()?;
-        }
+            Ok::<_, SealError>(())
+        })?;
         for record in self.journal.records(self.mark.lsn, cut.lsn)? {
             let record = record?;
             let ops: Vec<Op> = record.ops.into_iter().filter(is_shipped).collect();
             if !ops.is_empty() {
                 draft.current.push(&Record { lsn: record.lsn, ops })?;
-                draft.roll()?;
+                draft.roll(0)?;
             }
         }
         if draft.done.is_empty() && draft.current.is_empty() {
@@ -314,6 +320,50 @@ impl Sealer {
         }
         draft.close(Some(cut.lsn))?;
         Ok(Some(sealed))
+    }
+
+    /// Appends one block: its frame, when there is none of its content yet, and its entry.
+    fn append(
+        &mut self,
+        draft: &mut Draft<'_, '_>,
+        block: &Arc<DirtyBlock>,
+        prepared: Result<Prepared, SealError>,
+        preparer: &Preparer,
+        fresh: &mut HashMap<BlockHash, BlockEntry>,
+        sealed: &mut Sealed,
+    ) -> Result<(), SealError> {
+        let Prepared { raw, hash, known, packed } = match prepared {
+            Ok(prepared) => prepared,
+            Err(SealError::Store(StoreError::Fetch(e @ FetchError::Lost { .. }))) => {
+                let Some(entry) = self.without_content(block, &e)? else {
+                    return Err(StoreError::Fetch(e).into());
+                };
+                draft.current.push_index(block.id, entry)?;
+                sealed.lost.push((block.id, entry));
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        let entry = match fresh.get(&hash).copied().or(known) {
+            Some(entry) => entry,
+            None => {
+                // Unpacked when another block of equal content, which stands behind this one, was packed.
+                let packed = packed.map_or_else(|| preparer.pack(&raw), Ok)?;
+                let entry = BlockEntry { hash, loc: draft.current.push_packed(&raw, &packed)? };
+                fresh.insert(hash, entry);
+                entry
+            }
+        };
+        draft.current.push_index(block.id, entry)?;
+        if !block.is_dead() {
+            match self.blocks.fill(block, &raw) {
+                // Then it is just not cached.
+                Err(StoreError::Io(e)) if is_full(&e) => log::debug!("block {}: {e}", block.id),
+                other => other?,
+            }
+        }
+        sealed.whole.push((Arc::clone(block), entry));
+        Ok(())
     }
 
     /// The entry of a block whose rest is lost; says so the first time.

@@ -6,13 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use super::direct;
 use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
@@ -22,7 +24,7 @@ use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{Backlog, Outbox, Staged, StagedKind};
+use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind};
 
 /// Why the staging area cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +55,8 @@ pub struct Staging {
     blocks: Arc<BlockStore>,
     state: Mutex<State>,
     newest: watch::Sender<SegmentNo>,
+    /// What was written just now, for the shippers.
+    shelf: Arc<Shelf>,
 }
 
 #[derive(Default)]
@@ -134,6 +138,7 @@ impl Staging {
             blocks,
             state: Mutex::new(state),
             newest: watch::channel(newest).0,
+            shelf: Arc::default(),
         }))
     }
 
@@ -147,8 +152,8 @@ impl Staging {
         self.dir.join("checkpoints")
     }
 
-    /// Writes a segment's file durably. It is not sent before [`Staging::publish`].
-    pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: &[u8]) -> Result<(), StagingError> {
+    /// Writes a segment's file durably, and keeps it in memory for a while. It is not sent before [`Staging::publish`].
+    pub fn write(&self, number: SegmentNo, epoch: Epoch, bytes: Bytes) -> Result<(), StagingError> {
         let path = self.segment_path(number, epoch);
         let write = || {
             let folder = path.parent().unwrap_or(&self.dir);
@@ -156,9 +161,7 @@ impl Staging {
                 fs::create_dir_all(folder)?;
                 File::open(self.dir.join("segments"))?.sync_all()?;
             }
-            let mut file = File::create(&path)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
+            direct::write(&path, &bytes)?;
             File::open(folder)?.sync_all()
         };
         // The cache gives way: sealing is what makes dirty content clean, it must not wait for a person.
@@ -173,6 +176,7 @@ impl Staging {
             // Half a file would only take space.
             let _ = fs::remove_file(&path);
         } else {
+            self.shelf.put(number, epoch, bytes);
             self.state.lock().written.insert(number, epoch);
         }
         at(&path, written)
@@ -184,6 +188,7 @@ impl Staging {
             let mut state = self.state.lock();
             state.written.retain(|number, epoch| !segments.contains(&(*number, *epoch)));
         }
+        self.shelf.forget(segments);
         for (number, epoch) in segments {
             let _ = fs::remove_file(self.segment_path(*number, *epoch));
         }
@@ -360,6 +365,10 @@ impl Outbox for Staging {
             .next_back()
             .map(|(_, s)| s.clone())
             .filter(|s| s.number <= cursor)
+    }
+
+    fn shelf(&self) -> Option<Arc<Shelf>> {
+        Some(Arc::clone(&self.shelf))
     }
 
     fn watch(&self) -> watch::Receiver<SegmentNo> {

@@ -11,7 +11,7 @@ use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs};
 use crate::cache::space::Admission;
-use crate::cache::{StoreError, Supply};
+use crate::cache::{Missing, StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
 use crate::ids::{BlockId, Ino};
 
@@ -29,7 +29,7 @@ pub(crate) fn units(len: u32) -> u64 {
 /// Why a change of content did not come about.
 enum Needs {
     /// This block is not local.
-    Block(Box<BlockEntry>),
+    Block(Box<Missing>),
     /// Nothing would help.
     Nothing(VfsError),
 }
@@ -43,7 +43,7 @@ impl From<VfsError> for Needs {
 impl From<StoreError> for Needs {
     fn from(e: StoreError) -> Self {
         match e {
-            StoreError::Miss(entry) => Needs::Block(entry),
+            StoreError::Miss(missing) => Needs::Block(missing),
             other => Needs::Nothing(other.into()),
         }
     }
@@ -107,10 +107,14 @@ impl Vfs {
                 };
                 match read {
                     Ok(n) => break n,
-                    Err(StoreError::Miss(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
-                    Err(StoreError::Miss(entry)) => {
-                        let raw = self.fetch(ino, &entry)?;
-                        supply.insert(entry.hash, raw);
+                    Err(StoreError::Miss(_)) if wait == Wait::No => {
+                        // What comes next is on its way while this one is waited for.
+                        self.read_ahead(cell, offset, u64::from(len));
+                        return Err(VfsError::WouldBlock);
+                    }
+                    Err(StoreError::Miss(missing)) => {
+                        let raw = self.fetch(ino, &missing)?;
+                        supply.insert(missing.entry.hash, raw);
                     }
                     Err(e) => return Err(e.into()),
                 }
@@ -121,8 +125,8 @@ impl Vfs {
         })
     }
 
-    fn fetch(&self, ino: Ino, entry: &BlockEntry) -> Result<Bytes> {
-        self.blocks.fetch(entry, &[]).map_err(|e| {
+    fn fetch(&self, ino: Ino, missing: &Missing) -> Result<Bytes> {
+        self.blocks.fetch_missing(missing).map_err(|e| {
             self.pathfinder.report(&self.journal, ino, e.to_string());
             VfsError::Io(e.to_string())
         })
@@ -175,7 +179,7 @@ impl Vfs {
         if from >= to {
             return;
         }
-        let wanted = {
+        let mut wanted = {
             let state = cell.state.read();
             let to = to.min(state.inode.size.div_ceil(bs));
             if state.inline.is_some() || from >= to {
@@ -188,6 +192,8 @@ impl Vfs {
                 .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
                 .collect::<Vec<_>>()
         };
+        // Writers overtake one another: neighbours in a segment are not always in the order of the file.
+        wanted.sort_by_key(|e| (e.loc.segment, e.loc.offset));
         // In pieces, so that several requests are under way; a full queue means that enough are.
         for part in wanted.chunks(4) {
             if queue.try_send(part.to_vec()).is_err() {
@@ -208,11 +214,15 @@ impl Vfs {
                     loop {
                         let next = receiver.lock().recv();
                         let Ok(mut wanted) = next else { return };
-                        wanted.retain(|e| !blocks.is_cached(&e.hash));
-                        if let Some((first, ahead)) = wanted.split_first()
-                            && let Err(e) = blocks.fetch(first, ahead)
-                        {
-                            log::debug!("fetching ahead: {e}");
+                        // One request gets what lies beside the first; the rest may lie elsewhere.
+                        loop {
+                            wanted.retain(|e| !blocks.is_cached(&e.hash));
+                            let Some((first, ahead)) = wanted.split_first() else { break };
+                            if let Err(e) = blocks.fetch(first, ahead) {
+                                log::debug!("fetching ahead: {e}");
+                                break;
+                            }
+                            wanted.remove(0);
                         }
                     }
                 })
@@ -311,9 +321,9 @@ impl Vfs {
             match change(&supply) {
                 Ok(done) => return Ok(done),
                 Err(Needs::Block(_)) if wait == Wait::No => return Err(VfsError::WouldBlock),
-                Err(Needs::Block(entry)) => {
-                    let raw = self.fetch(ino, &entry)?;
-                    supply.insert(entry.hash, raw);
+                Err(Needs::Block(missing)) => {
+                    let raw = self.fetch(ino, &missing)?;
+                    supply.insert(missing.entry.hash, raw);
                 }
                 Err(Needs::Nothing(VfsError::NoSpace)) if self.blocks.space.clean() > 0 => {
                     if wait == Wait::No {

@@ -273,7 +273,9 @@ fn a_crash_between_register_steps_leaves_the_rest_dirty() {
     let f = f.reopen();
     assert_eq!(f.store.counts().1, 1);
     // The first is sealed; its slot was in no table, so it is free, and replicas have it.
-    assert!(matches!(f.read(ids[0], 10), Err(StoreError::Miss(e)) if e.hash == BlockHash::of(&raws[0])));
+    assert!(
+        matches!(f.read(ids[0], 10), Err(StoreError::Miss(e)) if e.entry.hash == BlockHash::of(&raws[0]))
+    );
     assert_eq!(f.read(ids[1], 3000).unwrap(), raws[1]);
     // The second may be in a segment already: it is not written in place, and the log must take it away.
     assert!(f.store.writable(ids[1]).is_none());

@@ -7,7 +7,7 @@ use super::{
     WHAT, check_entry,
 };
 use crate::format::codec::{Decoder, FormatError};
-use crate::format::frame::{FrameHeader, pack};
+use crate::format::frame::{FrameHeader, Packed, pack};
 use crate::format::record::Record;
 use crate::format::tables::{BlockEntry, FrameLoc};
 use crate::ids::{BlockId, Lsn};
@@ -63,16 +63,29 @@ impl SegmentBuilder {
     /// Appends one frame (the bytes of `format::frame`) and says where it lies.
     pub fn push_frame(&mut self, frame: &[u8]) -> Result<FrameLoc, FormatError> {
         let header = FrameHeader::decode(frame)?;
-        self.room(frame.len())?;
+        self.push_parts(header, &[frame])
+    }
+
+    /// Appends the frame of a block's content, of which `packed` says how it is stored.
+    pub fn push_packed(&mut self, raw: &[u8], packed: &Packed) -> Result<FrameLoc, FormatError> {
+        let header = packed.header(raw);
+        self.push_parts(header, &[&header.encode(), packed.payload(raw)])
+    }
+
+    fn push_parts(&mut self, header: FrameHeader, parts: &[&[u8]]) -> Result<FrameLoc, FormatError> {
+        let len: usize = parts.iter().map(|p| p.len()).sum();
+        self.room(len)?;
         let loc = FrameLoc {
             segment: self.header.number,
             epoch: self.header.epoch,
             offset: self.out.len() as u64,
-            stored_len: frame.len() as u32,
+            stored_len: len as u32,
             raw_len: header.raw_len,
             codec: header.codec as u8,
         };
-        self.out.extend_from_slice(frame);
+        for part in parts {
+            self.out.extend_from_slice(part);
+        }
         self.frames += 1;
         self.frames_raw += u64::from(header.raw_len);
         Ok(loc)

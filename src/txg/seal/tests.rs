@@ -260,8 +260,8 @@ fn what_a_crash_staged_and_did_not_register_is_removed_and_sealed_again() {
     let raw = random(4000, 4);
     let id = f.dirty(&raw);
     // Staged, not registered: two files of one group, and one cut short.
-    f.staging.write(SegmentNo(2), Epoch(1), b"staged").unwrap();
-    f.staging.write(SegmentNo(3), Epoch(1), b"sta").unwrap();
+    f.staging.write(SegmentNo(2), Epoch(1), Bytes::from_static(b"staged")).unwrap();
+    f.staging.write(SegmentNo(3), Epoch(1), Bytes::from_static(b"sta")).unwrap();
     let mut f = f.reopen();
     assert_eq!(f.files().len(), 1);
     assert_eq!((f.staging.newest(), f.sealer.mark().segment), (SegmentNo(1), SegmentNo(1)));
@@ -277,29 +277,10 @@ fn a_crash_between_segments_and_blocks_seals_the_blocks_once_more() {
     let (id, dead) = (f.dirty(&raw), f.dirty(&random(4000, 6)));
     let cut = f.cut();
     // As in `seal`, up to the registration of the segments.
-    let staging = Arc::clone(&f.staging);
-    let first = SegmentNo(1);
-    let header = SegmentHeader {
-        volume: f.sealer.volume,
-        number: first,
-        epoch: Epoch(1),
-        cut_at: Time::default(),
-        txg_first: first,
-        previous: SegmentHash::default(),
-    };
-    let mut draft = Draft {
-        sealer_staging: &staging,
-        volume: f.sealer.volume,
-        epoch: Epoch(1),
-        cut_at: Time::default(),
-        first,
-        current: SegmentBuilder::new(header),
-        done: Vec::new(),
-    };
-    assert!(f.sealer.fill(&mut draft, &cut).unwrap().is_some());
-    f.sealer.register_segments(&draft.done, &cut, Time::default()).unwrap();
-    drop(draft);
-    drop((staging, cut));
+    let (staged, done) = f.sealer.stage(&cut, Time::default());
+    assert!(staged.unwrap().is_some());
+    f.sealer.register_segments(&done, &cut, Time::default()).unwrap();
+    drop(cut);
 
     let mut f = f.reopen();
     assert_eq!((f.sealer.mark().segment, f.files().len()), (SegmentNo(1), 1));
@@ -414,7 +395,7 @@ fn a_segment_is_read_from_local_disk_before_it_is_published() {
     };
     assert_eq!(f.staging.file_of(&loc(1, 1)), None);
     // Its blocks are registered before it is published, and may be evicted from then on, when no replica has them.
-    f.staging.write(SegmentNo(1), Epoch(1), b"content").unwrap();
+    f.staging.write(SegmentNo(1), Epoch(1), Bytes::from_static(b"content")).unwrap();
     let path = f.staging.file_of(&loc(1, 1)).expect("its file is the only place of its blocks");
     assert_eq!(fs::read(path).unwrap(), b"content");
     assert_eq!(f.staging.file_of(&loc(1, 2)), None, "of another epoch");

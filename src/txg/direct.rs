@@ -1,0 +1,68 @@
+//! Writing a staged file past the kernel's cache.
+//!
+//! What is staged is sent from memory as a rule, and read from disk only by a replica that lags. In the kernel's cache it would cost a copy, and
+//! push out what applications read. Where a filesystem cannot do without the cache, it is used.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Addresses, offsets and lengths are multiples of this; enough for every disk there is.
+const ALIGN: usize = 4096;
+/// Bytes written at a time.
+const PIECE: usize = 2 << 20;
+/// Shorter files are not worth it.
+const LEAST: usize = 1 << 20;
+
+/// Makes `path` a file of these bytes, durably (but for its name, which is its folder's).
+pub(super) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if bytes.len() >= LEAST && past_the_cache(path, bytes)? {
+        return Ok(());
+    }
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// False when the filesystem cannot.
+fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let cannot = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP));
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_DIRECT);
+    let file = match options.open(path) {
+        Err(e) if cannot(&e) => return Ok(false),
+        other => other?,
+    };
+    let mut buffer = vec![0; PIECE + ALIGN];
+    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
+    let buffer = &mut buffer[start..start + PIECE];
+    for (n, piece) in bytes.chunks(PIECE).enumerate() {
+        let padded = piece.len().next_multiple_of(ALIGN);
+        buffer[..piece.len()].copy_from_slice(piece);
+        buffer[piece.len()..padded].fill(0);
+        match file.write_all_at(&buffer[..padded], (n * PIECE) as u64) {
+            Err(e) if cannot(&e) => return Ok(false),
+            other => other?,
+        }
+    }
+    file.set_len(bytes.len() as u64)?;
+    file.sync_all()?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_every_length_hold_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        for len in [0, 1, LEAST - 1, LEAST, LEAST + 1, PIECE, PIECE + ALIGN, 2 * PIECE + 12345] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
+            write(&path, &bytes).unwrap();
+            assert!(std::fs::read(&path).unwrap() == bytes, "{len}");
+        }
+    }
+}
