@@ -1,7 +1,5 @@
 //! Attributes: stat, chmod, chown, utimens, truncate by path, statfs.
 
-use std::sync::Arc;
-
 use super::types::{Attr, Caller, FileKind, SetAttr, SetTime, StatFs, Time, VfsError};
 use super::{NAME_MAX, Result, SIZE_MAX, Vfs, usage};
 use crate::format::tables::Inode;
@@ -48,8 +46,8 @@ impl Vfs {
         Ok(self.attr(ino, &inode))
     }
 
-    /// Sets times of a regular file, and answers nothing for others. They go into the journal with whatever else is
-    /// pending, and before any sync: the kernel sends them for each file that it closes.
+    /// Sets times of a regular file, and answers nothing for others. They go into the journal with whatever else
+    /// is pending: the kernel sends them for each file that it closes.
     fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Option<Attr>> {
         let _gate = self.enter()?;
         self.with_cell(ino, |cell| {
@@ -68,9 +66,6 @@ impl Vfs {
             }
             apply(&mut state.inode, set, now);
             self.mark_pending(cell, &mut state);
-            if !std::mem::replace(&mut state.timed, true) {
-                self.timed.lock().insert(ino, Arc::clone(cell));
-            }
             Ok(Some(self.attr(ino, &state.inode)))
         })
     }

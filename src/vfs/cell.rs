@@ -33,8 +33,6 @@ pub(super) struct CellState {
     pub inline: Option<Vec<u8>>,
     /// Something below differs from the journal.
     pub dirty: bool,
-    /// So do times that were set.
-    pub timed: bool,
     /// Blocks replaced since the last flush, by index; `BlockId(0)` is a hole.
     pub extents: BTreeMap<u64, BlockId>,
     /// Dirty blocks whose slot's valid bytes changed since the last flush.
@@ -79,7 +77,6 @@ impl CellState {
             inode,
             inline,
             dirty: false,
-            timed: false,
             extents: BTreeMap::new(),
             touched: BTreeSet::new(),
             released: Vec::new(),

@@ -87,8 +87,6 @@ pub struct Vfs {
     references: Vec<Mutex<HashMap<Ino, u64>>>,
     /// Cells with pending changes.
     pending: Mutex<HashMap<Ino, Arc<Cell>>>,
-    /// Those of them whose times were set: any sync covers these, as with the journal of a local filesystem.
-    timed: Mutex<HashMap<Ino, Arc<Cell>>>,
     /// Inodes without names that are still referenced or open.
     orphans: Mutex<HashSet<Ino>>,
     next_ino: AtomicU64,
@@ -191,7 +189,6 @@ impl Vfs {
             cells: (0..SHARDS).map(|_| Mutex::default()).collect(),
             references: (0..SHARDS).map(|_| Mutex::default()).collect(),
             pending: Mutex::default(),
-            timed: Mutex::default(),
             orphans: Mutex::default(),
             next_ino: AtomicU64::new(next),
             reserved_ino: Mutex::new(next),
@@ -390,9 +387,6 @@ impl Vfs {
         self.blocks.after_commit(lsn, gone);
         if state.dirty {
             self.pending.lock().remove(&cell.ino);
-        }
-        if std::mem::take(&mut state.timed) {
-            self.timed.lock().remove(&cell.ino);
         }
         state.flushed(inode);
     }

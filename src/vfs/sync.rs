@@ -28,15 +28,25 @@ impl Vfs {
         flushed
     }
 
-    /// Puts the files whose times were set into the journal.
-    fn commit_times(&self) -> Result<()> {
-        let timed: Vec<Arc<Cell>> = self.timed.lock().values().cloned().collect();
-        let mut outcome = Ok(());
-        for cell in timed {
-            outcome = outcome.and(self.commit_cell(&cell));
+    /// Puts what is pending of every file into the journal; the first error is the answer, and stops no other file.
+    fn commit_pending(&self) -> Result<()> {
+        let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
+        let mut failed = None;
+        for cell in pending {
+            let flushed = {
+                let _gate = self.gate.read();
+                self.flush_cell(&cell, &mut cell.state.write())
+            };
+            if let Err(e) = flushed {
+                // A full disk is told of elsewhere, and once.
+                if e != VfsError::NoSpace {
+                    log::error!("inode {} cannot be committed: {e}", cell.ino);
+                }
+                failed = failed.or(Some(e));
+            }
             self.let_go(cell);
         }
-        outcome
+        failed.map_or(Ok(()), Err)
     }
 
     /// Puts what is pending of a file into the journal.
@@ -53,7 +63,10 @@ impl Vfs {
             return Err(VfsError::WouldBlock);
         }
         self.do_flush(ino)?;
-        self.commit_times()?;
+        // As with the journal of a local filesystem, a sync covers whatever was closed or changed before, of all files: a program
+        // that rewrites a file in place and syncs another, or a folder, counts on that. The disk is synced for all anyway. What
+        // cannot be committed of another file is told to whoever syncs that one.
+        let _ = self.commit_pending();
         self.journal.barrier(self.journal.last_lsn())?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),
@@ -64,23 +77,11 @@ impl Vfs {
     /// Commits what is pending of every file and makes it durable locally. A file that cannot be committed stops no
     /// other: it stays pending, and the first such error is the answer.
     pub fn commit(&self) -> Result<Lsn> {
-        let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
-        let mut failed = None;
-        for cell in pending {
-            let flushed = {
-                let _gate = self.gate.read();
-                self.flush_cell(&cell, &mut cell.state.write())
-            };
-            if let Err(e) = flushed {
-                log::error!("inode {} cannot be committed: {e}", cell.ino);
-                failed = failed.or(Some(e));
-            }
-            self.let_go(cell);
-        }
+        let committed = self.commit_pending();
         let lsn = self.journal.last_lsn();
         self.journal.barrier(lsn)?;
         self.blocks.housekeep()?;
-        failed.map_or(Ok(lsn), Err)
+        committed.map(|()| lsn)
     }
 
     /// Ends the collecting transaction group: the state of this moment, exactly. So one file whose changes cannot be
