@@ -373,6 +373,11 @@ impl Filesystem for Adapter {
         });
     }
 
+    // Without it (the kernel would do without) what is closed would not be in order with the names that change afterwards.
+    fn flush(&self, _req: &Request, n: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        self.serve("flush", || reply::empty(reply, self.fs().flush(ino(n))));
+    }
+
     fn release(
         &self,
         _req: &Request,
@@ -642,12 +647,6 @@ impl Filesystem for Adapter {
     }
 
     // Asked once each: after ENOSYS the kernel answers by itself.
-
-    /// Before it the kernel hands over the pages of a file that is closed, and goes on doing so; it keeps locks itself. What came
-    /// is committed when the file is released, for which nobody waits.
-    fn flush(&self, _req: &Request, _n: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
 
     fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
         reply.error(Errno::ENOSYS);

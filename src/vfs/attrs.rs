@@ -26,9 +26,7 @@ impl Vfs {
             let inode = self.inode(ino)?;
             return Ok(self.attr(ino, &inode));
         }
-        let only_times =
-            SetAttr { atime: set.atime, mtime: set.mtime, ctime: set.ctime, ..SetAttr::default() };
-        if *set == only_times {
+        if set.is_only_times() {
             match self.set_times(ino, set, now) {
                 // These have nothing pending.
                 Ok(None) | Err(VfsError::IsDirectory) => {}
@@ -46,8 +44,8 @@ impl Vfs {
         Ok(self.attr(ino, &inode))
     }
 
-    /// Sets times of a regular file, and answers nothing for others. They go into the journal with whatever else
-    /// is pending: the kernel sends them for each file that it closes.
+    /// Takes the times of what was written to a regular file; answers nothing for others. The kernel sends them for each file that
+    /// is closed, behind its content, and they go into the journal together.
     fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Option<Attr>> {
         let _gate = self.enter()?;
         self.with_cell(ino, |cell| {
@@ -63,6 +61,9 @@ impl Vfs {
                 let mut inode = state.inode.clone();
                 apply(&mut inode, set, now);
                 return Ok(Some(self.attr(ino, &inode)));
+            }
+            if !set.is_of_a_write() {
+                return Ok(None);
             }
             apply(&mut state.inode, set, now);
             self.mark_pending(cell, &mut state);

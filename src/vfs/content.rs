@@ -82,12 +82,6 @@ impl Vfs {
         if before == 0 {
             cell.open.store(0, Ordering::Release);
         }
-        if before <= 1
-            && let Err(e) = self.commit_cell(&cell)
-        {
-            // It stays pending, and the next commit tries again.
-            log::warn!("inode {ino} was closed and cannot be committed yet: {e}");
-        }
         self.let_go(cell);
         if before <= 1 {
             self.reap_if_unused(ino);

@@ -63,10 +63,6 @@ impl Vfs {
             return Err(VfsError::WouldBlock);
         }
         self.do_flush(ino)?;
-        // As with the journal of a local filesystem, a sync covers whatever was closed or changed before, of all files: a program
-        // that rewrites a file in place and syncs another, or a folder, counts on that. The disk is synced for all anyway. What
-        // cannot be committed of another file is told to whoever syncs that one.
-        let _ = self.commit_pending();
         self.journal.barrier(self.journal.last_lsn())?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),

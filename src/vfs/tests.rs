@@ -77,15 +77,25 @@ fn cells_with_changes_or_handles_stay() {
     let f = Fixture::new(1 << 30);
     let ino = f.file(b"a", b"x");
     assert_eq!(f.cells(), 1, "open");
-    f.vfs.write(ino, 1, b"z", Wait::Yes).unwrap();
-    assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "open and pending");
-    f.vfs.release(ino);
-    assert_eq!((f.cells(), f.vfs.pending_files()), (0, 0), "the last handle's release commits");
-    let later = SetAttr { mtime: Some(SetTime::At(Time { secs: 7, nanos: 0 })), ..SetAttr::default() };
-    f.vfs.setattr(ino, &later, &Caller::default()).unwrap();
     f.vfs.write(ino, 1, b"y", Wait::Yes).unwrap();
+    f.vfs.release(ino);
     assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "pending");
     f.vfs.commit().unwrap();
+    let at = |secs| Time { secs, nanos: 0 };
+    let set = |mtime, ctime| SetAttr {
+        mtime: Some(SetTime::At(at(mtime))),
+        ctime: Some(at(ctime)),
+        ..SetAttr::default()
+    };
+    f.vfs.setattr(ino, &set(7, 7), &Caller::default()).unwrap();
+    assert_eq!((f.cells(), f.vfs.pending_files()), (1, 1), "the times of a write wait for its content");
+    f.vfs.setattr(ino, &set(6, 8), &Caller::default()).unwrap();
+    assert_eq!(
+        (f.cells(), f.vfs.pending_files()),
+        (0, 0),
+        "times that somebody set are committed, and the rest with them"
+    );
+    assert_eq!(f.vfs.getattr(ino).map(|a| (a.mtime, a.ctime)), Ok((at(6), at(8))));
     assert_eq!((f.cells(), f.vfs.pending_files()), (0, 0));
     assert_eq!(f.read(ino), b"xy");
 }

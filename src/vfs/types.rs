@@ -91,6 +91,24 @@ pub struct SetAttr {
     pub ctime: Option<Time>,
 }
 
+impl SetAttr {
+    /// Whether nothing but times is to change.
+    #[must_use]
+    pub fn is_only_times(&self) -> bool {
+        let times = Self { atime: self.atime, mtime: self.mtime, ctime: self.ctime, ..Self::default() };
+        *self == times && times != Self::default()
+    }
+
+    /// Whether it tells when content was written: both times the same. So does the kernel for what it held back; one who sets times
+    /// names another moment than the present.
+    #[must_use]
+    pub fn is_of_a_write(&self) -> bool {
+        self.is_only_times()
+            && self.atime.is_none()
+            && self.ctime.is_some_and(|ctime| self.mtime == Some(SetTime::At(ctime)))
+    }
+}
+
 /// How `rename` treats an existing target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RenameMode {
