@@ -49,7 +49,8 @@ fn a_read_that_nobody_answers_ends_in_time_and_names_the_file() {
     volume.replica("a", "s3://bucket/p", &options);
     let mount = volume.mount();
     fs::create_dir_all(mount.path("some/where")).unwrap();
-    let content: Vec<Vec<u8>> = (0..6).map(|i| Content::new(4 * i).take(50_000)).collect();
+    // Whole blocks: small ones would come along with the first that is read.
+    let content: Vec<Vec<u8>> = (0..4).map(|i| Content::new(4 * i).take(3 << 20)).collect();
     for (i, bytes) in content.iter().enumerate() {
         fs::write(mount.path(format!("some/where/file {i}")), bytes).unwrap();
     }

@@ -336,7 +336,7 @@ impl StateDir {
 
     /// Removes what a read-only mount built: it holds nothing that the replicas lack.
     pub fn clear(&self) -> Result<(), Error> {
-        for name in ["state.json", "slots", "witness"] {
+        for name in ["state.json", "slots", "witness", "kept"] {
             let path = self.dir.join(name);
             match fs::remove_file(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &path, &e)),

@@ -56,13 +56,8 @@ impl Vfs {
             if state.inode.kind != FileKind::Regular {
                 return Ok(None);
             }
-            if state.inode.nlink == 0 && !cell.is_open() {
-                // The kernel's last word about a file that is being deleted: nobody will see it.
-                let mut inode = state.inode.clone();
-                apply(&mut inode, set, now);
-                return Ok(Some(self.attr(ino, &inode)));
-            }
-            if !set.is_of_a_write() {
+            // The kernel's last word about a file that is being deleted waits, too: it goes with what deletes it.
+            if !set.is_of_a_write() && state.inode.nlink > 0 {
                 return Ok(None);
             }
             apply(&mut state.inode, set, now);
