@@ -122,6 +122,7 @@ pub(crate) const NEXT_BLOCK: &str = "next_block";
 const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
+
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }

@@ -5,10 +5,10 @@
 //! or copied may leave anything, and all of these change what is named. Where the kernel cannot tell, nothing is taken for granted.
 //! The file needs no sync: without it sled is proved before it is used, as ever.
 
-use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 /// Name of the file, in the journal's folder.
 const NAME: &str = "kept";
@@ -59,17 +59,12 @@ impl Kept {
 
 /// This boot, this mount, this file; `None` when the kernel does not say.
 fn identity(file: &Path) -> Option<String> {
-    // Not in every libc's headers yet. A mount's number that is never given again.
-    const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+    // A mount's number that is never given again; rustix has no name for it yet.
+    const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let path = CString::new(file.as_os_str().as_bytes()).ok()?;
-    let wanted = libc::STATX_INO | libc::STATX_BTIME | STATX_MNT_ID_UNIQUE;
-    // SAFETY: all zeros is a valid statx; the string and it outlive the call.
-    let (answer, found) = unsafe {
-        let mut found: libc::statx = std::mem::zeroed();
-        (libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, wanted, &raw mut found), found)
-    };
-    if answer != 0 || found.stx_mask & wanted != wanted {
+    let wanted = StatxFlags::INO | StatxFlags::BTIME | MNT_ID_UNIQUE;
+    let found = rustix::fs::statx(CWD, file, AtFlags::empty(), wanted).ok()?;
+    if found.stx_mask & wanted.bits() != wanted.bits() {
         return None;
     }
     let (device, born) = ((found.stx_dev_major, found.stx_dev_minor), found.stx_btime);

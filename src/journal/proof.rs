@@ -107,7 +107,7 @@ fn sum_up(
     let mut sum = Sum::default();
     let mut late = None;
     let mut complete = true;
-    store.each(start, end, |key, lsn, crc| {
+    store.walk(start, end, false, |key, lsn, crc, _| {
         if lsn > newest {
             late = Some((key.to_vec(), lsn));
             return false;

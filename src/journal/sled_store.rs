@@ -169,18 +169,13 @@ impl SledStore {
         })
     }
 
-    fn unwrap_value(&self, key: &[u8], stored: &[u8]) -> Result<Stored, JournalError> {
-        self.parts(key, stored).map(|(lsn, crc, value)| Stored {
-            lsn,
-            crc,
-            value: Bytes::copy_from_slice(value),
-        })
-    }
-
     /// The value of a key, verified.
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Stored>, JournalError> {
         match trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))? {
-            Some(v) => self.unwrap_value(key, &v).map(Some),
+            Some(stored) => {
+                let (lsn, crc, value) = self.parts(key, &stored)?;
+                Ok(Some(Stored { lsn, crc, value: Bytes::copy_from_slice(value) }))
+            }
             None => Ok(None),
         }
     }
@@ -198,6 +193,19 @@ impl SledStore {
         backwards: bool,
         mut each: impl FnMut(Bytes, Stored) -> bool,
     ) -> Result<(), JournalError> {
+        self.walk(start, end, backwards, |key, lsn, crc, value| {
+            each(Bytes::copy_from_slice(key), Stored { lsn, crc, value: Bytes::copy_from_slice(value) })
+        })
+    }
+
+    /// Calls `each` with key, LSN, checksum and value of the pairs in `[start, end)`, in order and verified, until it returns `false`.
+    pub(super) fn walk(
+        &self,
+        start: &[u8],
+        end: &[u8],
+        backwards: bool,
+        mut each: impl FnMut(&[u8], Lsn, u32, &[u8]) -> bool,
+    ) -> Result<(), JournalError> {
         let end = end.min(Self::TABLES_END);
         if start >= end {
             return Ok(());
@@ -209,8 +217,8 @@ impl SledStore {
                 item.transpose()
             })?;
             let Some((key, stored)) = item else { return Ok(()) };
-            let stored = self.unwrap_value(&key, &stored)?;
-            if !each(Bytes::copy_from_slice(&key), stored) {
+            let (lsn, crc, value) = self.parts(&key, &stored)?;
+            if !each(&key, lsn, crc, value) {
                 return Ok(());
             }
         }
@@ -281,32 +289,11 @@ impl SledStore {
         self.file.sync_data().map_err(|e| JournalError::Io { what: "sync", path, source: Arc::new(e) })
     }
 
-    /// Calls `each` with key, LSN and checksum of all pairs in `[start, end)`, in order and verified, until it returns `false`.
-    pub(super) fn each(
-        &self,
-        start: &[u8],
-        end: &[u8],
-        mut each: impl FnMut(&[u8], Lsn, u32) -> bool,
-    ) -> Result<(), JournalError> {
-        let end = end.min(Self::TABLES_END);
-        if start >= end {
-            return Ok(());
-        }
-        let mut iter = self.guard("scan", || Ok(self.db.range(start..end)))?;
-        while let Some((key, stored)) = self.guard("scan", || iter.next().transpose())? {
-            let (lsn, crc, _) = self.parts(&key, &stored)?;
-            if !each(&key, lsn, crc) {
-                break;
-            }
-        }
-        Ok(())
-    }
-
     /// The first or the last key in `[start, end)`.
     pub(super) fn edge(&self, start: &[u8], end: &[u8], last: bool) -> Result<Option<Bytes>, JournalError> {
         let mut found = None;
-        self.scan(start, end, last, |key, _| {
-            found = Some(key);
+        self.walk(start, end, last, |key, _, _, _| {
+            found = Some(Bytes::copy_from_slice(key));
             false
         })?;
         Ok(found)

@@ -28,10 +28,8 @@ impl Vfs {
         }
         if set.is_only_times() {
             match self.set_times(ino, set, now) {
-                // These have nothing pending.
-                Ok(None) | Err(VfsError::IsDirectory) => {}
-                Ok(Some(attr)) => return Ok(attr),
-                Err(e) => return Err(e),
+                Err(VfsError::IsDirectory) => {}
+                done => return done,
             }
         }
         let (_, inode) = self.modify(ino, |tx, inode| {
@@ -44,25 +42,22 @@ impl Vfs {
         Ok(self.attr(ino, &inode))
     }
 
-    /// Takes the times of what was written to a regular file; answers nothing for others. The kernel sends them for each file that
-    /// is closed, behind its content, and they go into the journal together.
-    fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Option<Attr>> {
-        let _gate = self.enter()?;
-        self.with_cell(ino, |cell| {
-            let mut state = cell.state.write();
-            if state.gone {
-                return Err(VfsError::Stale);
-            }
-            if state.inode.kind != FileKind::Regular {
-                return Ok(None);
-            }
+    /// Sets a file's times. Those of what was written to it, which the kernel sends for each file that is closed, behind its content,
+    /// go into the journal together with that.
+    fn set_times(&self, ino: Ino, set: &SetAttr, now: Time) -> Result<Attr> {
+        self.with_state(ino, |cell, state| {
             // The kernel's last word about a file that is being deleted waits, too: it goes with what deletes it.
-            if !set.is_of_a_write() && state.inode.nlink > 0 {
-                return Ok(None);
+            let waits = set.is_of_a_write() || state.inode.nlink == 0;
+            if waits && state.inode.kind == FileKind::Regular {
+                apply(&mut state.inode, set, now);
+                self.mark_pending(cell, state);
+            } else {
+                self.modify_cell(cell, state, |_, inode| {
+                    apply(inode, set, now);
+                    Ok(())
+                })?;
             }
-            apply(&mut state.inode, set, now);
-            self.mark_pending(cell, &mut state);
-            Ok(Some(self.attr(ino, &state.inode)))
+            Ok(self.attr(ino, &state.inode))
         })
     }
 
@@ -71,19 +66,14 @@ impl Vfs {
         if size > SIZE_MAX {
             return Err(VfsError::FileTooLarge);
         }
-        let _gate = self.enter()?;
-        self.with_cell(ino, |cell| {
-            let mut state = cell.state.write();
-            if state.gone {
-                return Err(VfsError::Stale);
-            }
+        self.with_state(ino, |cell, state| {
             if state.inode.kind != FileKind::Regular {
                 return Err(VfsError::Invalid);
             }
-            self.shed(cell, &mut state, size)?;
-            self.mark_pending(cell, &mut state);
+            self.shed(cell, state, size)?;
+            self.mark_pending(cell, state);
             let same = size == state.inode.size;
-            self.truncate_state(ino, &mut state, size)?;
+            self.truncate_state(ino, state, size)?;
             if same && *set == (SetAttr { size: Some(size), ..SetAttr::default() }) {
                 // The kernel keeps the times of files itself, and leaves them as they are then: so do we.
                 return Ok(());
@@ -92,7 +82,7 @@ impl Vfs {
             apply(&mut state.inode, set, now);
             // With blocks given up there is something to reclaim: commit at once. So truncation by path is in order
             // with the renames around it, too.
-            self.flush_cell(cell, &mut state)?;
+            self.flush_cell(cell, state)?;
             Ok(())
         })
     }

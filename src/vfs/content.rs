@@ -274,22 +274,17 @@ impl Vfs {
         let Some(end) = end else { return Err(VfsError::FileTooLarge) };
         self.admit(wait)?;
         self.changing(ino, wait, |supply| {
-            let _gate = self.enter()?;
-            self.with_cell(ino, |cell| {
-                let mut state = cell.state.write();
-                if state.gone {
-                    return Err(VfsError::Stale.into());
-                }
+            self.with_state(ino, |cell, state| {
                 if state.inode.kind != FileKind::Regular {
                     return Err(VfsError::Invalid.into());
                 }
                 if data.is_empty() {
                     return Ok(0);
                 }
-                self.join_ranges(ino, &mut state, offset, end, supply)?;
-                self.mark_pending(cell, &mut state);
-                if let Err(e) = self.write_state(ino, &mut state, offset, data) {
-                    self.cut_back(ino, &mut state, end);
+                self.join_ranges(ino, state, offset, end, supply)?;
+                self.mark_pending(cell, state);
+                if let Err(e) = self.write_state(ino, state, offset, data) {
+                    self.cut_back(ino, state, end);
                     return Err(e.into());
                 }
                 state.inode.size = state.inode.size.max(end);
@@ -485,19 +480,14 @@ impl Vfs {
         }
         self.admit(wait)?;
         self.changing(ino, wait, |supply| {
-            let _gate = self.enter()?;
-            self.with_cell(ino, |cell| {
-                let mut state = cell.state.write();
-                if state.gone {
-                    return Err(VfsError::Stale.into());
-                }
+            self.with_state(ino, |cell, state| {
                 if state.inode.kind != FileKind::Regular {
                     return Err(VfsError::NoSuchOffset.into());
                 }
                 if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
-                    self.zero_in_steps(cell, &mut state, offset, end, supply)?;
+                    self.zero_in_steps(cell, state, offset, end, supply)?;
                 }
-                self.mark_pending(cell, &mut state);
+                self.mark_pending(cell, state);
                 if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {
                     state.inode.size = end;
                 }

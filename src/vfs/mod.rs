@@ -353,6 +353,22 @@ impl Vfs {
         answer
     }
 
+    /// Changes a file: runs `f` inside the gate, with the file's state locked. Fails for one that was deleted.
+    fn with_state<R, E: From<VfsError>>(
+        &self,
+        ino: Ino,
+        f: impl FnOnce(&Arc<Cell>, &mut CellState) -> Result<R, E>,
+    ) -> Result<R, E> {
+        let _gate = self.enter()?;
+        self.with_cell(ino, |cell| {
+            let mut state = cell.state.write();
+            if state.gone {
+                return Err(VfsError::Stale.into());
+            }
+            f(cell, &mut state)
+        })
+    }
+
     fn mark_pending(&self, cell: &Arc<Cell>, state: &mut CellState) {
         if !state.dirty {
             state.dirty = true;
@@ -441,24 +457,9 @@ impl Vfs {
         ino: Ino,
         change: impl Fn(&mut Tx<'_>, &mut Inode) -> Result<R>,
     ) -> Result<(R, Inode)> {
-        let _gate = self.enter()?;
-        let answer = self.with_cell(ino, |cell| {
-            let mut state = cell.state.write();
-            if state.gone {
-                return Err(VfsError::Stale);
-            }
-            let mut gone = Vec::new();
-            let ((answer, inode), lsn) = self.journal.transact::<_, VfsError>(|tx| {
-                let mut inode = state.inode.clone();
-                let answer = change(tx, &mut inode)?;
-                state.put(tx, ino, &inode, &self.blocks, &mut gone)?;
-                Ok((answer, inode))
-            })?;
-            self.committed(cell, &mut state, inode.clone(), lsn, &gone);
-            Ok((answer, inode))
-        });
-        match answer {
+        match self.with_state(ino, |cell, state| self.modify_cell(cell, state, &change)) {
             Err(VfsError::IsDirectory) => {
+                let _gate = self.enter()?;
                 let (answer, _) = self.journal.transact::<_, VfsError>(|tx| {
                     let mut inode = tx_inode(tx, ino)?;
                     let answer = change(tx, &mut inode)?;
@@ -469,6 +470,24 @@ impl Vfs {
             }
             other => other,
         }
+    }
+
+    /// [`Vfs::modify`] for a file that is locked already.
+    fn modify_cell<R>(
+        &self,
+        cell: &Cell,
+        state: &mut CellState,
+        change: impl FnOnce(&mut Tx<'_>, &mut Inode) -> Result<R>,
+    ) -> Result<(R, Inode)> {
+        let mut gone = Vec::new();
+        let ((answer, inode), lsn) = self.journal.transact::<_, VfsError>(|tx| {
+            let mut inode = state.inode.clone();
+            let answer = change(tx, &mut inode)?;
+            state.put(tx, cell.ino, &inode, &self.blocks, &mut gone)?;
+            Ok((answer, inode))
+        })?;
+        self.committed(cell, state, inode.clone(), lsn, &gone);
+        Ok((answer, inode))
     }
 
     // ---- references ----------------------------------------------------------------------------------------------

@@ -28,29 +28,8 @@ impl Vfs {
         flushed
     }
 
-    /// Puts what is pending of every file into the journal; the first error is the answer, and stops no other file.
-    fn commit_pending(&self) -> Result<()> {
-        let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
-        let mut failed = None;
-        for cell in pending {
-            let flushed = {
-                let _gate = self.gate.read();
-                self.flush_cell(&cell, &mut cell.state.write())
-            };
-            if let Err(e) = flushed {
-                // A full disk is told of elsewhere, and once.
-                if e != VfsError::NoSpace {
-                    log::error!("inode {} cannot be committed: {e}", cell.ino);
-                }
-                failed = failed.or(Some(e));
-            }
-            self.let_go(cell);
-        }
-        failed.map_or(Ok(()), Err)
-    }
-
     /// Puts what is pending of a file into the journal.
-    pub(super) fn commit_cell(&self, cell: &Cell) -> Result<()> {
+    fn commit_cell(&self, cell: &Cell) -> Result<()> {
         if cell.state.read().dirty {
             let _gate = self.enter()?;
             self.flush_cell(cell, &mut cell.state.write())?;
@@ -73,11 +52,26 @@ impl Vfs {
     /// Commits what is pending of every file and makes it durable locally. A file that cannot be committed stops no
     /// other: it stays pending, and the first such error is the answer.
     pub fn commit(&self) -> Result<Lsn> {
-        let committed = self.commit_pending();
+        let pending: Vec<Arc<Cell>> = self.pending.lock().values().cloned().collect();
+        let mut failed = None;
+        for cell in pending {
+            let flushed = {
+                let _gate = self.gate.read();
+                self.flush_cell(&cell, &mut cell.state.write())
+            };
+            if let Err(e) = flushed {
+                // A full disk is told of elsewhere, and once.
+                if e != VfsError::NoSpace {
+                    log::error!("inode {} cannot be committed: {e}", cell.ino);
+                }
+                failed = failed.or(Some(e));
+            }
+            self.let_go(cell);
+        }
         let lsn = self.journal.last_lsn();
         self.journal.barrier(lsn)?;
         self.blocks.housekeep()?;
-        committed.map(|()| lsn)
+        failed.map_or(Ok(lsn), Err)
     }
 
     /// Ends the collecting transaction group: the state of this moment, exactly. So one file whose changes cannot be
