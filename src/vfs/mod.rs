@@ -404,7 +404,7 @@ impl Vfs {
         if state.dirty {
             self.pending.lock().remove(&cell.ino);
         }
-        state.flushed(inode);
+        state.flushed(inode, &self.blocks);
     }
 
     // ---- inodes --------------------------------------------------------------------------------------------------
