@@ -37,10 +37,11 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use self::cell::{Cell, CellState};
 use self::types::{Attr, Time, VfsError};
 use crate::cache::{BlockStore, StoreError};
+use crate::format::brief;
 use crate::format::codec::FormatError;
 use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key, volume_key};
 use crate::ids::{BlockId, Ino, Lsn};
-use crate::journal::{Journal, JournalError, Tx};
+use crate::journal::{Brief, Form, Journal, JournalError, Tx};
 
 pub use self::accessed::Atime;
 pub(crate) use self::content::units;
@@ -57,6 +58,9 @@ pub const TARGET_MAX: usize = 4095;
 pub const SIZE_MAX: u64 = i64::MAX as u64;
 /// Most names one inode may have.
 pub const LINK_MAX: u32 = 1 << 30;
+
+/// What the journal keeps in memory for looking up: to be among its options. Without it all is the same, and slower.
+pub const FORM: Form = Form { key: brief::key, value: brief::value };
 
 type Result<T, E = VfsError> = std::result::Result<T, E>;
 
@@ -417,13 +421,23 @@ impl Vfs {
         }
     }
 
-    /// The inode with pending changes.
+    /// The inode with pending changes, without its content: `inode.body` says nothing.
     fn inode(&self, ino: Ino) -> Result<Inode> {
         if let Some(cell) = self.existing_cell(ino) {
             let state = cell.state.read();
             return if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) };
         }
-        self.load(ino)
+        self.load_brief(ino)
+    }
+
+    /// The inode as the journal has it, without its content.
+    fn load_brief(&self, ino: Ino) -> Result<Inode> {
+        let mut found = Vec::with_capacity(64);
+        match self.journal.brief(&inode_key(ino), &mut found)? {
+            Brief::Short => Ok(brief::inode(&found)?),
+            Brief::Whole(value) => Ok(Inode::decode(&value)?),
+            Brief::Absent => Err(VfsError::Stale),
+        }
     }
 
     fn attr(&self, ino: Ino, inode: &Inode) -> Attr {

@@ -20,7 +20,9 @@ struct Fixture {
 impl Fixture {
     fn new(limit: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+        let options =
+            JournalOptions { form: super::FORM, ..JournalOptions::new(dir.path(), Arc::new(|| Ok(()))) };
+        let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, limit, Arc::clone(&journal)).unwrap();
         let options = Options {
             clock: Arc::new(|| Time { secs: 1, nanos: 0 }),
