@@ -260,3 +260,197 @@ impl Shard {
         self.chunks.len() * CHUNK + self.index.capacity() * 8 / 7 * (size_of::<(u16, u16)>() + 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+
+    use parking_lot::RwLock;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    /// Keys that begin with `k`, values that do not begin with `-`, whole.
+    const WHOLE: Form = Form {
+        key: |key, out| {
+            out.extend_from_slice(key);
+            key.first() == Some(&b'k')
+        },
+        value: |_, value, out| {
+            out.extend_from_slice(value);
+            value.first() != Some(&b'-')
+        },
+    };
+
+    fn found(briefs: &Briefs, key: &[u8]) -> Option<Vec<u8>> {
+        let mut out = Vec::new();
+        briefs.get(key, &mut out).ok().map(|()| out)
+    }
+
+    fn seed() -> u64 {
+        let seed = std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
+        println!("JOURNAL_SEED={seed}");
+        seed
+    }
+
+    #[test]
+    fn what_was_changed_since_the_ticket_is_not_filled_in() {
+        let briefs = Briefs::new(WHOLE);
+        let mut out = Vec::new();
+        let ticket = briefs.get(b"k", &mut out).unwrap_err().unwrap();
+        briefs.change(b"k", Some(b"new"));
+        assert!(briefs.fill(ticket, b"k", b"old", &mut out));
+        assert_eq!((&out[..], found(&briefs, b"k").unwrap()), (&b"old"[..], b"new".to_vec()));
+        briefs.change(b"k", None);
+        assert!(briefs.fill(ticket, b"k", b"old", &mut out));
+        assert_eq!(found(&briefs, b"k"), None);
+        let ticket = briefs.get(b"k", &mut out).unwrap_err().unwrap();
+        assert!(briefs.fill(ticket, b"k", b"then", &mut out));
+        assert_eq!(found(&briefs, b"k").unwrap(), b"then");
+    }
+
+    #[test]
+    fn what_has_no_brief_form_is_not_kept() {
+        let briefs = Briefs::new(WHOLE);
+        let mut out = Vec::new();
+        assert!(briefs.get(b"x", &mut out).unwrap_err().is_none());
+        briefs.change(b"k", Some(b"value"));
+        briefs.change(b"k", Some(b"-none"));
+        assert_eq!(found(&briefs, b"k"), None);
+        let ticket = briefs.get(b"k", &mut out).unwrap_err().unwrap();
+        assert!(!briefs.fill(ticket, b"k", b"-none", &mut out));
+        assert!(out.is_empty());
+        // Too long for a record: what was there goes all the same.
+        briefs.change(b"k", Some(b"value"));
+        briefs.change(b"k", Some(&[b'v'; 300]));
+        assert_eq!(found(&briefs, b"k"), None);
+    }
+
+    #[test]
+    fn it_never_answers_but_with_the_newest_value_and_stays_within_its_bound() {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed());
+        let briefs = Briefs::with_chunks(WHOLE, 2);
+        // Numbers of chunks go round.
+        briefs.shards.iter().for_each(|s| s.lock().first = u16::MAX - 3);
+        let mut model: HashMap<Vec<u8>, Vec<u8>> = HashMap::new();
+        let mut hits = 0;
+        for _ in 0..200_000 {
+            let key = format!("k{}", rng.random_range(0..30_000)).into_bytes();
+            let value = vec![rng.random_range(b'a'..b'z'); rng.random_range(1..60)];
+            match rng.random_range(0..8) {
+                0..4 => {
+                    briefs.change(&key, Some(&value));
+                    model.insert(key, value);
+                }
+                4 => {
+                    briefs.change(&key, None);
+                    model.remove(&key);
+                }
+                5 => {
+                    if let Some(value) = model.get(&key) {
+                        briefs.offer(&key, value);
+                    }
+                }
+                _ => match (briefs.get(&key, &mut Vec::new()), model.get(&key)) {
+                    (Ok(()), value) => {
+                        hits += 1;
+                        assert_eq!(found(&briefs, &key).as_ref(), value);
+                    }
+                    (Err(ticket), Some(value)) => {
+                        assert!(briefs.fill(ticket.unwrap(), &key, value, &mut Vec::new()));
+                        assert_eq!(found(&briefs, &key).as_ref(), Some(value));
+                    }
+                    (Err(_), None) => {}
+                },
+            }
+        }
+        let bound = SHARDS * 2 * CHUNK;
+        assert!(hits > 1000, "{hits}");
+        assert!(briefs.shards.iter().all(|s| s.lock().chunks.len() == 2), "full");
+        assert!(briefs.bytes() < bound * 2, "{} for {bound}", briefs.bytes());
+        for shard in &briefs.shards {
+            let shard = shard.lock();
+            let keys: Vec<&[u8]> = shard.index.iter().map(|at| shard.record(*at).0).collect();
+            let single: std::collections::HashSet<_> = keys.iter().collect();
+            assert_eq!(keys.len(), single.len(), "one entry for each key");
+        }
+    }
+
+    #[test]
+    fn offers_take_free_room_only_and_leave_some_to_other_tables() {
+        let briefs = Briefs::with_chunks(WHOLE, 2);
+        briefs.change(b"k", Some(b"there"));
+        briefs.offer(b"k", b"offered");
+        assert_eq!(found(&briefs, b"k").unwrap(), b"there");
+        for n in 0..100_000 {
+            briefs.offer(format!("k{n}").as_bytes(), &[b'v'; 20]);
+        }
+        let used: usize = briefs.shards.iter().map(|s| s.lock().chunks.iter().map(Vec::len).sum::<usize>()).sum();
+        let room = SHARDS * 2 * CHUNK;
+        assert!(used > room / 2 && used < room * 6 / 8, "{used} of {room}");
+        assert!(found(&briefs, b"k").is_some() && found(&briefs, b"k0").is_some());
+    }
+
+    /// Readers fill in what they read while one thread changes it: none ever sees what was replaced before it came.
+    #[test]
+    fn readers_never_bring_back_what_was_replaced() {
+        const KEYS: usize = 24;
+        let seed = seed();
+        let briefs = Briefs::with_chunks(WHOLE, 1);
+        // Versions; the odd ones are values, the even ones say that there is none.
+        let sled: Vec<RwLock<u64>> = (0..KEYS).map(|_| RwLock::new(0)).collect();
+        let done: Vec<AtomicU64> = (0..KEYS).map(|_| AtomicU64::new(0)).collect();
+        let key = |n: usize| format!("k{n}").into_bytes();
+        let text = |version: u64| format!("{version:08}").into_bytes();
+        let value = |version: u64| (version % 2 == 1).then(|| text(version));
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                for _ in 0..60_000 {
+                    let n = rng.random_range(0..KEYS);
+                    let version = *sled[n].read() + rng.random_range(1..3);
+                    *sled[n].write() = version;
+                    if rng.random_range(0..4) == 0 {
+                        std::thread::yield_now();
+                    }
+                    briefs.change(&key(n), value(version).as_deref());
+                    done[n].store(version, SeqCst);
+                }
+                ended.store(true, SeqCst);
+            });
+            for reader in 1..4 {
+                let (briefs, sled, done, ended) = (&briefs, &sled, &done, &ended);
+                scope.spawn(move || {
+                    let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(reader));
+                    while !ended.load(SeqCst) {
+                        let n = rng.random_range(0..KEYS);
+                        let before = done[n].load(SeqCst);
+                        let mut out = Vec::new();
+                        let seen = match briefs.get(&key(n), &mut out) {
+                            Ok(()) => String::from_utf8(out).unwrap().parse().unwrap(),
+                            Err(ticket) => {
+                                let version = *sled[n].read();
+                                if rng.random_range(0..4) == 0 {
+                                    std::thread::yield_now();
+                                }
+                                if let Some(value) = value(version) {
+                                    assert!(briefs.fill(ticket.unwrap(), &key(n), &value, &mut out));
+                                }
+                                version
+                            }
+                        };
+                        assert!(seen >= before, "key {n}: version {seen}, though {before} was there before");
+                    }
+                });
+            }
+        });
+        for n in 0..KEYS {
+            if let Some(found) = found(&briefs, &key(n)) {
+                assert_eq!(Some(found), value(*sled[n].read()));
+            }
+        }
+    }
+}

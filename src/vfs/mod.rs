@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
-use self::cell::{Cell, CellState};
+use self::cell::{Cell, CellState, Files};
 use self::types::{Attr, Time, VfsError};
 use crate::cache::{BlockStore, StoreError};
 use crate::format::brief;
@@ -86,7 +86,7 @@ pub struct Vfs {
     blocks: Arc<BlockStore>,
     options: Options,
     gate: RwLock<()>,
-    cells: Vec<Mutex<HashMap<Ino, Arc<Cell>>>>,
+    files: Vec<Mutex<Files>>,
     /// References the kernel holds, by inode.
     references: Vec<Mutex<HashMap<Ino, u64>>>,
     /// Cells with pending changes.
@@ -190,7 +190,7 @@ impl Vfs {
             blocks,
             options,
             gate: RwLock::new(()),
-            cells: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            files: (0..SHARDS).map(|_| Mutex::default()).collect(),
             references: (0..SHARDS).map(|_| Mutex::default()).collect(),
             pending: Mutex::default(),
             orphans: Mutex::default(),
@@ -313,7 +313,7 @@ impl Vfs {
 
     /// The cell of a file; made when there is none. Not for directories.
     fn cell(&self, ino: Ino) -> Result<Arc<Cell>> {
-        let mut cells = self.cells[shard(ino)].lock();
+        let cells = &mut self.files[shard(ino)].lock().cells;
         if let Some(cell) = cells.get(&ino) {
             return Ok(Arc::clone(cell));
         }
@@ -328,21 +328,33 @@ impl Vfs {
 
     /// The cell of a file, when there is one.
     fn existing_cell(&self, ino: Ino) -> Option<Arc<Cell>> {
-        self.cells[shard(ino)].lock().get(&ino).cloned()
+        self.files[shard(ino)].lock().cells.get(&ino).cloned()
     }
 
     /// Lets the cell go when nobody needs it.
     fn let_go(&self, cell: Arc<Cell>) {
         let ino = cell.ino;
-        let mut cells = self.cells[shard(ino)].lock();
+        let files = &mut *self.files[shard(ino)].lock();
         // Given up inside the lock, so that of several who let go the last one sees that it is.
         drop(cell);
-        let unused = cells.get(&ino).is_some_and(|c| {
-            Arc::strong_count(c) == 1 && !c.is_open() && c.state.try_read().is_some_and(|s| !s.dirty)
-        });
+        let unused = !files.opens.contains_key(&ino)
+            && files.cells.get(&ino).is_some_and(|c| {
+                Arc::strong_count(c) == 1 && c.state.try_read().is_some_and(|s| !s.dirty)
+            });
         if unused {
-            cells.remove(&ino);
+            files.cells.remove(&ino);
         }
+    }
+
+    /// Counts an open handle; answers the file's cell, when there is one.
+    fn count_open(&self, ino: Ino) -> Option<Arc<Cell>> {
+        let files = &mut *self.files[shard(ino)].lock();
+        *files.opens.entry(ino).or_insert(0) += 1;
+        files.cells.get(&ino).cloned()
+    }
+
+    fn is_open(&self, ino: Ino) -> bool {
+        self.files[shard(ino)].lock().opens.contains_key(&ino)
     }
 
     /// Runs `f` with the cell of a file and lets it go afterwards, whatever came of it.
@@ -424,8 +436,12 @@ impl Vfs {
     /// The inode with pending changes, without its content: `inode.body` says nothing.
     fn inode(&self, ino: Ino) -> Result<Inode> {
         if let Some(cell) = self.existing_cell(ino) {
-            let state = cell.state.read();
-            return if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) };
+            let inode = {
+                let state = cell.state.read();
+                if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) }
+            };
+            self.let_go(cell);
+            return inode;
         }
         self.load_brief(ino)
     }

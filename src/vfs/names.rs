@@ -1,7 +1,6 @@
 //! Names: looking up, making and removing directory entries.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -89,7 +88,7 @@ impl Vfs {
         }
     }
 
-    /// Makes an inode with a name. With `open`, a cell with one open handle comes with it.
+    /// Makes an inode with a name. With `open`, one open handle is counted.
     pub(super) fn make(
         &self,
         parent: Ino,
@@ -123,15 +122,13 @@ impl Vfs {
             usage::change(tx, 0, 1)?;
             Ok(inode)
         });
-        // Others may have found and changed it by now: its cell is theirs, too.
-        let opened = made.and_then(|(inode, _)| {
-            if open {
-                self.cell(ino)?.open.fetch_add(1, Ordering::AcqRel);
+        match made {
+            Ok((inode, _)) => {
+                if open {
+                    self.count_open(ino);
+                }
+                Ok(self.attr(ino, &inode))
             }
-            Ok(inode)
-        });
-        match opened {
-            Ok(inode) => Ok(self.attr(ino, &inode)),
             Err(e) => {
                 self.do_forget(ino, 1);
                 Err(e)
