@@ -4,6 +4,7 @@
 
 pub mod dirty;
 mod near;
+mod patches;
 pub mod ranges;
 pub mod slots;
 pub mod space;

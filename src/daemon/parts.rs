@@ -49,7 +49,7 @@ pub(super) type SlotCell = Arc<OnceLock<Arc<SlotFile>>>;
 
 fn open_journal(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Opened), JournalError> {
     let slots = Arc::clone(slots);
-    let sync = move || slots.get().map_or(Ok(()), |s| s.sync());
+    let sync = move |mark| slots.get().map_or(Ok(()), |s| s.sync(mark));
     Journal::open(journal::Options { form: vfs::FORM, ..journal::Options::new(state.path(), Arc::new(sync)) })
 }
 

@@ -4,7 +4,9 @@
 //! values again at each start, so they may change with any version. Knows nothing of where they are kept.
 
 use super::codec::{Decoder, FormatError, put_varint};
-use super::tables::{Body, Dirent, FileKind, Inode, Time, name_cookie, number_of_key, split_dirent_key, table};
+use super::tables::{
+    Body, Dirent, FileKind, Inode, Time, name_cookie, number_of_key, split_dirent_key, table,
+};
 use crate::ids::Ino;
 
 const ONE_NAME: u8 = 1 << 3;
@@ -75,7 +77,22 @@ pub fn inode(brief: &[u8]) -> Result<Inode, FormatError> {
     let parent = Ino(if has(NO_PARENT) { 0 } else { d.varint()? });
     let body = Body::Blocks;
     Ok(Inode {
-        kind, perm, uid, gid, nlink, rdev, size, blocks, atime, mtime, ctime, btime, generation, flags, parent, body,
+        kind,
+        perm,
+        uid,
+        gid,
+        nlink,
+        rdev,
+        size,
+        blocks,
+        atime,
+        mtime,
+        ctime,
+        btime,
+        generation,
+        flags,
+        parent,
+        body,
     })
 }
 
@@ -178,7 +195,10 @@ mod tests {
         let btime = any_time(rng);
         let mut near = |from: Time| match rng.random_range(0..3) {
             0 => from,
-            1 => Time { secs: from.secs.wrapping_add(rng.random_range(-3..3)), nanos: rng.random_range(0..1_000_000_000) },
+            1 => Time {
+                secs: from.secs.wrapping_add(rng.random_range(-3..3)),
+                nanos: rng.random_range(0..1_000_000_000),
+            },
             _ => any_time(rng),
         };
         let mtime = near(btime);
@@ -199,7 +219,11 @@ mod tests {
             gid,
             nlink,
             rdev,
-            size: if let Body::Target(t) = &body { t.len() as u64 } else { rng.random::<u64>() >> rng.random_range(0..64) },
+            size: if let Body::Target(t) = &body {
+                t.len() as u64
+            } else {
+                rng.random::<u64>() >> rng.random_range(0..64)
+            },
             blocks: if kind == FileKind::Symlink { 0 } else { rng.random_range(0..100) },
             atime,
             mtime,

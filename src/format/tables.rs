@@ -44,6 +44,8 @@ pub mod table {
     pub const CACHED: u8 = 0x85;
     /// Local: name -> bytes, the daemon's own settings (the sealed mark).
     pub const LOCAL: u8 = 0x86;
+    /// Local: BlockId, number -> bytes of a dirty block's slot, written over it by an open.
+    pub const PATCH: u8 = 0x87;
 }
 
 /// Whether changes of `key` are shipped to replicas as part of a record.
@@ -132,6 +134,18 @@ pub fn block_refs_key(id: BlockId) -> Bytes {
 #[must_use]
 pub fn dirty_key(id: BlockId) -> Bytes {
     key_u64(table::DIRTY, id.0)
+}
+
+/// Local key of a dirty block's patch.
+#[must_use]
+pub fn patch_key(id: BlockId, number: u32) -> Bytes {
+    key_u64_bytes(table::PATCH, id.0, &number.to_be_bytes())
+}
+
+/// The number out of a patch's key.
+#[must_use]
+pub fn number_of_patch_key(key: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(key.get(9..13)?.try_into().ok()?))
 }
 
 /// Local key of a frame.

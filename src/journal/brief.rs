@@ -290,7 +290,8 @@ mod tests {
     }
 
     fn seed() -> u64 {
-        let seed = std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
+        let seed =
+            std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
         println!("JOURNAL_SEED={seed}");
         seed
     }
@@ -387,7 +388,8 @@ mod tests {
         for n in 0..100_000 {
             briefs.offer(format!("k{n}").as_bytes(), &[b'v'; 20]);
         }
-        let used: usize = briefs.shards.iter().map(|s| s.lock().chunks.iter().map(Vec::len).sum::<usize>()).sum();
+        let used: usize =
+            briefs.shards.iter().map(|s| s.lock().chunks.iter().map(Vec::len).sum::<usize>()).sum();
         let room = SHARDS * 2 * CHUNK;
         assert!(used > room / 2 && used < room * 6 / 8, "{used} of {room}");
         assert!(found(&briefs, b"k").is_some() && found(&briefs, b"k0").is_some());

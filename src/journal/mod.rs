@@ -67,14 +67,17 @@ pub const MAX_KEY: usize = 4 << 10;
 /// The longest value, in bytes: sled puts values from 1 MiB on into files that it never syncs, and keeps several in one page.
 pub const MAX_VALUE: usize = 128 << 10;
 
+/// Called before each sync of the tail, by whoever does that, with the highest mark that its records rest on ([`Tx::rest_on`]; 0 for none):
+/// returns when block data up to that mark is durable. Must not call the journal. An error poisons.
+pub type DataSync = Arc<dyn Fn(u64) -> io::Result<()> + Send + Sync>;
+
 /// How to open a journal.
 #[derive(Clone)]
 pub struct Options {
     /// Holds `db/`, `tail/` and `witness`.
     pub dir: PathBuf,
-    /// Called on the flusher's thread before each sync of the tail: makes block data that the records speak of
-    /// durable first. Must not call the journal. An error poisons.
-    pub data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// See [`DataSync`].
+    pub data_sync: DataSync,
     /// Memory for changes that are not in sled yet, in bytes; beyond it transactions wait.
     pub memtable_limit: usize,
     /// Length of a tail file in bytes.
@@ -99,7 +102,7 @@ pub enum Brief {
 
 impl Options {
     /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once, nothing kept in brief.
-    pub fn new(dir: impl Into<PathBuf>, data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>) -> Self {
+    pub fn new(dir: impl Into<PathBuf>, data_sync: DataSync) -> Self {
         Self {
             dir: dir.into(),
             data_sync,
@@ -242,7 +245,7 @@ impl Journal {
         let _turn = trace::stage(Stage::Turn, || s.commit.lock());
         s.usable()?;
         let last = Lsn(s.last.load(SeqCst));
-        let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None };
+        let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None, mark: 0 };
         let result = f(&mut tx)?;
         if let Some(refused) = tx.refused {
             return Err(refused.into());
@@ -252,7 +255,7 @@ impl Journal {
         }
         s.usable()?;
         s.snapshots.note(s, &tx.changes);
-        s.commit(tx.lsn, tx.changes);
+        s.commit(tx.lsn, tx.changes, tx.mark);
         Ok((result, tx.lsn))
     }
 

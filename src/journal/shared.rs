@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use super::Brief;
+use super::DataSync;
 use super::brief::Form;
 use super::error::JournalError;
 use super::flusher::{self, Flush};
@@ -23,7 +25,6 @@ use super::snapshot::Snapshots;
 use super::tail::GROUP;
 use super::tail_set::TailSet;
 use super::witness::Witness;
-use super::Brief;
 use crate::format::record::{self, Op};
 use crate::ids::Lsn;
 use crate::trace::{self, Stage};
@@ -46,6 +47,8 @@ pub(super) struct Pending {
     pub(super) buf: Vec<u8>,
     pub(super) first: Lsn,
     pub(super) last: Lsn,
+    /// The highest mark that one of them rests on.
+    pub(super) mark: u64,
     /// Somebody is making records durable.
     pub(super) leading: bool,
     /// The last attempt failed for want of space; counts attempts so that a waiter gets the outcome of its own.
@@ -78,7 +81,7 @@ pub(super) struct Counters {
 /// See the module's head.
 pub(super) struct Shared {
     pub(super) dir: PathBuf,
-    pub(super) data_sync: Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>,
+    pub(super) data_sync: DataSync,
     pub(super) memtable_limit: usize,
     /// Held by the one transaction that runs.
     pub(super) commit: Mutex<()>,
@@ -207,7 +210,7 @@ impl Shared {
     }
 
     /// Makes a transaction's changes visible and hands them to the flusher. `commit` must be held.
-    pub(super) fn commit(&self, lsn: Lsn, changes: Changes) {
+    pub(super) fn commit(&self, lsn: Lsn, changes: Changes, mark: u64) {
         let ops: Vec<Op> = changes
             .into_iter()
             .map(|(key, value)| match value {
@@ -225,6 +228,7 @@ impl Shared {
             let before = p.buf.len();
             record::encode(lsn, &ops, &mut p.buf);
             p.last = lsn;
+            p.mark = p.mark.max(mark);
             before < FLUSH_AT && p.buf.len() >= FLUSH_AT
         };
         let grown = view.active.insert(lsn, ops, Instant::now);

@@ -11,7 +11,7 @@ use parking_lot::RwLock;
 
 use super::usage;
 use crate::cache::{BlockStore, StoreError};
-use crate::format::tables::{BLOCKS_PER_CHUNK, Body, Extents, Inode, dirty_key, extent_key, inode_key};
+use crate::format::tables::{BLOCKS_PER_CHUNK, Body, Extents, Inode, extent_key, inode_key};
 use crate::ids::{BlockId, Ino};
 use crate::journal::{Journal, Tx};
 
@@ -46,6 +46,8 @@ pub(super) struct CellState {
     pub touched: BTreeSet<BlockId>,
     /// Blocks that this file no longer names, still counted in the journal.
     pub released: Vec<BlockId>,
+    /// Somebody waits for the next flush to be durable.
+    pub is_waited_for: bool,
     /// `inode.blocks` as the journal has it, for the volume's usage.
     pub flushed_blocks: u64,
     /// The extent chunk read last from the journal.
@@ -56,11 +58,7 @@ pub(super) struct CellState {
 
 impl Cell {
     pub fn new(ino: Ino, inode: Inode) -> Self {
-        Self {
-            ino,
-            state: RwLock::new(CellState::new(inode)),
-            readahead: parking_lot::Mutex::default(),
-        }
+        Self { ino, state: RwLock::new(CellState::new(inode)), readahead: parking_lot::Mutex::default() }
     }
 }
 
@@ -82,6 +80,7 @@ impl CellState {
             extents: BTreeMap::new(),
             touched: BTreeSet::new(),
             released: Vec::new(),
+            is_waited_for: false,
             flushed_blocks,
             chunk: None,
             gone: false,
@@ -201,10 +200,9 @@ impl CellState {
                 tx.put(key, extents.encode());
             }
         }
+        let small = self.is_waited_for && blocks.is_small(&self.touched);
         for id in &self.touched {
-            if let Some(block) = blocks.dirty(*id) {
-                tx.put(dirty_key(*id), block.encode());
-            }
+            blocks.put_dirty(tx, *id, small)?;
         }
         for id in &self.released {
             blocks.release(tx, *id, gone)?;
@@ -213,7 +211,8 @@ impl CellState {
     }
 
     /// Notes that the journal now has everything, with `inode` as the attributes.
-    pub fn flushed(&mut self, inode: Inode) {
+    pub fn flushed(&mut self, inode: Inode, blocks: &BlockStore) {
+        blocks.after_put(&self.touched);
         self.flushed_blocks = inode.blocks;
         self.inode = inode;
         self.dirty = false;

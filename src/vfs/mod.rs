@@ -338,9 +338,10 @@ impl Vfs {
         // Given up inside the lock, so that of several who let go the last one sees that it is.
         drop(cell);
         let unused = !files.opens.contains_key(&ino)
-            && files.cells.get(&ino).is_some_and(|c| {
-                Arc::strong_count(c) == 1 && c.state.try_read().is_some_and(|s| !s.dirty)
-            });
+            && files
+                .cells
+                .get(&ino)
+                .is_some_and(|c| Arc::strong_count(c) == 1 && c.state.try_read().is_some_and(|s| !s.dirty));
         if unused {
             files.cells.remove(&ino);
         }
@@ -420,7 +421,7 @@ impl Vfs {
         if state.dirty {
             self.pending.lock().remove(&cell.ino);
         }
-        state.flushed(inode);
+        state.flushed(inode, &self.blocks);
     }
 
     // ---- inodes --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ impl Fixture {
     fn new(limit: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options =
-            JournalOptions { form: super::FORM, ..JournalOptions::new(dir.path(), Arc::new(|| Ok(()))) };
+            JournalOptions { form: super::FORM, ..JournalOptions::new(dir.path(), Arc::new(|_| Ok(()))) };
         let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, limit, Arc::clone(&journal)).unwrap();
         let options = Options {

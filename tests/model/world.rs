@@ -260,7 +260,7 @@ impl World {
             // Small files, so that the tail is cut while the test runs.
             tail_file_size: 1 << 20,
             form: mirrorfs::vfs::FORM,
-            ..JournalOptions::new(&state, Arc::new(move || hook.get().map_or(Ok(()), |s| s.sync())))
+            ..JournalOptions::new(&state, Arc::new(move |mark| hook.get().map_or(Ok(()), |s| s.sync(mark))))
         };
         let (journal, _) = Journal::open(options).unwrap();
         if !import.is_empty() {

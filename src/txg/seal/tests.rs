@@ -57,7 +57,7 @@ impl Fixture {
 
     fn open(dir: Arc<tempfile::TempDir>) -> Self {
         let path = dir.path();
-        let options = Options { tail_file_size: 256 << 10, ..Options::new(path, Arc::new(|| Ok(()))) };
+        let options = Options { tail_file_size: 256 << 10, ..Options::new(path, Arc::new(|_| Ok(()))) };
         let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&path.join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
         let source = Arc::new(Source::default());
