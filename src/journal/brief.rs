@@ -181,7 +181,7 @@ impl Briefs {
             self.remove(shard, hash, key);
         }
         let len = key.len() + value.len() + 2;
-        if !shard.chunks.back().is_some_and(|chunk| chunk.len() + len <= CHUNK) {
+        if shard.chunks.back().is_none_or(|chunk| chunk.len() + len > CHUNK) {
             if shard.chunks.len() >= self.chunks {
                 self.drop_oldest(shard);
             }
@@ -339,7 +339,7 @@ mod tests {
         let mut hits = 0;
         for _ in 0..200_000 {
             let key = format!("k{}", rng.random_range(0..30_000)).into_bytes();
-            let value = vec![rng.random_range(b'a'..b'z'); rng.random_range(1..60)];
+            let value = vec![rng.random_range(b'a'..=b'z'); rng.random_range(1..60)];
             match rng.random_range(0..8) {
                 0..4 => {
                     briefs.change(&key, Some(&value));
@@ -449,9 +449,9 @@ mod tests {
                 });
             }
         });
-        for n in 0..KEYS {
+        for (n, version) in sled.iter().enumerate() {
             if let Some(found) = found(&briefs, &key(n)) {
-                assert_eq!(Some(found), value(*sled[n].read()));
+                assert_eq!(Some(found), value(*version.read()));
             }
         }
     }

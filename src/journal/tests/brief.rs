@@ -75,8 +75,8 @@ fn no_reader_sees_what_was_replaced_before_it_came() {
     let done: Vec<AtomicU64> = (0..KEYS).map(|_| AtomicU64::new(0)).collect();
     for life in 0..2 {
         let j = with_briefs(dir.path());
-        for n in 0..KEYS {
-            let last = done[n].load(SeqCst);
+        for (n, last) in done.iter().enumerate() {
+            let last = last.load(SeqCst);
             assert_eq!(version(&j, n), last * (last % 2), "key {n} behind the open");
         }
         let writing = AtomicUsize::new(2);
@@ -132,8 +132,8 @@ fn no_reader_sees_what_was_replaced_before_it_came() {
         });
         j.barrier(j.last_lsn()).unwrap();
         wait_until("all is in sled", || j.stats().applied_lsn == j.last_lsn());
-        for n in 0..KEYS {
-            let last = done[n].load(SeqCst);
+        for (n, last) in done.iter().enumerate() {
+            let last = last.load(SeqCst);
             assert_eq!(version(&j, n), last * (last % 2), "key {n}");
             assert_eq!(j.get(&key(n)).unwrap().is_some(), last % 2 == 1);
         }
