@@ -253,7 +253,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    fn from_byte(b: u8) -> Option<Self> {
+    pub(super) fn from_byte(b: u8) -> Option<Self> {
         Some(match b {
             1 => Self::Regular,
             2 => Self::Directory,
@@ -379,6 +379,17 @@ impl Inode {
 
     /// Reads a value of the inode table.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        let (inode, held) = Self::decode_head(bytes)?;
+        let body = match held {
+            Held::Nothing => Body::Blocks,
+            Held::Inline(b) => Body::Inline(Bytes::copy_from_slice(b)),
+            Held::Target(b) => Body::Target(Bytes::copy_from_slice(b)),
+        };
+        Ok(Self { body, ..inode })
+    }
+
+    /// The attributes (with [`Body::Blocks`]), and apart from them what the inode holds, where it lies.
+    pub(super) fn decode_head(bytes: &[u8]) -> Result<(Self, Held<'_>), FormatError> {
         let mut d = Decoder::new("inode", bytes);
         let version = d.u8()?;
         if version != INODE_VERSION {
@@ -386,7 +397,7 @@ impl Inode {
         }
         let kind = d.u8()?;
         let kind = FileKind::from_byte(kind).ok_or_else(|| d.error(format!("unknown kind {kind}")))?;
-        Ok(Self {
+        let inode = Self {
             kind,
             perm: d.u16()?,
             uid: d.u32()?,
@@ -402,19 +413,38 @@ impl Inode {
             generation: d.u32()?,
             flags: d.u32()?,
             parent: Ino(d.u64()?),
-            body: match d.u8()? {
-                0 => {
-                    let extra = d.remaining();
-                    if extra != 0 {
-                        return Err(d.error(format!("{extra} bytes too many")));
-                    }
-                    Body::Blocks
+            body: Body::Blocks,
+        };
+        let held = match d.u8()? {
+            0 => {
+                let extra = d.remaining();
+                if extra != 0 {
+                    return Err(d.error(format!("{extra} bytes too many")));
                 }
-                1 => Body::Inline(Bytes::copy_from_slice(d.rest())),
-                2 => Body::Target(Bytes::copy_from_slice(d.rest())),
-                other => return Err(d.error(format!("unknown body {other}"))),
-            },
-        })
+                Held::Nothing
+            }
+            1 => Held::Inline(d.rest()),
+            2 => Held::Target(d.rest()),
+            other => return Err(d.error(format!("unknown body {other}"))),
+        };
+        Ok((inode, held))
+    }
+}
+
+/// What an inode holds, in the bytes of its value.
+pub(super) enum Held<'a> {
+    Nothing,
+    Inline(&'a [u8]),
+    Target(&'a [u8]),
+}
+
+impl Held<'_> {
+    /// Its length in bytes.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Held::Nothing => 0,
+            Held::Inline(b) | Held::Target(b) => b.len(),
+        }
     }
 }
 

@@ -19,6 +19,7 @@
 //! confirmation behind it looks like a torn write and ends the replay before that group.
 
 mod applier;
+mod brief;
 mod disk;
 mod error;
 mod flusher;
@@ -47,6 +48,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+pub use brief::Form;
 pub use error::JournalError;
 pub use snapshot::Snapshot;
 pub use tail_set::RecordIter;
@@ -83,10 +85,23 @@ pub struct Options {
     /// When sled occupies less than this, in bytes, all of it is proved against the witness before it is used. A larger one is proved in
     /// the background, if it must be as it was written: after a clean close, and while the kernel has kept its files.
     pub prove_at_once: u64,
+    /// What is kept in memory of sled's values, for [`Journal::brief`].
+    pub form: Form,
+}
+
+/// What [`Journal::brief`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Brief {
+    /// There is no such key.
+    Absent,
+    /// The brief form was appended to the buffer.
+    Short,
+    /// The whole value, of which there is no brief form.
+    Whole(Bytes),
 }
 
 impl Options {
-    /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once.
+    /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once, nothing kept in brief.
     pub fn new(dir: impl Into<PathBuf>, data_sync: DataSync) -> Self {
         Self {
             dir: dir.into(),
@@ -94,6 +109,7 @@ impl Options {
             memtable_limit: 32 << 20,
             tail_file_size: 16 << 20,
             prove_at_once: 64 << 20,
+            form: Form::NONE,
         }
     }
 }
@@ -122,6 +138,8 @@ pub struct Stats {
     pub applied_lsn: Lsn,
     /// Estimated memory of changes not in sled, in bytes.
     pub memtable_bytes: usize,
+    /// Memory of values in brief, in bytes.
+    pub brief_bytes: usize,
     /// Disk that the tail's files occupy, in bytes.
     pub tail_bytes: u64,
     /// Disk that sled occupies, in bytes.
@@ -175,6 +193,11 @@ impl Journal {
     /// The value of a key.
     pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, JournalError> {
         self.shared.get(None, key)
+    }
+
+    /// The value of a key in the brief form that the [`Options`] name, which is appended to `out`: mostly from memory.
+    pub fn brief(&self, key: &[u8], out: &mut Vec<u8>) -> Result<Brief, JournalError> {
+        self.shared.brief(key, out)
     }
 
     /// Up to `limit` pairs with keys in `[start, end)`, in order, as of one moment.
@@ -349,6 +372,7 @@ impl Journal {
             durable_lsn: self.durable_lsn(),
             applied_lsn: Lsn(s.applied.load(SeqCst)),
             memtable_bytes: s.mem.load(SeqCst),
+            brief_bytes: s.store().map_or(0, |store| store.briefs.bytes()),
             tail_bytes: s.tail.bytes(),
             db_bytes: disk::occupied(&s.dir.join("db")),
             syncs: s.count.syncs.load(SeqCst),

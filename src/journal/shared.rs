@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use super::Brief;
 use super::DataSync;
+use super::brief::Form;
 use super::error::JournalError;
 use super::flusher::{self, Flush};
 use super::kept::Kept;
@@ -109,6 +111,7 @@ pub(super) struct Shared {
     pub(super) poisoned: AtomicBool,
     pub(super) closed: AtomicBool,
     pub(super) kept: Kept,
+    pub(super) form: Form,
     pub(super) count: Counters,
 }
 
@@ -282,6 +285,25 @@ impl Shared {
             return Ok(found);
         }
         Ok(self.watch(store.get(key))?.map(|s| s.value))
+    }
+
+    /// The brief form of a key's value, appended to `out`.
+    pub(super) fn brief(&self, key: &[u8], out: &mut Vec<u8>) -> Result<Brief, JournalError> {
+        let store = self.store()?;
+        // The newer layers first: what sled's values are in brief holds only for keys that are not in them.
+        let newer = self.view.read().get(key);
+        match newer {
+            Some(None) => Ok(Brief::Absent),
+            Some(Some(value)) => {
+                let from = out.len();
+                if (self.form.value)(key, &value, out) {
+                    return Ok(Brief::Short);
+                }
+                out.truncate(from);
+                Ok(Brief::Whole(value))
+            }
+            None => self.watch(store.brief(key, out)),
+        }
     }
 
     /// Runs `read` with the store such that what it read there fits to the overlay that `look` took: sled may only

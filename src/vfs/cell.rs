@@ -3,8 +3,8 @@
 //! Owns what of a file is not in the journal yet: size, times, which blocks were replaced. Knows how to put that into a
 //! transaction; knows no POSIX rule. Directories have no cell: the journal alone holds them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -15,11 +15,18 @@ use crate::format::tables::{BLOCKS_PER_CHUNK, Body, Extents, Inode, extent_key, 
 use crate::ids::{BlockId, Ino};
 use crate::journal::{Journal, Tx};
 
+/// The files of some inode numbers that are in use.
+#[derive(Default)]
+pub(super) struct Files {
+    /// Of an open one only once somebody has needed more of it than that it is there.
+    pub cells: HashMap<Ino, Arc<Cell>>,
+    /// Open handles, where there are any.
+    pub opens: HashMap<Ino, u32>,
+}
+
 /// One file in memory.
 pub(super) struct Cell {
     pub ino: Ino,
-    /// Open handles.
-    pub open: AtomicU32,
     pub state: RwLock<CellState>,
     /// Where the last read ended and how far ahead to fetch; a guess, so races do no harm.
     pub readahead: parking_lot::Mutex<super::readahead::Window>,
@@ -51,16 +58,7 @@ pub(super) struct CellState {
 
 impl Cell {
     pub fn new(ino: Ino, inode: Inode) -> Self {
-        Self {
-            ino,
-            open: AtomicU32::new(0),
-            state: RwLock::new(CellState::new(inode)),
-            readahead: parking_lot::Mutex::default(),
-        }
-    }
-
-    pub fn is_open(&self) -> bool {
-        self.open.load(Ordering::Acquire) > 0
+        Self { ino, state: RwLock::new(CellState::new(inode)), readahead: parking_lot::Mutex::default() }
     }
 }
 

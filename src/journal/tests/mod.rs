@@ -1,5 +1,6 @@
 //! Tests of the journal as a whole; those of its parts stand beside the parts.
 
+mod brief;
 mod damage;
 mod full;
 

@@ -71,7 +71,8 @@ impl Bench {
         let slots: Arc<OnceLock<Arc<crate::cache::slots::SlotFile>>> = Arc::default();
         let hook = Arc::clone(&slots);
         let sync = Arc::new(move |mark| hook.get().map_or(Ok(()), |s| s.sync(mark)));
-        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), sync)).unwrap();
+        let options = JournalOptions { form: crate::vfs::FORM, ..JournalOptions::new(dir.path(), sync) };
+        let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
         slots.set(Arc::clone(blocks.slots())).ok().unwrap();
         blocks.set_source(Arc::clone(&shelf) as _);
