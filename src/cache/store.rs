@@ -610,6 +610,7 @@ impl BlockStore {
     pub fn after_register(&self, lsn: Lsn, sealed: &[(Arc<DirtyBlock>, BlockEntry)]) {
         self.slots.advance(lsn);
         for (block, entry) in sealed {
+            block.set_sealed();
             let removed = self.dirty.write().remove(&block.id);
             if removed.is_none() {
                 continue;

@@ -8,10 +8,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Error;
+use crate::cache::store::NEXT_BLOCK;
 use crate::exit::Exit;
 use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
-use crate::format::tables::{BlockEntry, frame_key, local_key, prefix_range, segment_key, table};
+use crate::format::tables::{
+    BlockEntry, block_key, dirty_key, frame_key, local_key, prefix_range, segment_key, table, volume_key,
+};
 use crate::format::volume::Claim;
 use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
@@ -129,6 +132,26 @@ pub(super) fn import(journal: &Journal, restored: &mut Restored) -> Result<(), E
     journal.import(restored.loaded.commit_lsn, &mut replicated.chain(local.into_iter().map(Ok)))?;
     log::debug!("{count} entries put into the local tables in {:.3?}", began.elapsed());
     Ok(())
+}
+
+/// Takes those blocks out of the log that a last group brought and nobody came to name (`Loaded::unnamed`), unless they are known here:
+/// else whoever reads the log later would find them. Their numbers are not given again.
+pub(super) fn forget_unnamed(journal: &Journal, loaded: &Loaded) -> Result<(), Error> {
+    let Some(highest) = loaded.unnamed.iter().max() else { return Ok(()) };
+    let (_, lsn) = journal.transact::<_, JournalError>(|tx| {
+        for id in &loaded.unnamed {
+            if tx.get(&block_key(*id))?.is_none() && tx.get(&dirty_key(*id))?.is_none() {
+                tx.delete(block_key(*id));
+            }
+        }
+        let key = volume_key(NEXT_BLOCK);
+        let next = tx.get(&key)?.and_then(|v| v[..].try_into().ok()).map_or(1, u64::from_le_bytes);
+        if next <= highest.0 {
+            tx.put(key, (highest.0 + 1).to_le_bytes().to_vec());
+        }
+        Ok(())
+    })?;
+    Ok(journal.barrier(lsn)?)
 }
 
 /// Segment and frame tables, derived: what the restore saw of each segment, and how many blocks use each frame.

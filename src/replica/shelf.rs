@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
+use super::digest;
 use crate::ids::{Epoch, SegmentNo};
 
 /// Bytes kept.
@@ -41,7 +42,7 @@ impl Shelf {
         let mut places = self.places.lock();
         places.retain(|p| p.key != key);
         if make_room(&mut places, len) {
-            let bytes = Arc::new(OnceCell::new_with(Some(bytes)));
+            let bytes = Arc::new(OnceCell::new_with(Some(digest::once(bytes))));
             places.push_back(Place { key, len, bytes, taken: false });
         }
     }
@@ -69,6 +70,7 @@ impl Shelf {
             places.push_back(Place { taken: true, ..place });
             bytes
         };
+        let read = async { read.await.map(digest::once) };
         let got = bytes.get_or_try_init(|| read).await.cloned();
         if got.is_err() {
             self.places.lock().retain(|p| p.key != key || !Arc::ptr_eq(&p.bytes, &bytes));

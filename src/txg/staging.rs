@@ -14,7 +14,6 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::direct;
 use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
@@ -24,7 +23,7 @@ use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind};
+use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind, direct};
 
 /// Why the staging area cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,7 @@
-//! Writing a staged file past the kernel's cache.
+//! Writing a segment's file past the kernel's cache, in the staging area or in a replica's folder.
 //!
-//! What is staged is sent from memory as a rule, and read from disk only by a replica that lags. In the kernel's cache it would cost a copy, and
-//! push out what applications read. Where a filesystem cannot do without the cache, it is used.
+//! What is staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
+//! the kernel's cache it would cost a copy, and push out what applications read. Where a filesystem cannot do without the cache, it is used.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -13,16 +13,22 @@ const ALIGN: usize = 4096;
 /// Bytes written at a time.
 const PIECE: usize = 2 << 20;
 /// Shorter files are not worth it.
-const LEAST: usize = 1 << 20;
+pub const LEAST: usize = 1 << 20;
 
 /// Makes `path` a file of these bytes, durably (but for its name, which is its folder's).
-pub(super) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if bytes.len() >= LEAST && past_the_cache(path, bytes)? {
         return Ok(());
     }
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     file.sync_all()
+}
+
+/// As [`write`], for a file that must not be there yet.
+pub fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    drop(OpenOptions::new().write(true).create_new(true).open(path)?);
+    write(path, bytes)
 }
 
 /// False when the filesystem cannot.
@@ -64,5 +70,10 @@ mod tests {
             write(&path, &bytes).unwrap();
             assert!(std::fs::read(&path).unwrap() == bytes, "{len}");
         }
+        let there = create(&path, &[7; LEAST]).unwrap_err();
+        assert_eq!(there.kind(), io::ErrorKind::AlreadyExists);
+        let other = dir.path().join("other");
+        create(&other, &[7; LEAST + 1]).unwrap();
+        assert!(std::fs::read(&other).unwrap() == [7; LEAST + 1]);
     }
 }
