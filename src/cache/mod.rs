@@ -5,6 +5,7 @@
 pub mod dirty;
 mod near;
 pub mod ranges;
+mod recent;
 pub mod slots;
 pub mod space;
 pub mod store;

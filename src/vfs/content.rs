@@ -216,7 +216,7 @@ impl Vfs {
                         loop {
                             wanted.retain(|e| !blocks.is_cached(&e.hash));
                             let Some((first, ahead)) = wanted.split_first() else { break };
-                            if let Err(e) = blocks.fetch(first, ahead) {
+                            if let Err(e) = blocks.fetch_ahead(first, ahead) {
                                 log::debug!("fetching ahead: {e}");
                                 break;
                             }
