@@ -31,6 +31,35 @@ pub fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write(path, bytes)
 }
 
+/// Reads a file past the cache: it is wanted once.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(std::fs::metadata(path)?.len()).unwrap_or(usize::MAX);
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECT);
+    let file = match options.open(path) {
+        Ok(file) if len >= LEAST => file,
+        _ => return std::fs::read(path),
+    };
+    let mut buffer = vec![0; PIECE + ALIGN];
+    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
+    let buffer = &mut buffer[start..start + PIECE];
+    let mut bytes = Vec::with_capacity(len);
+    loop {
+        // A read that ends within a page is the last one.
+        match file.read_at(buffer, bytes.len() as u64) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => {
+                bytes.extend_from_slice(&buffer[..n]);
+                if !n.is_multiple_of(ALIGN) {
+                    return Ok(bytes);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return std::fs::read(path),
+        }
+    }
+}
+
 /// False when the filesystem cannot.
 fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
     let cannot = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP));
@@ -69,7 +98,9 @@ mod tests {
             let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
             write(&path, &bytes).unwrap();
             assert!(std::fs::read(&path).unwrap() == bytes, "{len}");
+            assert!(read(&path).unwrap() == bytes, "{len}");
         }
+        assert_eq!(read(&dir.path().join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
         let there = create(&path, &[7; LEAST]).unwrap_err();
         assert_eq!(there.kind(), io::ErrorKind::AlreadyExists);
         let other = dir.path().join("other");

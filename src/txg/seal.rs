@@ -301,6 +301,7 @@ impl Sealer {
         self.passed(Step::Entered);
         self.publish()?;
         self.passed(Step::Published);
+        self.staging.pace();
         Ok(())
     }
 
