@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::ids::BlockHash;
 
 /// Bytes kept: more than is fetched ahead for one reader.
-const MOST: u64 = 64 << 20;
+const MOST: u64 = 80 << 20;
 /// Ticks after which what nobody asks for goes.
 const TICKS: u64 = 3;
 
@@ -67,12 +67,12 @@ mod tests {
     fn first_come_first_gone_and_nothing_stays_unwanted() {
         let block = |i: u8| (BlockHash([i; 32]), Bytes::from(vec![i; 8 << 20]));
         let mut recent = Recent::default();
-        for i in 0..9 {
+        for i in 0..11 {
             let (hash, raw) = block(i);
             recent.put(hash, raw.clone());
             recent.put(hash, raw);
         }
-        assert_eq!((recent.bytes, recent.order.len()), (MOST, 8));
+        assert_eq!((recent.bytes, recent.order.len()), (MOST, 10));
         assert!(recent.get(&block(0).0).is_none());
         assert_eq!(recent.get(&block(8).0).unwrap(), block(8).1);
         for _ in 0..TICKS - 1 {
@@ -82,7 +82,7 @@ mod tests {
         recent.tick();
         assert_eq!((recent.bytes, recent.order.len()), (8 << 20, 1));
         assert!(recent.get(&block(3).0).is_some() && recent.get(&block(8).0).is_none());
-        recent.put(BlockHash([9; 32]), Bytes::from(vec![0; 17 << 20]));
-        assert!(recent.get(&BlockHash([9; 32])).is_none(), "too large");
+        recent.put(BlockHash([99; 32]), Bytes::from(vec![0; 21 << 20]));
+        assert!(recent.get(&BlockHash([99; 32])).is_none(), "too large");
     }
 }

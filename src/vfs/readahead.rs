@@ -3,7 +3,7 @@
 //! Pure; knows neither blocks nor replicas.
 
 /// Largest window in bytes, where the cache is not small.
-pub(super) const MOST: u64 = 48 << 20;
+pub(super) const MOST: u64 = 64 << 20;
 /// Smallest number of blocks that the largest window has.
 const LEAST_BLOCKS: u64 = 2;
 /// By how many bytes a read may lie before or behind where the last one ended and still count as in order: the kernel asks for several
@@ -40,8 +40,9 @@ impl Window {
             return (0, 0);
         }
         self.asked = self.asked.max(here);
-        // Ask again only when a third of what was asked for is used up: enough for several whole requests, and long before the rest is.
-        if self.asked > here + self.blocks * 2 / 3 {
+        // Ask again only when half of what was asked for is used up: writers overtake one another, so that neighbours in a file are mixed up
+        // over some ten blocks in their segment, and only many at a time give whole requests.
+        if self.asked > here + self.blocks / 2 {
             return (0, 0);
         }
         self.blocks = (self.blocks * 2).clamp(LEAST_BLOCKS, (most / block_size).max(LEAST_BLOCKS));
