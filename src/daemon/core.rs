@@ -38,8 +38,9 @@ use crate::vfs::{self, Durability, Vfs};
 
 /// How often pending changes are committed locally.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
-/// Threads that fetch ahead: as many requests are under way for sequential readers.
-const PREFETCH: usize = 8;
+/// Threads that fetch ahead: as many requests are under way for sequential readers. Enough for a whole window, so that nothing that was asked
+/// for waits in a queue, where a reader would not find it under way and ask once more.
+const PREFETCH: usize = 16;
 /// Dirty bytes that end a transaction group before its time.
 const GROUP_BYTES: u64 = 16 << 20;
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.

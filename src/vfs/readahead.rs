@@ -3,7 +3,7 @@
 //! Pure; knows neither blocks nor replicas.
 
 /// Largest window in bytes, where the cache is not small.
-pub(super) const MOST: u64 = 64 << 20;
+pub(super) const MOST: u64 = 48 << 20;
 /// Smallest number of blocks that the largest window has.
 const LEAST_BLOCKS: u64 = 2;
 /// By how many bytes a read may lie before or behind where the last one ended and still count as in order: the kernel asks for several
