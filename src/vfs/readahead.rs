@@ -40,9 +40,8 @@ impl Window {
             return (0, 0);
         }
         self.asked = self.asked.max(here);
-        // Ask again only when half of what was asked for is used up: writers overtake one another, so that neighbours in a file are mixed up
-        // over some ten blocks in their segment, and only many at a time give whole requests.
-        if self.asked > here + self.blocks / 2 {
+        // Ask again only when a third of what was asked for is used up: in pieces worth several requests, and long before the rest is.
+        if self.asked > here + self.blocks * 2 / 3 {
             return (0, 0);
         }
         self.blocks = (self.blocks * 2).clamp(LEAST_BLOCKS, (most / block_size).max(LEAST_BLOCKS));
