@@ -43,6 +43,8 @@ pub struct DirtyBlock {
     shared: AtomicBool,
     /// Lost its last reference after its cut: sealed all the same, but not entered into the block table.
     dead: AtomicBool,
+    /// A registered segment holds it.
+    sealed: AtomicBool,
     /// Its bytes are part of the store's sum. Changes only while the content is locked for writing.
     counted: AtomicBool,
     content: RwLock<Content>,
@@ -223,6 +225,7 @@ impl DirtyBlock {
             txg,
             shared: AtomicBool::new(shared),
             dead: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
             counted: AtomicBool::new(true),
             content: RwLock::new(content),
         }
@@ -246,6 +249,16 @@ impl DirtyBlock {
     /// Whether it lost its last reference.
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
+    }
+
+    /// Marks it as held by a registered segment.
+    pub fn set_sealed(&self) {
+        self.sealed.store(true, Ordering::Release);
+    }
+
+    /// Whether a registered segment holds it.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
     }
 
     /// Logical length in bytes; never 0 once something was written.

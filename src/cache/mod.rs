@@ -6,6 +6,7 @@ pub mod dirty;
 mod near;
 mod patches;
 pub mod ranges;
+mod recent;
 pub mod slots;
 pub mod space;
 pub mod store;

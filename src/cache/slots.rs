@@ -6,13 +6,14 @@
 //! reusing it earlier would let a crash show one file's bytes in another. So freed slots wait in limbo until
 //! [`SlotFile::reclaim`] is told that everything up to their LSN is durable.
 
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -26,6 +27,8 @@ pub const LEFT: u64 = 1;
 /// The slot file. Shared by every slot handed out.
 pub struct SlotFile {
     file: File,
+    /// The same file past the kernel's cache; none where the filesystem cannot.
+    direct: OnceLock<Option<File>>,
     path: PathBuf,
     block_size: u32,
     state: Mutex<State>,
@@ -63,6 +66,7 @@ impl SlotFile {
         let free: Vec<u32> = (0..high).rev().filter(|s| !taken[*s as usize]).collect();
         let slots = Arc::new(Self {
             file,
+            direct: OnceLock::new(),
             path: path.to_owned(),
             block_size,
             state: Mutex::new(State { free: free.clone(), high, limbo: Vec::new() }),
@@ -212,6 +216,31 @@ fn runs(descending: &[u32]) -> Vec<(u32, u32)> {
     runs
 }
 
+/// Addresses, offsets and lengths of direct writes are multiples of this.
+const ALIGN: usize = 4096;
+/// Bytes of one direct write.
+const PIECE: usize = 1 << 20;
+
+thread_local! {
+    static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Writes `data` at `offset`, padded with zeros to whole pages.
+fn write_direct(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+    ALIGNED.with_borrow_mut(|buffer| {
+        buffer.resize(PIECE + ALIGN, 0);
+        let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
+        let buffer = &mut buffer[start..start + PIECE];
+        for (n, piece) in data.chunks(PIECE).enumerate() {
+            let padded = piece.len().next_multiple_of(ALIGN);
+            buffer[..piece.len()].copy_from_slice(piece);
+            buffer[piece.len()..padded].fill(0);
+            file.write_all_at(&buffer[..padded], offset + (n * PIECE) as u64)?;
+        }
+        Ok(())
+    })
+}
+
 /// One slot, owned. Dropping it frees the slot, once what freed it is durable.
 pub struct Slot {
     file: Arc<SlotFile>,
@@ -260,6 +289,25 @@ impl Slot {
         trace::stage(Stage::Blocks, || self.file.file.write_all_at(data, offset))
     }
 
+    /// Writes all of a clean block, which need not outlast a crash, past the kernel's cache: who reads it has it in memory besides.
+    pub fn fill_clean(&self, data: &[u8]) -> io::Result<()> {
+        #[cfg(test)]
+        self.file.pretend()?;
+        let direct = self.file.direct.get_or_init(|| {
+            let mut options = OpenOptions::new();
+            options.write(true).custom_flags(libc::O_DIRECT).open(&self.file.path).ok()
+        });
+        let size = self.file.block_size as usize;
+        if let Some(direct) = direct.as_ref().filter(|_| size.is_multiple_of(ALIGN) && data.len() <= size) {
+            let offset = self.file.offset(self.index);
+            match trace::stage(Stage::Blocks, || write_direct(direct, data, offset)) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {}
+                written => return written,
+            }
+        }
+        self.write(0, data)
+    }
+
     /// Makes `[at, at + len)` read as zeros.
     pub fn zero(&self, at: u32, len: u32) -> io::Result<()> {
         self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len))
@@ -301,6 +349,26 @@ mod tests {
         let mut buf = [1; 32];
         again.read(0, &mut buf).unwrap();
         assert_eq!(buf, [0; 32]);
+    }
+
+    #[test]
+    fn a_clean_block_of_any_length_is_read_back_and_ends_with_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = 2 * PIECE as u32;
+        let slots = SlotFile::open(&dir.path().join("slots"), size, &[]).unwrap();
+        slots.sync(0).unwrap();
+        let all: Vec<Slot> = (0..6).map(|_| slots.allocate()).collect();
+        let lens = [1, ALIGN, ALIGN + 1, PIECE, PIECE + 5, 2 * PIECE];
+        for (slot, len) in all.iter().zip(lens) {
+            slot.fill_clean(&vec![slot.index() as u8 + 1; len]).unwrap();
+        }
+        for (slot, len) in all.iter().zip(lens) {
+            let mut found = vec![9; size as usize];
+            slot.read(0, &mut found).unwrap();
+            let mut expected = vec![slot.index() as u8 + 1; len];
+            expected.resize(size as usize, 0);
+            assert!(found == expected, "{len}");
+        }
     }
 
     #[test]

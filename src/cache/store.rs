@@ -23,6 +23,7 @@ use parking_lot::{Mutex, RwLock};
 use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
 use super::near::Near;
+use super::recent::Recent;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
 use crate::format::codec::FormatError;
@@ -112,6 +113,8 @@ pub struct BlockStore {
     lost_frames: Mutex<HashSet<FrameLoc>>,
     /// How much is fetched along with small blocks.
     near: Mutex<Near>,
+    /// What was fetched ahead just now.
+    recent: Mutex<Recent>,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -187,6 +190,7 @@ impl BlockStore {
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
             near: Mutex::default(),
+            recent: Mutex::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -325,6 +329,11 @@ impl BlockStore {
             return miss();
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
+        let recent = self.recent.lock().get(&entry.hash);
+        if let Some(part) = recent.as_ref().and_then(|raw| raw.get(start as usize..start as usize + live)) {
+            out[..live].copy_from_slice(part);
+            return Ok(());
+        }
         slot.read(start, &mut out[..live])?;
         Ok(())
     }
@@ -613,6 +622,7 @@ impl BlockStore {
     pub fn after_register(&self, lsn: Lsn, sealed: &[(Arc<DirtyBlock>, BlockEntry)]) {
         self.slots.advance(lsn);
         for (block, entry) in sealed {
+            block.set_sealed();
             let removed = self.dirty.write().remove(&block.id);
             if removed.is_none() {
                 continue;

@@ -143,6 +143,7 @@ pub(super) async fn open(
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &mut restored)?;
+            restore::forget_unnamed(&journal, &restored.loaded.unnamed)?;
             save_cursors(&journal, &holders(seen), &restored.cursors)?;
             complete(state, &local)?;
             (local, journal)

@@ -134,6 +134,7 @@ pub(super) async fn rebuild(
     let (journal, _) = open_with_ballast(state, slots)?;
     restore::import(&journal, &mut restored)?;
     let applied = restore::reapply(&journal, salvaged.records, after)?;
+    restore::forget_unnamed(&journal, &restored.loaded.unnamed)?;
     local.rebuild = None;
     state.write(local)?;
     notes.push(format!(

@@ -8,12 +8,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Error;
+use crate::cache::store::NEXT_BLOCK;
 use crate::exit::Exit;
 use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
-use crate::format::tables::{BlockEntry, frame_key, local_key, prefix_range, segment_key, table};
+use crate::format::tables::{
+    BlockEntry, block_key, dirty_key, frame_key, local_key, prefix_range, segment_key, table, volume_key,
+};
 use crate::format::volume::Claim;
-use crate::ids::{BlockHash, Epoch, Lsn, ReplicaName, SegmentNo};
+use crate::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
 use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, SurveyError, Tables};
@@ -131,6 +134,26 @@ pub(super) fn import(journal: &Journal, restored: &mut Restored) -> Result<(), E
     Ok(())
 }
 
+/// Takes those blocks out of the log that a last group brought and nobody came to name (`Loaded::unnamed`), unless they are known here:
+/// else whoever reads the log later would find them. Their numbers are not given again.
+pub(super) fn forget_unnamed(journal: &Journal, unnamed: &[BlockId]) -> Result<(), Error> {
+    let Some(highest) = unnamed.iter().max() else { return Ok(()) };
+    let (_, lsn) = journal.transact::<_, JournalError>(|tx| {
+        for id in unnamed {
+            if tx.get(&block_key(*id))?.is_none() && tx.get(&dirty_key(*id))?.is_none() {
+                tx.delete(block_key(*id));
+            }
+        }
+        let key = volume_key(NEXT_BLOCK);
+        let next = tx.get(&key)?.and_then(|v| v[..].try_into().ok()).map_or(1, u64::from_le_bytes);
+        if next <= highest.0 {
+            tx.put(key, (highest.0 + 1).to_le_bytes().to_vec());
+        }
+        Ok(())
+    })?;
+    Ok(journal.barrier(lsn)?)
+}
+
 /// Segment and frame tables, derived: what the restore saw of each segment, and how many blocks use each frame.
 fn local_tables(restored: &Restored) -> Result<Vec<Op>, Error> {
     let (start, end) = prefix_range(&[table::BLOCK]);
@@ -209,7 +232,33 @@ pub(super) fn reapply(journal: &Arc<Journal>, records: Vec<Record>, after: Lsn) 
 mod tests {
     use super::*;
     use crate::format::tables::FrameLoc;
-    use crate::ids::BlockId;
+
+    #[test]
+    fn blocks_that_nobody_came_to_name_are_taken_out_of_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) =
+            Journal::open(crate::journal::Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
+        let next = || journal.get(&volume_key(NEXT_BLOCK)).unwrap().map(|v| v.to_vec());
+        forget_unnamed(&journal, &[]).unwrap();
+        assert_eq!((journal.last_lsn(), next()), (Lsn(0), None));
+        // Of a rebuild: the tail knew the first as sealed and the second as waiting.
+        let (_, before) = journal
+            .transact::<_, JournalError>(|tx| {
+                tx.put(block_key(BlockId(7)), b"sealed".to_vec());
+                tx.put(dirty_key(BlockId(8)), b"waits".to_vec());
+                Ok(())
+            })
+            .unwrap();
+        forget_unnamed(&journal, &[7, 8, 20, 9].map(BlockId)).unwrap();
+        let record = journal.records(before, journal.last_lsn()).unwrap().next().unwrap().unwrap();
+        for id in [9, 20] {
+            assert!(record.ops.contains(&Op::Delete { key: block_key(BlockId(id)) }), "{:?}", record.ops);
+        }
+        assert_eq!(record.ops.len(), 3);
+        assert_eq!(next(), Some(21u64.to_le_bytes().to_vec()));
+        forget_unnamed(&journal, &[BlockId(3)]).unwrap();
+        assert_eq!(next(), Some(21u64.to_le_bytes().to_vec()), "never lower");
+    }
 
     #[test]
     fn a_block_without_content_uses_no_frame() {

@@ -1,7 +1,8 @@
 //! A local folder as an object store that notices when the folder itself is gone.
 //!
 //! Owns the rule that a replica's folder is made only on purpose ([`Folder::prepare`]): when its disk is not mounted, writes fail
-//! with a clear error instead of filling the mountpoint beneath. Everything else is object_store's local store.
+//! with a clear error instead of filling the mountpoint beneath. Large objects are written past the kernel's cache, in the same steps and
+//! under the same names as by object_store's local store, which does everything else.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -15,10 +16,11 @@ use futures::{FutureExt, StreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
 };
 
+use super::direct;
 use super::error::{Classed, ErrorKind};
 
 /// A folder that holds a replica.
@@ -193,6 +195,33 @@ impl Inner {
     }
 }
 
+/// Writes an object durably under a temporary name, which no listing shows, and then gives it its own. False when there is no folder to
+/// put it in yet.
+fn put_large(dest: &FsPath, bytes: &[u8], new: bool) -> std::io::Result<bool> {
+    let mut attempt = 1;
+    let temporary = loop {
+        let mut name = dest.as_os_str().to_owned();
+        name.push(format!("#{attempt}"));
+        let name = PathBuf::from(name);
+        match direct::create(&name, bytes) {
+            // Another write's, or what a killed one left.
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => attempt += 1,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => {
+                let _ = std::fs::remove_file(&name);
+                return Err(e);
+            }
+            Ok(()) => break name,
+        }
+    };
+    let named = if new { std::fs::hard_link(&temporary, dest) } else { std::fs::rename(&temporary, dest) };
+    let parent = dest.parent().unwrap_or(dest);
+    let named = named.and_then(|()| std::fs::File::open(parent)?.sync_all());
+    // It is gone already behind a rename.
+    let _ = std::fs::remove_file(&temporary);
+    named.map(|()| true)
+}
+
 impl fmt::Display for Folder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "folder {}", self.0.root.display())
@@ -203,7 +232,34 @@ impl fmt::Display for Folder {
 #[deny(clippy::missing_trait_methods)]
 impl ObjectStore for Folder {
     async fn put_opts(&self, at: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
-        self.store(at).await?.put_opts(at, payload, opts).await
+        let store = self.store(at).await?;
+        let new = match opts.mode {
+            PutMode::Create => true,
+            PutMode::Overwrite => false,
+            PutMode::Update(_) => return store.put_opts(at, payload, opts).await,
+        };
+        let dest = store.path_to_filesystem(at)?;
+        if let [bytes] = payload.as_ref()
+            && bytes.len() >= direct::LEAST
+            && opts.attributes.is_empty()
+        {
+            let bytes = bytes.clone();
+            let put = tokio::task::spawn_blocking(move || put_large(&dest, &bytes, new)).await?;
+            match put {
+                Ok(true) => {
+                    return Ok(PutResult { e_tag: None, version: None, extensions: Default::default() });
+                }
+                Ok(false) => {}
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                    let path = at.to_string();
+                    return Err(object_store::Error::AlreadyExists { path, source: Box::new(e) });
+                }
+                Err(e) => {
+                    return Err(object_store::Error::Generic { store: "folder", source: Box::new(e) });
+                }
+            }
+        }
+        store.put_opts(at, payload, opts).await
     }
 
     async fn put_multipart_opts(

@@ -4,6 +4,8 @@
 
 mod attach;
 mod contract;
+mod digest;
+pub mod direct;
 mod error;
 pub mod fault;
 mod fence;

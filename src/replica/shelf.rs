@@ -5,15 +5,20 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
+use super::digest;
 use crate::ids::{Epoch, SegmentNo};
 
 /// Bytes kept.
 const MOST_BYTES: u64 = 64 << 20;
+
+/// Replicas take segments briskly when the last one was taken at most so long ago.
+const BRISK: Duration = Duration::from_millis(500);
 
 type Key = (SegmentNo, Epoch);
 
@@ -32,6 +37,8 @@ struct Place {
 pub struct Shelf {
     /// Least recently wanted first.
     places: Mutex<VecDeque<Place>>,
+    /// When a segment was taken last.
+    taken_at: Mutex<Option<Instant>>,
 }
 
 impl Shelf {
@@ -41,7 +48,7 @@ impl Shelf {
         let mut places = self.places.lock();
         places.retain(|p| p.key != key);
         if make_room(&mut places, len) {
-            let bytes = Arc::new(OnceCell::new_with(Some(bytes)));
+            let bytes = Arc::new(OnceCell::new_with(Some(digest::once(bytes))));
             places.push_back(Place { key, len, bytes, taken: false });
         }
     }
@@ -67,13 +74,24 @@ impl Shelf {
             });
             let bytes = Arc::clone(&place.bytes);
             places.push_back(Place { taken: true, ..place });
+            *self.taken_at.lock() = Some(Instant::now());
             bytes
         };
+        let read = async { read.await.map(digest::once) };
         let got = bytes.get_or_try_init(|| read).await.cloned();
         if got.is_err() {
             self.places.lock().retain(|p| p.key != key || !Arc::ptr_eq(&p.bytes, &bytes));
         }
         got
+    }
+
+    /// Whether more than half of the room is taken by segments that wait for being sent, although some are just being sent: who waits a
+    /// little before the next ones saves reading them again. Where nothing has been taken for a while, waiting would be in vain.
+    #[must_use]
+    pub fn is_crowded(&self, now: Instant) -> bool {
+        let brisk = self.taken_at.lock().is_some_and(|at| now.saturating_duration_since(at) < BRISK);
+        let waiting: u64 = self.places.lock().iter().filter(|p| !p.taken).map(|p| p.len).sum();
+        brisk && waiting > MOST_BYTES / 2
     }
 
     /// Takes away what nobody will want any more.
@@ -149,11 +167,15 @@ mod tests {
         let shelf = Shelf::default();
         let get = |n: u64| shelf.get(SegmentNo(n), Epoch(1), 16 << 20, async { Err::<Bytes, _>("not here") });
         (1..=6).for_each(|n| shelf.put(SegmentNo(n), Epoch(1), segment(n)));
+        assert!(!shelf.is_crowded(Instant::now()), "nobody takes anything");
         assert_eq!(get(1).await, Ok(segment(1)));
+        let now = Instant::now();
+        assert!(shelf.is_crowded(now) && !shelf.is_crowded(now + BRISK * 2));
         shelf.put(SegmentNo(7), Epoch(1), segment(7));
         for (n, kept) in [(2, true), (3, true), (4, true), (7, true), (5, false)] {
             assert_eq!(get(n).await.is_ok(), kept, "{n}");
         }
+        assert!(!shelf.is_crowded(Instant::now()), "all are being sent");
     }
 
     #[tokio::test]

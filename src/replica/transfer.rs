@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::contract::Staged;
+use super::direct;
 use super::error::{ErrorKind, StoreError};
 use super::health;
 use super::shared::{Damage, DamageKind, Replica};
@@ -211,7 +212,7 @@ fn files_of(dir: &FsPath) -> std::io::Result<Vec<(String, u64)>> {
 async fn read_checked(path: &FsPath, volume: VolumeId, staged: &Staged) -> Result<Bytes, String> {
     let (path, number, epoch) = (path.to_owned(), staged.number, staged.epoch);
     let read = move || -> Result<Bytes, String> {
-        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let bytes = direct::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         check_segment(&bytes, volume, number, epoch).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(bytes.into())
     };

@@ -88,6 +88,9 @@ pub struct Loaded {
     pub segments: Vec<SegmentSeen>,
     /// Segments of a group that was never completed: they are no part of the volume.
     pub uncommitted: Vec<SegmentNo>,
+    /// Blocks in the last groups that nobody names, because the group that was to name them never came. They are not in the tables;
+    /// who goes on from here takes them out of the log as well, and gives their numbers to no others.
+    pub unnamed: Vec<BlockId>,
     /// Segments that should be part of the volume and are not.
     pub lost: Option<Lost>,
     /// Bytes fetched.
@@ -194,6 +197,7 @@ fn finish(
     warnings.extend(reasons);
     let highest = plan.segments.keys().next_back().copied().unwrap_or_default();
     let uncommitted: Vec<_> = state.pending_segments.iter().map(|s| s.number).collect();
+    let unnamed = state.early.iter().map(|(id, _)| *id).collect();
     let mut lost = state.lost;
     if lost.is_none() && highest > start.last {
         let from = start.last.next();
@@ -241,6 +245,7 @@ fn finish(
         next_epoch: plan.next_epoch(),
         segments,
         uncommitted,
+        unnamed,
         lost,
         bytes,
         warnings,
@@ -259,6 +264,8 @@ struct State {
     pending_segments: Vec<SegmentSeen>,
     pending_index: Vec<(BlockId, BlockEntry)>,
     pending_records: Vec<Record>,
+    /// Of complete groups that changed nothing but brought content: they count when a later group comes, which names them.
+    early: Vec<(BlockId, BlockEntry)>,
     lost: Option<(SegmentNo, String)>,
 }
 
@@ -273,6 +280,7 @@ impl State {
             pending_segments: Vec::new(),
             pending_index: Vec::new(),
             pending_records: Vec::new(),
+            early: Vec::new(),
             lost: None,
         };
         if let Some((manifest, _)) = &start.checkpoint {
@@ -312,7 +320,7 @@ impl State {
         Ok(())
     }
 
-    /// Takes a segment; gives the group's changes when it completes one.
+    /// Takes a segment; gives the group's changes when it completes one that changes something.
     fn push(&mut self, meta: SegmentMeta) -> Option<Group> {
         let footer = meta.footer;
         self.pending_index.extend(meta.index);
@@ -327,13 +335,18 @@ impl State {
         };
         self.pending_segments.push(seen);
         let commit = footer.commit?;
+        let is_early = commit == self.commit && self.pending_records.is_empty();
         self.commit = commit;
         self.last = seen.number;
         self.last_epoch = seen.epoch;
         self.hash = footer.hash;
         self.seen.extend(self.pending_segments.drain(..).map(|s| (s.number, s)));
+        self.early.append(&mut self.pending_index);
+        if is_early {
+            return None;
+        }
         Some(Group {
-            index: std::mem::take(&mut self.pending_index),
+            index: std::mem::take(&mut self.early),
             records: std::mem::take(&mut self.pending_records),
         })
     }

@@ -2,7 +2,6 @@
 //!
 //! Owns the order "freeze, seal, stage durably, register, publish". Knows no replica: shippers read the staging area.
 
-mod direct;
 mod engine;
 mod prepare;
 mod seal;

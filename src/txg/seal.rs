@@ -3,6 +3,11 @@
 //! Owns the content of segments and their registration in the tables. Runs on one thread; a failed seal leaves nothing
 //! behind and is tried again with the same cut.
 //!
+//! **Large groups go in pieces.** While a large cut is sealed, the replicas would wait. So as soon as some segments of its content
+//! are full, they become a group of their own: one that commits *the LSN of the group before* and has no records. Its state is that of
+//! the group before, and blocks that nobody names yet; the cut's last group brings the records that name them. Each such group is
+//! staged, registered and published as any other, so nothing that was said of groups bends.
+//!
 //! **Lost content.** A block that was overwritten in part needs the rest from the sealed block below. When every replica
 //! answers and none has that intact, waiting would keep all later changes from the replicas for ever. So the txg goes on
 //! with an entry *without content* in its place: a replica restores everything else of that commit exactly, and reading
@@ -38,6 +43,8 @@ use crate::replica::FetchError;
 pub const SEGMENT_TARGET: u64 = 16 << 20;
 /// ... unless no more than this is left of the group: then that goes into it, too, instead of costing a request of its own.
 const SEGMENT_REST: u64 = SEGMENT_TARGET / 4;
+/// Full segments of content that become a group of their own when more is to come.
+const EARLY: usize = 2;
 /// Blocks entered into the tables by one record.
 const REGISTER_STEP: usize = 1024;
 /// Records that are local only, after which the mark is written anew.
@@ -80,6 +87,22 @@ pub struct Sealer {
     lost: HashMap<BlockId, Instant>,
     /// Content whose loss was logged.
     said: HashSet<BlockHash>,
+    /// Where the process is to die.
+    #[cfg(test)]
+    dies: Option<Step>,
+}
+
+/// What has just been done of a group of content only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Its files are durable.
+    Staged,
+    /// Its segments are in the tables.
+    Registered,
+    /// Its blocks, too.
+    Entered,
+    /// The shippers have it.
+    Published,
 }
 
 /// What became of the blocks of a txg.
@@ -116,23 +139,36 @@ impl Draft<'_, '_> {
         }
     }
 
-    /// Closes the current segment; `commit` ends the txg.
-    fn close(&mut self, commit: Option<Lsn>) -> Result<(), SealError> {
+    /// Closes the current segment; `commit` ends the txg, and nothing follows when it is the `last` one of the cut.
+    fn close(&mut self, commit: Option<Lsn>, last: bool) -> Result<(), SealError> {
         let number = self.current.header().number;
         // The builder is replaced first; when finishing fails the whole draft is thrown away.
         let next = SegmentBuilder::new(self.header(number.next(), SegmentHash::default()));
         let (bytes, summary) = std::mem::replace(&mut self.current, next).finish(commit)?;
         self.done.push((number, summary));
-        self.writers.write(number, bytes.into(), commit.is_some())?;
+        self.writers.write(number, bytes.into(), last)?;
         self.current = SegmentBuilder::new(self.header(number.next(), summary.hash));
         Ok(())
     }
 
-    /// Closes the current segment when it is large enough and at most `rest` bytes of content are still to come.
-    fn roll(&mut self, rest: u64) -> Result<(), SealError> {
+    /// Whether the current segment is large enough, when at most `rest` bytes of content are still to come.
+    fn is_full(&self, rest: u64) -> bool {
         let size = self.current.size();
-        let full = size >= SEGMENT_TARGET && rest > SEGMENT_REST || size >= SEGMENT_TARGET + SEGMENT_REST;
-        if full { self.close(None) } else { Ok(()) }
+        size >= SEGMENT_TARGET && rest > SEGMENT_REST || size >= SEGMENT_TARGET + SEGMENT_REST
+    }
+
+    /// Whether the current segment, when it is closed, ends a group of content only.
+    fn is_early(&self, rest: u64) -> bool {
+        rest > SEGMENT_REST && self.done.len() + 1 >= EARLY
+    }
+
+    /// What was closed so far is a group of its own; another one begins. Answers its segments, whose files are durable.
+    fn split(&mut self) -> Result<Drafted, SealError> {
+        self.writers.finish()?;
+        self.first = self.current.header().number;
+        let header = self.header(self.first, self.current.header().previous);
+        self.current = SegmentBuilder::new(header);
+        Ok(std::mem::take(&mut self.done))
     }
 }
 
@@ -161,6 +197,8 @@ impl Sealer {
             unpublished: Vec::new(),
             lost: HashMap::new(),
             said: HashSet::new(),
+            #[cfg(test)]
+            dies: None,
         })
     }
 
@@ -215,15 +253,22 @@ impl Sealer {
                 return Err(e);
             }
         };
-        if let Err(e) = self.register_segments(&done, cut, cut_at) {
+        if let Err(e) = self.register_segments(&done, cut.lsn, cut_at) {
             staging.discard(&numbers);
             return Err(e);
         }
         // From here on these segments exist, whatever fails.
+        self.lost.retain(|id, _| cut.frozen.iter().any(|b| b.id == *id && !b.is_dead()));
+        self.register_blocks(&sealed)?;
+        self.publish()?;
+        Ok(Some(self.mark.segment))
+    }
+
+    /// Enters the blocks of registered segments into the tables.
+    fn register_blocks(&mut self, sealed: &Sealed) -> Result<(), SealError> {
         if !sealed.lost.is_empty() {
             self.journal.transact::<_, StoreError>(|tx| self.blocks.register_lost(tx, &sealed.lost))?;
         }
-        self.lost.retain(|id, _| cut.frozen.iter().any(|b| b.id == *id && !b.is_dead()));
         for (block, _) in &sealed.whole {
             self.lost.remove(&block.id);
         }
@@ -233,8 +278,37 @@ impl Sealer {
             let (_, lsn) = self.journal.transact::<_, StoreError>(|tx| self.blocks.register(tx, part))?;
             self.blocks.after_register(lsn, part);
         }
+        Ok(())
+    }
+
+    /// Makes the content that was put together so far a group of its own, which the replicas get while the rest is sealed.
+    fn early(
+        &mut self,
+        draft: &mut Draft<'_, '_>,
+        sealed: &mut Sealed,
+        cut_at: Time,
+    ) -> Result<(), SealError> {
+        draft.close(Some(self.mark.lsn), false)?;
+        let done = draft.split()?;
+        self.passed(Step::Staged);
+        let numbers: Vec<_> = done.iter().map(|(n, _)| (*n, self.epoch)).collect();
+        if let Err(e) = self.register_segments(&done, self.mark.lsn, cut_at) {
+            self.staging.discard(&numbers);
+            return Err(e);
+        }
+        self.passed(Step::Registered);
+        self.register_blocks(&std::mem::take(sealed))?;
+        self.passed(Step::Entered);
         self.publish()?;
-        Ok(Some(self.mark.segment))
+        self.passed(Step::Published);
+        self.staging.pace();
+        Ok(())
+    }
+
+    /// Tests end here what a crash would end.
+    fn passed(&self, _step: Step) {
+        #[cfg(test)]
+        assert!(self.dies != Some(_step), "dies when {_step:?}");
     }
 
     /// Makes registered segments durable and hands them to the shippers.
@@ -270,7 +344,7 @@ impl Sealer {
                 current: SegmentBuilder::new(header),
                 done: Vec::new(),
             };
-            let filled = self.fill(&mut draft, cut, &preparer);
+            let filled = self.fill(&mut draft, cut, cut_at, &preparer);
             // Also after a failure: nobody writes any more when the files are removed.
             let written = draft.writers.finish().map_err(SealError::from);
             (filled.and_then(|sealed| written.map(|()| sealed)), draft.done)
@@ -282,6 +356,7 @@ impl Sealer {
         &mut self,
         draft: &mut Draft<'_, '_>,
         cut: &Cut,
+        cut_at: Time,
         preparer: &Preparer,
     ) -> Result<Option<Sealed>, SealError> {
         let mut sealed = Sealed::default();
@@ -289,7 +364,9 @@ impl Sealer {
         let packed = Arc::default();
         // The replicas have the entries of lost ones without content already.
         let just_tried = |id| self.lost.get(&id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN);
-        let wanted: Vec<_> = cut.frozen.iter().filter(|b| !just_tried(b.id)).cloned().collect();
+        // A group of content only, made when this cut was tried before, holds them.
+        let wanted = cut.frozen.iter().filter(|b| !just_tried(b.id) && !b.is_sealed());
+        let wanted: Vec<_> = wanted.cloned().collect();
         let mut rest: u64 = wanted.iter().map(|b| u64::from(b.len())).sum();
         thread::scope(|scope| {
             let mut batches = batches(wanted).into_iter();
@@ -302,7 +379,14 @@ impl Sealer {
                 for (block, prepared) in batch {
                     rest = rest.saturating_sub(u64::from(block.len()));
                     self.append(draft, &block, prepared, preparer, &mut fresh, &mut sealed)?;
-                    draft.roll(rest)?;
+                    if !draft.is_full(rest) {
+                        continue;
+                    }
+                    // Without an earlier commit there is no state that could stay as it is.
+                    match draft.is_early(rest) && self.mark.lsn.0 > 0 {
+                        true => self.early(draft, &mut sealed, cut_at)?,
+                        false => draft.close(None, false)?,
+                    }
                 }
             }
             Ok::<_, SealError>(())
@@ -312,13 +396,15 @@ impl Sealer {
             let ops: Vec<Op> = record.ops.into_iter().filter(is_shipped).collect();
             if !ops.is_empty() {
                 draft.current.push(&Record { lsn: record.lsn, ops })?;
-                draft.roll(0)?;
+                if draft.is_full(0) {
+                    draft.close(None, false)?;
+                }
             }
         }
         if draft.done.is_empty() && draft.current.is_empty() {
             return Ok(None);
         }
-        draft.close(Some(cut.lsn))?;
+        draft.close(Some(cut.lsn), true)?;
         Ok(Some(sealed))
     }
 
@@ -391,7 +477,7 @@ impl Sealer {
     fn register_segments(
         &mut self,
         segments: &[(SegmentNo, SegmentSummary)],
-        cut: &Cut,
+        upto: Lsn,
         cut_at: Time,
     ) -> Result<(), SealError> {
         let cut_at = cut_at.secs as f64 + f64::from(cut_at.nanos) / 1e9;
@@ -408,7 +494,7 @@ impl Sealer {
         let (number, hash) =
             values.last().map_or((self.mark.segment, self.mark.blake3), |(n, v)| (*n, v.blake3));
         let mark = SealedMark {
-            lsn: cut.lsn,
+            lsn: upto,
             segment: number,
             blake3: hash,
             checkpoint: self.mark.checkpoint,

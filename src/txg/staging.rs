@@ -9,12 +9,12 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::direct;
 use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
@@ -24,7 +24,7 @@ use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind};
+use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind, direct};
 
 /// Why the staging area cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +48,9 @@ pub enum StagingError {
 fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, StagingError> {
     result.map_err(|source| StagingError::Io { path: path.to_owned(), source })
 }
+
+/// Longest wait before more is sealed.
+const MOST_PACE: Duration = Duration::from_secs(2);
 
 /// The staging area.
 pub struct Staging {
@@ -180,6 +183,18 @@ impl Staging {
             self.state.lock().written.insert(number, epoch);
         }
         at(&path, written)
+    }
+
+    /// Waits a little while replicas are busy with what was published just now and keep taking more: what is sealed meanwhile would not
+    /// find room in memory and have to be read again. Never for long, and not when writers wait for space.
+    pub fn pace(&self) {
+        let until = Instant::now() + MOST_PACE;
+        while self.shelf.is_crowded(Instant::now())
+            && self.blocks.space.admit() == Admission::Now
+            && Instant::now() < until
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Removes files of segments that will not be registered.

@@ -5,17 +5,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::buffers;
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
-use super::{Result, SIZE_MAX, Vfs, shard};
+use super::{Result, SIZE_MAX, Vfs, buffers, readahead, shard};
 use crate::cache::space::Admission;
 use crate::cache::{Missing, StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
 use crate::ids::{BlockId, Ino};
+use crate::replica::read_plan;
 
 /// Blocks given up by one transaction.
 const BLOCKS_PER_STEP: usize = 4096;
+
+/// Bytes asked for by one request when fetching ahead.
+const PIECE: u64 = 4 << 20;
 
 /// Bytes of the cache given up at once when the disk is full.
 const GIVE_UP: u64 = 64 << 20;
@@ -177,11 +180,12 @@ impl Vfs {
     fn read_ahead(&self, cell: &Cell, offset: u64, len: u64) {
         let Some(queue) = self.prefetch.get() else { return };
         let bs = u64::from(self.blocks.block_size());
-        let (from, to) = cell.readahead.lock().note(offset, len, bs);
+        let most = readahead::MOST.min(self.blocks.space.limit() / 8);
+        let (from, to) = cell.readahead.lock().note(offset, len, bs, most);
         if from >= to {
             return;
         }
-        let mut wanted = {
+        let wanted: Vec<_> = {
             let state = cell.state.read();
             let to = to.min(state.inode.size.div_ceil(bs));
             if state.inline.is_some() || from >= to {
@@ -192,13 +196,12 @@ impl Vfs {
                 .filter(|id| id.0 != 0 && self.blocks.dirty(*id).is_none())
                 .filter_map(|id| self.blocks.entry(id).ok())
                 .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
-                .collect::<Vec<_>>()
+                .collect()
         };
-        // Writers overtake one another: neighbours in a segment are not always in the order of the file.
-        wanted.sort_by_key(|e| (e.loc.segment, e.loc.offset));
-        // In pieces, so that several requests are under way; a full queue means that enough are.
-        for part in wanted.chunks(4) {
-            if queue.try_send(part.to_vec()).is_err() {
+        // Writers overtake one another: neighbours in a segment are not always in the order of the file. In pieces, so that several
+        // requests are under way; a full queue means that enough are.
+        for part in read_plan::ranges(wanted, PIECE) {
+            if queue.try_send(part).is_err() {
                 return;
             }
         }
@@ -220,7 +223,7 @@ impl Vfs {
                         loop {
                             wanted.retain(|e| !blocks.is_cached(&e.hash));
                             let Some((first, ahead)) = wanted.split_first() else { break };
-                            if let Err(e) = blocks.fetch(first, ahead) {
+                            if let Err(e) = blocks.fetch_ahead(first, ahead) {
                                 log::debug!("fetching ahead: {e}");
                                 break;
                             }

@@ -4,9 +4,33 @@
 
 use super::*;
 
+/// Smaller blocks are not worth a write of their own past the kernel's cache.
+const LARGE: usize = 256 << 10;
+
 impl BlockStore {
     /// Puts a verified raw block into the cache.
     pub fn insert_clean(&self, entry: &BlockEntry, raw: &[u8]) -> Result<(), StoreError> {
+        self.insert(entry, raw, |slot| slot.write(0, raw))
+    }
+
+    /// As [`BlockStore::insert_clean`], for a block that was fetched ahead and will be read in a moment, all of it: from memory.
+    pub(super) fn insert_ahead(&self, entry: &BlockEntry, raw: &Bytes) -> Result<(), StoreError> {
+        if raw.len() < LARGE {
+            return self.insert_clean(entry, raw);
+        }
+        // First: who finds the block in the cache is to find it here.
+        if !self.is_cached(&entry.hash) {
+            self.recent.lock().put(entry.hash, raw.clone());
+        }
+        self.insert(entry, raw, |slot| slot.fill_clean(raw))
+    }
+
+    fn insert(
+        &self,
+        entry: &BlockEntry,
+        raw: &[u8],
+        write: impl FnOnce(&Slot) -> io::Result<()>,
+    ) -> Result<(), StoreError> {
         if self.is_cached(&entry.hash) || raw.len() as u64 > self.space.limit() {
             return Ok(());
         }
@@ -21,7 +45,7 @@ impl BlockStore {
             Admission::Full => return Ok(()),
         }
         let slot = self.slots.allocate();
-        slot.write(0, raw)?;
+        write(&slot)?;
         self.keep_clean(entry.hash, Arc::new(slot), raw.len() as u32);
         Ok(())
     }
@@ -135,6 +159,7 @@ impl BlockStore {
     /// Frees slots whose freeing is durable, gives up clean blocks when the disk gets full, and writes the changes of the
     /// cached-block table into the journal. Called every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
+        self.recent.lock().tick();
         // First what needs no space, so that a full disk cannot keep it from being done.
         let freed = self.slots.reclaim(self.journal.durable_lsn());
         self.make_room();

@@ -30,8 +30,22 @@ impl BlockStore {
         Ok(chosen.into_iter().filter(|e| !self.is_cached(&e.hash)).collect())
     }
 
+    /// Asks the replicas for blocks that a reader in order will want next; at least the first of them comes. Blocks.
+    pub fn fetch_ahead(&self, first: &BlockEntry, others: &[BlockEntry]) -> Result<(), StoreError> {
+        self.fetch_into(first, others, &|e, raw| self.insert_ahead(e, raw)).map(|_| ())
+    }
+
     /// Asks the replicas for a block (and perhaps for those `ahead`) and keeps what comes. Blocks.
     pub fn fetch(&self, entry: &BlockEntry, ahead: &[BlockEntry]) -> Result<Bytes, StoreError> {
+        self.fetch_into(entry, ahead, &|e, raw| self.insert_clean(e, raw))
+    }
+
+    fn fetch_into(
+        &self,
+        entry: &BlockEntry,
+        ahead: &[BlockEntry],
+        keep: &dyn Fn(&BlockEntry, &Bytes) -> Result<(), StoreError>,
+    ) -> Result<Bytes, StoreError> {
         if entry.is_without_content() {
             let detail = "the rest of it was lost when it was overwritten in part".into();
             return Err(FetchError::Lost { what: "a block".into(), detail }.into());
@@ -42,7 +56,7 @@ impl BlockStore {
         })?;
         self.counters.misses.fetch_add(1, Ordering::Relaxed);
         let deliver = |e: &BlockEntry, raw: Bytes| {
-            if let Err(error) = self.insert_clean(e, &raw) {
+            if let Err(error) = keep(e, &raw) {
                 log::warn!("block {} was fetched but cannot be cached: {error}", e.hash);
             }
         };

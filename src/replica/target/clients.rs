@@ -3,6 +3,7 @@
 //! Owns the mapping from our option names to object_store's keys, with every deadline set. The clouds' usual environment variables come first,
 //! the replica's own options override them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut};
@@ -10,6 +11,7 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::{BackoffConfig, ClientConfigKey, RetryConfig};
 
+use super::super::digest::Crypto;
 use super::{Place, ReplicaSpec};
 
 impl ReplicaSpec {
@@ -67,7 +69,7 @@ impl ReplicaSpec {
         if self.option("access_key_id").is_some() && self.option("session_token").is_none() {
             b = clear_token(b);
         }
-        b
+        b.with_crypto_provider(Arc::new(Crypto))
     }
 
     pub(super) fn gs(&self) -> GoogleCloudStorageBuilder {

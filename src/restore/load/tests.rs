@@ -116,6 +116,32 @@ async fn an_unfinished_group_is_left_out() {
 }
 
 #[tokio::test]
+async fn content_that_nobody_names_yet_counts_only_with_the_group_that_names_it() {
+    let mut world = five(2).await;
+    let at_eight = world.commits[&SegmentNo(8)].clone();
+    // Two groups of content only, as a large cut begins with.
+    let mut unnamed = Vec::new();
+    for number in [10, 11] {
+        unnamed.push(world.block(format!("content {number}").into_bytes()));
+        world.cut(if number == 10 { 2 } else { 1 }, true).await;
+        world.commits.insert(SegmentNo(number), at_eight.clone());
+        assert_eq!(loads(&world, number).await.unnamed, unnamed);
+    }
+    let before = world.clone();
+    world.noise(3);
+    world.cut(2, true).await;
+    let loaded = loads(&world, 13).await;
+    assert!(loaded.unnamed.is_empty() && loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    // The rest never came: whoever goes on takes them out of the log, which is then the same for all readers.
+    let mut world = before;
+    world.claim(Epoch(2)).await;
+    world.record(unnamed.iter().map(|id| Op::delete(block_key(*id))).collect());
+    world.cut(1, true).await;
+    let loaded = loads(&world, 12).await;
+    assert!(loaded.unnamed.is_empty() && loaded.segments.len() == 12);
+}
+
+#[tokio::test]
 async fn a_damaged_copy_is_taken_from_another_replica_and_reported() {
     let world = five(2).await;
     world.checkpoint().await;

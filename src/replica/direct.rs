@@ -1,0 +1,110 @@
+//! Writing a segment's file past the kernel's cache, in the staging area or in a replica's folder.
+//!
+//! What is staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
+//! the kernel's cache it would cost a copy, and push out what applications read. Where a filesystem cannot do without the cache, it is used.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Addresses, offsets and lengths are multiples of this; enough for every disk there is.
+const ALIGN: usize = 4096;
+/// Bytes written at a time.
+const PIECE: usize = 2 << 20;
+/// Shorter files are not worth it.
+pub const LEAST: usize = 1 << 20;
+
+/// Makes `path` a file of these bytes, durably (but for its name, which is its folder's).
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if bytes.len() >= LEAST && past_the_cache(path, bytes)? {
+        return Ok(());
+    }
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// As [`write`], for a file that must not be there yet.
+pub fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    drop(OpenOptions::new().write(true).create_new(true).open(path)?);
+    write(path, bytes)
+}
+
+/// Reads a file past the cache: it is wanted once.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(std::fs::metadata(path)?.len()).unwrap_or(usize::MAX);
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECT);
+    let file = match options.open(path) {
+        Ok(file) if len >= LEAST => file,
+        _ => return std::fs::read(path),
+    };
+    let mut buffer = vec![0; PIECE + ALIGN];
+    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
+    let buffer = &mut buffer[start..start + PIECE];
+    let mut bytes = Vec::with_capacity(len);
+    loop {
+        // A read that ends within a page is the last one.
+        match file.read_at(buffer, bytes.len() as u64) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => {
+                bytes.extend_from_slice(&buffer[..n]);
+                if !n.is_multiple_of(ALIGN) {
+                    return Ok(bytes);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return std::fs::read(path),
+        }
+    }
+}
+
+/// False when the filesystem cannot.
+fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let cannot = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP));
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_DIRECT);
+    let file = match options.open(path) {
+        Err(e) if cannot(&e) => return Ok(false),
+        other => other?,
+    };
+    let mut buffer = vec![0; PIECE + ALIGN];
+    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
+    let buffer = &mut buffer[start..start + PIECE];
+    for (n, piece) in bytes.chunks(PIECE).enumerate() {
+        let padded = piece.len().next_multiple_of(ALIGN);
+        buffer[..piece.len()].copy_from_slice(piece);
+        buffer[piece.len()..padded].fill(0);
+        match file.write_all_at(&buffer[..padded], (n * PIECE) as u64) {
+            Err(e) if cannot(&e) => return Ok(false),
+            other => other?,
+        }
+    }
+    file.set_len(bytes.len() as u64)?;
+    file.sync_all()?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_every_length_hold_what_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        for len in [0, 1, LEAST - 1, LEAST, LEAST + 1, PIECE, PIECE + ALIGN, 2 * PIECE + 12345] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
+            write(&path, &bytes).unwrap();
+            assert!(std::fs::read(&path).unwrap() == bytes, "{len}");
+            assert!(read(&path).unwrap() == bytes, "{len}");
+        }
+        assert_eq!(read(&dir.path().join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let there = create(&path, &[7; LEAST]).unwrap_err();
+        assert_eq!(there.kind(), io::ErrorKind::AlreadyExists);
+        let other = dir.path().join("other");
+        create(&other, &[7; LEAST + 1]).unwrap();
+        assert!(std::fs::read(&other).unwrap() == [7; LEAST + 1]);
+    }
+}
