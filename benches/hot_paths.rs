@@ -258,7 +258,7 @@ fn cache(c: &mut Criterion) {
     const SIZE: u32 = 64 << 10;
     let mut group = c.benchmark_group("cache");
     let dir = tempfile::tempdir().unwrap();
-    let (journal, _) = Journal::open(Options::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+    let (journal, _) = Journal::open(Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
     let store = BlockStore::open(&dir.path().join("slots"), SIZE, 1 << 30, Arc::clone(&journal)).unwrap();
     let entry = |n: u64, hash| BlockEntry {
         hash,

@@ -131,7 +131,7 @@ fn a_journal_that_is_gone_is_never_taken_for_an_empty_volume() {
 
 /// Changes the local tables of a volume that is not mounted, as no operation would.
 fn tamper(state: &std::path::Path, harm: impl FnOnce(&mut Tx<'_>)) {
-    let (journal, _) = Journal::open(journal::Options::new(state, Arc::new(|| Ok(())))).unwrap();
+    let (journal, _) = Journal::open(journal::Options::new(state, Arc::new(|_| Ok(())))).unwrap();
     journal
         .transact::<_, JournalError>(|tx| {
             harm(tx);

@@ -192,6 +192,8 @@ fn a_full_disk_stops_writers_and_nothing_else() {
 
     // Somebody else fills the disk, again and again, while programs write: large files, and many names.
     outside(&disk, &mount, &told);
+    // What is not sent yet would take the space of what comes.
+    wait_until(AGAIN, "all is sent", || mount.ask(&["sync"], &["--timeout", "60"]).code == Some(0));
     phase.end("filled from outside");
 
     // Now the replicas are away, and what is written stays here until there is no more room.
@@ -212,7 +214,8 @@ fn a_full_disk_stops_writers_and_nothing_else() {
 
     // What no replica has is all there; what they have may be, or is told to be out of reach, in time.
     let new: BTreeMap<_, _> = told.all().into_iter().filter(|(n, _)| n.starts_with("new/")).collect();
-    assert!(new.len() > 20, "only {} files until the disk was full", new.len());
+    let few = || format!("only {} files until the disk was full: {}", new.len(), mount.status());
+    assert!(new.len() > 20, "{}", few());
     assert_eq!(read_all(&mount, &new, &[]), new.len());
     let there = read_all(&mount, &old, &[libc::EIO]);
     println!("full_disk: {there} of {} old files were still local", old.len());

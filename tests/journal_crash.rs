@@ -23,7 +23,7 @@ const CHILD: &str = "JOURNAL_CRASH_CHILD";
 const KEYS: u64 = 400;
 
 fn options(dir: &Path) -> Options {
-    Options { tail_file_size: 256 << 10, memtable_limit: 1 << 20, ..Options::new(dir, Arc::new(|| Ok(()))) }
+    Options { tail_file_size: 256 << 10, memtable_limit: 1 << 20, ..Options::new(dir, Arc::new(|_| Ok(()))) }
 }
 
 /// Changes of the n-th record: a function of n alone.

@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use parking_lot::RwLock;
 
+use super::patches::{Patch, Patches};
 use super::ranges::Ranges;
-use super::slots::Slot;
+use super::slots::{LEFT, Slot};
 use crate::format::codec::{Decoder, FormatError, put_varint};
 use crate::format::tables::BlockEntry;
 use crate::ids::BlockId;
@@ -59,6 +60,22 @@ pub struct Content {
     pub valid: Ranges,
     /// What shows through elsewhere.
     pub base: Option<Base>,
+    /// What of it the journal holds besides.
+    patches: Patches,
+    /// The slot's mark behind the last change.
+    mark: u64,
+}
+
+/// What a record says of a dirty block.
+pub struct Saved {
+    /// Its value for the local table.
+    pub value: Bytes,
+    /// Patches to be put, with their bytes.
+    pub patches: Vec<(Patch, Bytes)>,
+    /// Numbers of patches to be deleted.
+    pub obsolete: Vec<u32>,
+    /// The mark of the slot file up to which it must be durable before the record is; 0 for none.
+    pub mark: u64,
 }
 
 /// A stretch of a dirty block's content, as [`DirtyBlock::plan_read`] finds it.
@@ -90,6 +107,30 @@ pub enum Piece {
 }
 
 impl Content {
+    /// An empty slot, over `base`.
+    pub fn new(slot: Arc<Slot>, len: u32, base: Option<Base>) -> Self {
+        Self { slot, len, valid: Ranges::default(), base, patches: Patches::default(), mark: 0 }
+    }
+
+    /// As an open finds it in the tables.
+    pub fn found(slot: Arc<Slot>, value: DirtyValue, patches: Vec<Patch>) -> Self {
+        let DirtyValue { len, base, valid, .. } = value;
+        Self { slot, len, valid, base, patches: Patches::found(patches), mark: LEFT }
+    }
+
+    /// Notes that the slot has, or may have, other bytes in `[start, end)` now.
+    fn changed(&mut self, start: u32, end: u32) {
+        self.patches.changed(start, end);
+        self.mark = self.slot.mark();
+    }
+
+    /// Writes into the slot; what a failure leaves of it counts as changed, but not as valid.
+    pub(super) fn put(&mut self, start: u32, data: &[u8]) -> io::Result<()> {
+        let written = self.slot.write(start, data);
+        self.changed(start, start + data.len() as u32);
+        written
+    }
+
     /// Whether the block below is needed at all.
     pub fn needs_base(&self) -> Option<Base> {
         self.base.filter(|b| !self.valid.covers(0, b.limit.min(self.len)))
@@ -251,10 +292,40 @@ impl DirtyBlock {
         self.content.read().encode()
     }
 
+    /// Bytes of the slot that changed since the journal last heard of the block.
+    pub fn fresh_bytes(&self) -> u64 {
+        self.content.read().patches.fresh_bytes()
+    }
+
+    /// Numbers of its patches in the local table.
+    pub fn patches(&self) -> Vec<u32> {
+        self.content.read().patches.numbers().collect()
+    }
+
+    /// What the next record is to say of it. `small`: somebody waits for the record, and it should hold what changed if that is little.
+    /// [`DirtyBlock::saved`] when it was committed; nobody changes the block in between.
+    pub fn save(&self, small: bool) -> io::Result<Saved> {
+        let mut c = self.content.write();
+        let plan = c.patches.plan(small);
+        let mut patches = Vec::with_capacity(plan.put.len());
+        for patch in plan.put {
+            let mut bytes = vec![0; (patch.end - patch.start) as usize];
+            c.slot.read(patch.start, &mut bytes)?;
+            patches.push((patch, bytes.into()));
+        }
+        let mark = if plan.sync { c.mark } else { 0 };
+        Ok(Saved { value: c.encode(), patches, obsolete: plan.delete, mark })
+    }
+
+    /// The journal has what the last [`DirtyBlock::save`] gave.
+    pub fn saved(&self) {
+        self.content.write().patches.done();
+    }
+
     /// Writes `data` at `at`. Returns how many more bytes of the slot are in use now.
     pub fn write(&self, at: u32, data: &[u8]) -> io::Result<u64> {
         let mut c = self.content.write();
-        c.slot.write(at, data)?;
+        c.put(at, data)?;
         let before = c.valid.bytes();
         let end = at + data.len() as u32;
         Self::note_valid(&mut c, at, end);
@@ -265,7 +336,9 @@ impl DirtyBlock {
     /// slot are in use now.
     pub fn zero(&self, at: u32, end: u32) -> io::Result<u64> {
         let mut c = self.content.write();
-        c.slot.zero(at, end - at)?;
+        let zeroed = c.slot.zero(at, end - at);
+        c.changed(at, end);
+        zeroed?;
         let before = c.valid.bytes();
         Self::note_valid(&mut c, at, end);
         Ok(c.valid.bytes() - before)
@@ -287,6 +360,7 @@ impl DirtyBlock {
         }
         // The slot's bytes stay: until this is durable the table still calls them valid.
         c.valid.truncate(at);
+        c.patches.truncate(at);
         c.len = at;
         if let Some(base) = &mut c.base {
             base.limit = base.limit.min(at);
@@ -309,7 +383,7 @@ impl DirtyBlock {
         let len = c.len;
         let gaps: Vec<(u32, u32)> = c.valid.pieces(0, len).filter(|p| !p.2).map(|p| (p.0, p.1)).collect();
         for (s, e) in gaps {
-            c.slot.write(s, &full[s as usize..e as usize])?;
+            c.put(s, &full[s as usize..e as usize])?;
         }
         let before = c.valid.bytes();
         c.valid.insert(0, len);
@@ -348,12 +422,8 @@ mod tests {
     fn pieces_show_slot_base_and_zeros() {
         let dir = tempfile::tempdir().unwrap();
         let slots = SlotFile::open(&dir.path().join("s"), 65536, &[]).unwrap();
-        let content = Content {
-            slot: Arc::new(slots.allocate()),
-            len: 1000,
-            valid: Ranges::default(),
-            base: Some(Base { entry: entry(), limit: 1000 }),
-        };
+        let content =
+            Content::new(Arc::new(slots.allocate()), 1000, Some(Base { entry: entry(), limit: 1000 }));
         let block = DirtyBlock::new(BlockId(1), 1, content, false);
         block.write(100, &[1; 50]).unwrap();
         assert_eq!(

@@ -4,6 +4,7 @@
 
 pub mod dirty;
 mod near;
+mod patches;
 pub mod ranges;
 mod recent;
 pub mod slots;

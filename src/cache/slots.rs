@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -20,6 +20,9 @@ use parking_lot::Mutex;
 use super::space::Disk;
 use crate::ids::Lsn;
 use crate::trace::{self, Stage};
+
+/// The mark of what an earlier process left.
+pub const LEFT: u64 = 1;
 
 /// The slot file. Shared by every slot handed out.
 pub struct SlotFile {
@@ -29,7 +32,10 @@ pub struct SlotFile {
     path: PathBuf,
     block_size: u32,
     state: Mutex<State>,
-    unsynced: AtomicBool,
+    /// Counts changes; see [`Slot::mark`]. The first one stands for what an earlier process left.
+    changed: AtomicU64,
+    /// Changes up to here are durable.
+    synced: AtomicU64,
     /// Held while syncing: who finds nothing to sync must know that it *is* synced, not that somebody is at it.
     syncing: Mutex<()>,
     /// LSN of the newest record, told by the owner; freed slots are tagged with it.
@@ -65,7 +71,8 @@ impl SlotFile {
             block_size,
             state: Mutex::new(State { free: free.clone(), high, limbo: Vec::new() }),
             // A process that was killed may have left bytes with the kernel that are read now, and synced by somebody who sees them.
-            unsynced: AtomicBool::new(true),
+            changed: AtomicU64::new(LEFT),
+            synced: AtomicU64::new(0),
             syncing: Mutex::new(()),
             lsn: AtomicU64::new(0),
             #[cfg(test)]
@@ -144,14 +151,14 @@ impl SlotFile {
         self.state.lock().limbo.len()
     }
 
-    /// Makes all content written so far durable. Cheap when nothing was written since the last call.
-    pub fn sync(&self) -> io::Result<()> {
+    /// Makes all changes up to the one that [`Slot::mark`] gave this number durable, and the first time what an earlier process
+    /// left. Does nothing when they are.
+    pub fn sync(&self, mark: u64) -> io::Result<()> {
         let _turn = self.syncing.lock();
-        if self.unsynced.swap(false, Ordering::AcqRel)
-            && let Err(e) = self.file.sync_data()
-        {
-            self.unsynced.store(true, Ordering::Release);
-            return Err(e);
+        if self.synced.load(Ordering::Acquire) < mark.max(LEFT) {
+            let upto = self.changed.load(Ordering::Acquire);
+            self.file.sync_data()?;
+            self.synced.store(upto, Ordering::Release);
         }
         Ok(())
     }
@@ -279,10 +286,7 @@ impl Slot {
         #[cfg(test)]
         self.file.pretend()?;
         let offset = self.file.offset(self.index) + u64::from(at);
-        let written = trace::stage(Stage::Blocks, || self.file.file.write_all_at(data, offset));
-        // Behind the write: a sync that runs meanwhile must not take the mark away and leave the bytes unsynced.
-        self.file.unsynced.store(true, Ordering::Release);
-        written
+        trace::stage(Stage::Blocks, || self.file.file.write_all_at(data, offset))
     }
 
     /// Writes all of a clean block, which need not outlast a crash, past the kernel's cache: who reads it has it in memory besides.
@@ -306,9 +310,14 @@ impl Slot {
 
     /// Makes `[at, at + len)` read as zeros.
     pub fn zero(&self, at: u32, len: u32) -> io::Result<()> {
-        let punched = self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len));
-        self.file.unsynced.store(true, Ordering::Release);
-        punched
+        self.file.punch_range(self.file.offset(self.index) + u64::from(at), u64::from(len))
+    }
+
+    /// A number for the changes made so far, also those that failed half way, for [`SlotFile::sync`]. To be asked for behind them: a sync
+    /// that runs meanwhile must not be taken for theirs.
+    #[must_use]
+    pub fn mark(&self) -> u64 {
+        self.file.changed.fetch_add(1, Ordering::AcqRel) + 1
     }
 }
 
@@ -347,7 +356,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let size = 2 * PIECE as u32;
         let slots = SlotFile::open(&dir.path().join("slots"), size, &[]).unwrap();
-        slots.sync().unwrap();
         let all: Vec<Slot> = (0..6).map(|_| slots.allocate()).collect();
         let lens = [1, ALIGN, ALIGN + 1, PIECE, PIECE + 5, 2 * PIECE];
         for (slot, len) in all.iter().zip(lens) {
@@ -378,10 +386,12 @@ mod tests {
             for s in &all {
                 s.write(0, &[s.index() as u8 + 1]).unwrap();
             }
-            slots.sync().unwrap();
+            slots.sync(all[2].mark()).unwrap();
         }
         let slots = SlotFile::open(&path, 65536, &[2]).unwrap();
-        assert!(slots.unsynced.load(Ordering::SeqCst), "what a killed process wrote was never synced");
+        assert_eq!(slots.synced.load(Ordering::SeqCst), 0, "what a killed process wrote was never synced");
+        slots.sync(0).unwrap();
+        assert_eq!(slots.synced.load(Ordering::SeqCst), LEFT);
         let mut buf = [9];
         slots.claim(2).read(0, &mut buf).unwrap();
         assert_eq!(buf, [3]);

@@ -6,6 +6,7 @@
 mod clean;
 mod frames;
 mod misses;
+mod patched;
 #[cfg(test)]
 mod tests;
 
@@ -22,7 +23,6 @@ use parking_lot::{Mutex, RwLock};
 use self::frames::{unuse_frame, use_frame};
 use super::dirty::{Base, Content, DirtyBlock, DirtyValue, Piece};
 use super::near::Near;
-use super::ranges::Ranges;
 use super::recent::Recent;
 use super::slots::{Slot, SlotFile};
 use super::space::{Admission, Space};
@@ -174,6 +174,7 @@ impl BlockStore {
             return Err(io::Error::new(io::ErrorKind::NotFound, text).into());
         }
         let slots = SlotFile::open(path, block_size, &live)?;
+        let mut patches = patched::read(&journal, block_size)?;
         slots.advance(journal.last_lsn());
         let next = journal.get(&volume_key(NEXT_BLOCK))?.map_or(1, |v| decode_u64(&v));
         let store = Self {
@@ -197,12 +198,14 @@ impl BlockStore {
         for (id, v) in dirty_values {
             let shared = store.journal.get(&block_refs_key(id))?.is_some();
             store.space.add_dirty(v.valid.bytes());
-            let content =
-                Content { slot: Arc::new(slots.claim(v.slot)), len: v.len, valid: v.valid, base: v.base };
+            let slot = Arc::new(slots.claim(v.slot));
+            let patches = patched::apply(&slot, patches.remove(&id).unwrap_or_default())?;
+            let content = Content::found(slot, v, patches);
             // Of an earlier group than any of this run: a crash may have come between sealing and registering it, so a
             // segment may name it already.
             store.dirty.write().insert(id, Arc::new(DirtyBlock::new(id, 0, content, shared)));
         }
+        patched::delete_stale(&store.journal, &patches)?;
         {
             let mut clean = store.clean.lock();
             for (hash, v) in cached {
@@ -394,7 +397,7 @@ impl BlockStore {
     pub fn create(&self, below: Option<BlockId>, keep: u32) -> Result<Arc<DirtyBlock>, StoreError> {
         let id = self.next_id()?;
         let slot = Arc::new(self.slots.allocate());
-        let mut content = Content { slot, len: 0, valid: Ranges::default(), base: None };
+        let mut content = Content::new(slot, 0, None);
         if let Some(below) = below.filter(|_| keep > 0) {
             match self.dirty(below) {
                 Some(old) => old.with(|o| -> Result<(), StoreError> {
@@ -406,7 +409,7 @@ impl BlockStore {
                         if s < e {
                             buf.resize((e - s) as usize, 0);
                             o.slot.read(s, &mut buf)?;
-                            content.slot.write(s, &buf)?;
+                            content.put(s, &buf)?;
                             content.valid.insert(s, e);
                         }
                     }
@@ -495,7 +498,7 @@ impl BlockStore {
             }
         }
         if let Some(block) = self.dirty(id) {
-            tx.delete(dirty_key(id));
+            Self::delete_dirty(tx, &block);
             if block.txg < self.current_txg() {
                 // Its txg's index will name it; the log must take it away again.
                 tx.delete(block_key(id));
@@ -609,7 +612,7 @@ impl BlockStore {
                 continue;
             }
             tx.put(block_key(block.id), entry.encode());
-            tx.delete(dirty_key(block.id));
+            Self::delete_dirty(tx, block);
             use_frame(tx, entry)?;
         }
         Ok(())

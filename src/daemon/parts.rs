@@ -28,6 +28,7 @@ use crate::journal::{self, Journal, JournalError, Opened};
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{FenceNote, Store};
 use crate::restore::SurveyError;
+use crate::vfs;
 
 /// The open local state.
 pub(super) struct Parts {
@@ -48,8 +49,8 @@ pub(super) type SlotCell = Arc<OnceLock<Arc<SlotFile>>>;
 
 fn open_journal(state: &StateDir, slots: &SlotCell) -> Result<(Arc<Journal>, Opened), JournalError> {
     let slots = Arc::clone(slots);
-    let sync = move || slots.get().map_or(Ok(()), |s| s.sync());
-    Journal::open(journal::Options::new(state.path(), Arc::new(sync)))
+    let sync = move |mark| slots.get().map_or(Ok(()), |s| s.sync(mark));
+    Journal::open(journal::Options { form: vfs::FORM, ..journal::Options::new(state.path(), Arc::new(sync)) })
 }
 
 /// Opens the journal; when the disk is full, gives up the ballast first. Lays it aside again when there is plenty.

@@ -237,7 +237,7 @@ mod tests {
     fn blocks_that_nobody_came_to_name_are_taken_out_of_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let (journal, _) =
-            Journal::open(crate::journal::Options::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+            Journal::open(crate::journal::Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
         let next = || journal.get(&volume_key(NEXT_BLOCK)).unwrap().map(|v| v.to_vec());
         forget_unnamed(&journal, &[]).unwrap();
         assert_eq!((journal.last_lsn(), next()), (Lsn(0), None));

@@ -17,7 +17,10 @@ use crate::ids::Epoch;
 use crate::replica::FenceNote;
 
 /// Version of the state folder's layout.
-const VERSION: u32 = 1;
+/// Layout of the state folder: 2 since the tables may hold patches, which whoever does not know them would not apply.
+const VERSION: u32 = 2;
+/// The oldest layout that is carried over: it differs only by what version 2 adds.
+const OLDEST: u32 = 1;
 
 /// How long a daemon whose mount is gone may take: it seals, and sends for some seconds or, on demand, minutes.
 const ENDING: Duration = Duration::from_secs(180);
@@ -236,7 +239,7 @@ impl StateDir {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed("read", &path, &e)),
         };
-        let local: Local = serde_json::from_slice(&bytes).map_err(|e| {
+        let mut local: Local = serde_json::from_slice(&bytes).map_err(|e| {
             Error::new(
                 Exit::Damaged,
                 format!(
@@ -247,7 +250,7 @@ impl StateDir {
                 ),
             )
         })?;
-        if local.version != VERSION {
+        if !(OLDEST..=VERSION).contains(&local.version) {
             return Err(Error::new(
                 Exit::TooNew,
                 format!(
@@ -258,6 +261,7 @@ impl StateDir {
                 ),
             ));
         }
+        local.version = VERSION;
         Ok(Some(local))
     }
 
@@ -468,7 +472,19 @@ mod tests {
             Some(Local { fenced: Some(note), ..local }),
             "the first one is kept"
         );
-        fs::write(dir.path().join("state.json"), b"{").unwrap();
+        let path = dir.path().join("state.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let with = |n: u32| text.replace("\"version\": 2", &format!("\"version\": {n}")).into_bytes();
+        let of = |n: u32| {
+            fs::write(&path, with(n)).unwrap();
+            state.read()
+        };
+        assert_eq!(of(1).unwrap(), of(2).unwrap(), "an older layout is carried over");
+        assert_ne!(with(1), with(2));
+        for other in [0, 3] {
+            assert_eq!(of(other).unwrap_err().exit_code(), Exit::TooNew);
+        }
+        fs::write(&path, b"{").unwrap();
         assert_eq!(state.read().unwrap_err().exit_code(), Exit::Damaged);
         let aside = state.set_aside("x").unwrap().unwrap();
         assert!(aside.join("state.json").exists());

@@ -111,6 +111,37 @@ impl CachedValue {
     }
 }
 
+/// Value of the patch table: bytes of a dirty block's slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PatchValue {
+    /// Where in the slot they begin.
+    pub start: u32,
+    /// The bytes.
+    pub bytes: Bytes,
+}
+
+impl PatchValue {
+    /// The value's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut o = Vec::with_capacity(4 + self.bytes.len());
+        o.extend_from_slice(&self.start.to_le_bytes());
+        o.extend_from_slice(&self.bytes);
+        o.into()
+    }
+
+    /// Reads a value of the patch table, of a block of at most `block_size` bytes.
+    pub fn decode(bytes: &[u8], block_size: u32) -> Result<Self, FormatError> {
+        let mut d = Decoder::new("patch", bytes);
+        let start = d.u32()?;
+        let bytes = Bytes::copy_from_slice(d.rest());
+        match u64::from(start) + bytes.len() as u64 > u64::from(block_size) {
+            true => Err(d.error(format!("{} bytes at {start} do not fit a block", bytes.len()))),
+            false => Ok(Self { start, bytes }),
+        }
+    }
+}
+
 /// Local setting: how far the log is sealed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SealedMark {
@@ -177,5 +208,9 @@ mod tests {
         let c = CachedValue { slot: 1, len: 2 };
         assert_eq!(CachedValue::decode(&c.encode()), Ok(c));
         assert!(CachedValue::decode(&[0; 7]).is_err());
+        let p = PatchValue { start: 96, bytes: Bytes::from_static(b"abcd") };
+        assert_eq!(PatchValue::decode(&p.encode(), 100), Ok(p.clone()));
+        assert!(PatchValue::decode(&p.encode(), 99).is_err());
+        assert!(PatchValue::decode(&[0; 3], 100).is_err());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Pure: no I/O, no clock, no randomness. `docs/format.md` describes each byte.
 
+pub mod brief;
 pub mod checkpoint;
 pub mod codec;
 pub mod frame;

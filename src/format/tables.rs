@@ -44,6 +44,8 @@ pub mod table {
     pub const CACHED: u8 = 0x85;
     /// Local: name -> bytes, the daemon's own settings (the sealed mark).
     pub const LOCAL: u8 = 0x86;
+    /// Local: BlockId, number -> bytes of a dirty block's slot, written over it by an open.
+    pub const PATCH: u8 = 0x87;
 }
 
 /// Whether changes of `key` are shipped to replicas as part of a record.
@@ -132,6 +134,18 @@ pub fn block_refs_key(id: BlockId) -> Bytes {
 #[must_use]
 pub fn dirty_key(id: BlockId) -> Bytes {
     key_u64(table::DIRTY, id.0)
+}
+
+/// Local key of a dirty block's patch.
+#[must_use]
+pub fn patch_key(id: BlockId, number: u32) -> Bytes {
+    key_u64_bytes(table::PATCH, id.0, &number.to_be_bytes())
+}
+
+/// The number out of a patch's key.
+#[must_use]
+pub fn number_of_patch_key(key: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(key.get(9..13)?.try_into().ok()?))
 }
 
 /// Local key of a frame.
@@ -239,7 +253,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    fn from_byte(b: u8) -> Option<Self> {
+    pub(super) fn from_byte(b: u8) -> Option<Self> {
         Some(match b {
             1 => Self::Regular,
             2 => Self::Directory,
@@ -365,6 +379,17 @@ impl Inode {
 
     /// Reads a value of the inode table.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        let (inode, held) = Self::decode_head(bytes)?;
+        let body = match held {
+            Held::Nothing => Body::Blocks,
+            Held::Inline(b) => Body::Inline(Bytes::copy_from_slice(b)),
+            Held::Target(b) => Body::Target(Bytes::copy_from_slice(b)),
+        };
+        Ok(Self { body, ..inode })
+    }
+
+    /// The attributes (with [`Body::Blocks`]), and apart from them what the inode holds, where it lies.
+    pub(super) fn decode_head(bytes: &[u8]) -> Result<(Self, Held<'_>), FormatError> {
         let mut d = Decoder::new("inode", bytes);
         let version = d.u8()?;
         if version != INODE_VERSION {
@@ -372,7 +397,7 @@ impl Inode {
         }
         let kind = d.u8()?;
         let kind = FileKind::from_byte(kind).ok_or_else(|| d.error(format!("unknown kind {kind}")))?;
-        Ok(Self {
+        let inode = Self {
             kind,
             perm: d.u16()?,
             uid: d.u32()?,
@@ -388,19 +413,38 @@ impl Inode {
             generation: d.u32()?,
             flags: d.u32()?,
             parent: Ino(d.u64()?),
-            body: match d.u8()? {
-                0 => {
-                    let extra = d.remaining();
-                    if extra != 0 {
-                        return Err(d.error(format!("{extra} bytes too many")));
-                    }
-                    Body::Blocks
+            body: Body::Blocks,
+        };
+        let held = match d.u8()? {
+            0 => {
+                let extra = d.remaining();
+                if extra != 0 {
+                    return Err(d.error(format!("{extra} bytes too many")));
                 }
-                1 => Body::Inline(Bytes::copy_from_slice(d.rest())),
-                2 => Body::Target(Bytes::copy_from_slice(d.rest())),
-                other => return Err(d.error(format!("unknown body {other}"))),
-            },
-        })
+                Held::Nothing
+            }
+            1 => Held::Inline(d.rest()),
+            2 => Held::Target(d.rest()),
+            other => return Err(d.error(format!("unknown body {other}"))),
+        };
+        Ok((inode, held))
+    }
+}
+
+/// What an inode holds, in the bytes of its value.
+pub(super) enum Held<'a> {
+    Nothing,
+    Inline(&'a [u8]),
+    Target(&'a [u8]),
+}
+
+impl Held<'_> {
+    /// Its length in bytes.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Held::Nothing => 0,
+            Held::Inline(b) | Held::Target(b) => b.len(),
+        }
     }
 }
 

@@ -44,7 +44,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
         let staging = Staging::open(&dir.path().join("staging"), &journal, Arc::clone(&blocks)).unwrap();
         let volume = VolumeId::from_random([7; 16]);

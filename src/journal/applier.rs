@@ -162,7 +162,7 @@ fn usable(s: &Shared) -> Result<Arc<SledStore>, JournalError> {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-    let store = Arc::new(SledStore::open(&s.dir.join("db"))?);
+    let store = Arc::new(SledStore::open(&s.dir.join("db"), s.form)?);
     log::info!("journal in {}: there is space again", s.dir.display());
     *place = Some(Arc::clone(&store));
     Ok(store)

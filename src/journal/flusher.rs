@@ -112,16 +112,16 @@ fn flush(s: &Shared, Flush { writer, spare }: &mut Flush) -> Result<(), JournalE
         return Ok(());
     }
     writer.make_room(first, len)?;
-    let (mut buf, first, last): (Vec<u8>, Lsn, Lsn) = {
+    let (mut buf, first, last, mark): (Vec<u8>, Lsn, Lsn, u64) = {
         let mut p = s.pending.lock();
         if !writer.fits(p.buf.len()) {
             // It grew meanwhile: once more, with the new length.
             return Ok(());
         }
         spare.clear();
-        (std::mem::replace(&mut p.buf, std::mem::take(spare)), p.first, p.last)
+        (std::mem::replace(&mut p.buf, std::mem::take(spare)), p.first, p.last, std::mem::take(&mut p.mark))
     };
-    (s.data_sync)().map_err(|e| JournalError::Poisoned(format!("syncing block data failed: {e}")))?;
+    (s.data_sync)(mark).map_err(|e| JournalError::Poisoned(format!("syncing block data failed: {e}")))?;
     writer.append(&mut buf, first, last)?;
     {
         let mut p = s.pending.lock();

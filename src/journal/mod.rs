@@ -19,6 +19,7 @@
 //! confirmation behind it looks like a torn write and ends the replay before that group.
 
 mod applier;
+mod brief;
 mod disk;
 mod error;
 mod flusher;
@@ -47,6 +48,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+pub use brief::Form;
 pub use error::JournalError;
 pub use snapshot::Snapshot;
 pub use tail_set::RecordIter;
@@ -65,14 +67,17 @@ pub const MAX_KEY: usize = 4 << 10;
 /// The longest value, in bytes: sled puts values from 1 MiB on into files that it never syncs, and keeps several in one page.
 pub const MAX_VALUE: usize = 128 << 10;
 
+/// Called before each sync of the tail, by whoever does that, with the highest mark that its records rest on ([`Tx::rest_on`]; 0 for none):
+/// returns when block data up to that mark is durable. Must not call the journal. An error poisons.
+pub type DataSync = Arc<dyn Fn(u64) -> io::Result<()> + Send + Sync>;
+
 /// How to open a journal.
 #[derive(Clone)]
 pub struct Options {
     /// Holds `db/`, `tail/` and `witness`.
     pub dir: PathBuf,
-    /// Called on the flusher's thread before each sync of the tail: makes block data that the records speak of
-    /// durable first. Must not call the journal. An error poisons.
-    pub data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>,
+    /// See [`DataSync`].
+    pub data_sync: DataSync,
     /// Memory for changes that are not in sled yet, in bytes; beyond it transactions wait.
     pub memtable_limit: usize,
     /// Length of a tail file in bytes.
@@ -80,17 +85,31 @@ pub struct Options {
     /// When sled occupies less than this, in bytes, all of it is proved against the witness before it is used. A larger one is proved in
     /// the background, if it must be as it was written: after a clean close, and while the kernel has kept its files.
     pub prove_at_once: u64,
+    /// What is kept in memory of sled's values, for [`Journal::brief`].
+    pub form: Form,
+}
+
+/// What [`Journal::brief`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Brief {
+    /// There is no such key.
+    Absent,
+    /// The brief form was appended to the buffer.
+    Short,
+    /// The whole value, of which there is no brief form.
+    Whole(Bytes),
 }
 
 impl Options {
-    /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once.
-    pub fn new(dir: impl Into<PathBuf>, data_sync: Arc<dyn Fn() -> io::Result<()> + Send + Sync>) -> Self {
+    /// The defaults: 32 MiB of memtable, tail files of 16 MiB, 64 MiB proved at once, nothing kept in brief.
+    pub fn new(dir: impl Into<PathBuf>, data_sync: DataSync) -> Self {
         Self {
             dir: dir.into(),
             data_sync,
             memtable_limit: 32 << 20,
             tail_file_size: 16 << 20,
             prove_at_once: 64 << 20,
+            form: Form::NONE,
         }
     }
 }
@@ -119,6 +138,8 @@ pub struct Stats {
     pub applied_lsn: Lsn,
     /// Estimated memory of changes not in sled, in bytes.
     pub memtable_bytes: usize,
+    /// Memory of values in brief, in bytes.
+    pub brief_bytes: usize,
     /// Disk that the tail's files occupy, in bytes.
     pub tail_bytes: u64,
     /// Disk that sled occupies, in bytes.
@@ -174,6 +195,11 @@ impl Journal {
         self.shared.get(None, key)
     }
 
+    /// The value of a key in the brief form that the [`Options`] name, which is appended to `out`: mostly from memory.
+    pub fn brief(&self, key: &[u8], out: &mut Vec<u8>) -> Result<Brief, JournalError> {
+        self.shared.brief(key, out)
+    }
+
     /// Up to `limit` pairs with keys in `[start, end)`, in order, as of one moment.
     pub fn scan(&self, start: &[u8], end: &[u8], limit: usize) -> Result<Vec<(Bytes, Bytes)>, JournalError> {
         self.shared.scan(None, start, end, limit)
@@ -219,7 +245,7 @@ impl Journal {
         let _turn = trace::stage(Stage::Turn, || s.commit.lock());
         s.usable()?;
         let last = Lsn(s.last.load(SeqCst));
-        let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None };
+        let mut tx = Tx { shared: s, lsn: last.next(), changes: Changes::new(), refused: None, mark: 0 };
         let result = f(&mut tx)?;
         if let Some(refused) = tx.refused {
             return Err(refused.into());
@@ -229,7 +255,7 @@ impl Journal {
         }
         s.usable()?;
         s.snapshots.note(s, &tx.changes);
-        s.commit(tx.lsn, tx.changes);
+        s.commit(tx.lsn, tx.changes, tx.mark);
         Ok((result, tx.lsn))
     }
 
@@ -346,6 +372,7 @@ impl Journal {
             durable_lsn: self.durable_lsn(),
             applied_lsn: Lsn(s.applied.load(SeqCst)),
             memtable_bytes: s.mem.load(SeqCst),
+            brief_bytes: s.store().map_or(0, |store| store.briefs.bytes()),
             tail_bytes: s.tail.bytes(),
             db_bytes: disk::occupied(&s.dir.join("db")),
             syncs: s.count.syncs.load(SeqCst),

@@ -107,12 +107,14 @@ fn sum_up(
     let mut sum = Sum::default();
     let mut late = None;
     let mut complete = true;
-    store.walk(start, end, false, |key, lsn, crc, _| {
+    store.walk(start, end, false, |key, lsn, crc, value| {
         if lsn > newest {
             late = Some((key.to_vec(), lsn));
             return false;
         }
         sum.add(key, lsn, crc);
+        // Nobody changes it meanwhile: whoever does is the thread that proves, or not there yet.
+        store.briefs.offer(key, value);
         complete = go_on(key);
         complete
     })?;

@@ -45,7 +45,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         return Err(JournalError::Damaged(format!("sled's files in {} are gone", db.display())));
     }
     let kept = Kept::look(&dir, &db.join("db"));
-    let store = SledStore::open(&db)?;
+    let store = SledStore::open(&db, options.form)?;
     let tail = Arc::new(TailSet::open(&disk, &dir.join("tail"), options.tail_file_size)?);
     if fresh {
         fs::File::open(&dir).and_then(|d| d.sync_all()).map_err(|e| JournalError::io("sync", &dir, e))?;
@@ -105,6 +105,7 @@ pub(super) fn open(options: Options, disk: Disk) -> Result<(Arc<Shared>, Opened)
         poisoned: AtomicBool::new(false),
         kept: kept.clone(),
         closed: AtomicBool::new(false),
+        form: options.form,
         count: Default::default(),
     });
     let mut replay = Replay { s: &shared, applied, redo, prove: !later, replayed: 0 };

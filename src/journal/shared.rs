@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use super::Brief;
+use super::DataSync;
+use super::brief::Form;
 use super::error::JournalError;
 use super::flusher::{self, Flush};
 use super::kept::Kept;
@@ -44,6 +47,8 @@ pub(super) struct Pending {
     pub(super) buf: Vec<u8>,
     pub(super) first: Lsn,
     pub(super) last: Lsn,
+    /// The highest mark that one of them rests on.
+    pub(super) mark: u64,
     /// Somebody is making records durable.
     pub(super) leading: bool,
     /// The last attempt failed for want of space; counts attempts so that a waiter gets the outcome of its own.
@@ -76,7 +81,7 @@ pub(super) struct Counters {
 /// See the module's head.
 pub(super) struct Shared {
     pub(super) dir: PathBuf,
-    pub(super) data_sync: Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>,
+    pub(super) data_sync: DataSync,
     pub(super) memtable_limit: usize,
     /// Held by the one transaction that runs.
     pub(super) commit: Mutex<()>,
@@ -106,6 +111,7 @@ pub(super) struct Shared {
     pub(super) poisoned: AtomicBool,
     pub(super) closed: AtomicBool,
     pub(super) kept: Kept,
+    pub(super) form: Form,
     pub(super) count: Counters,
 }
 
@@ -204,7 +210,7 @@ impl Shared {
     }
 
     /// Makes a transaction's changes visible and hands them to the flusher. `commit` must be held.
-    pub(super) fn commit(&self, lsn: Lsn, changes: Changes) {
+    pub(super) fn commit(&self, lsn: Lsn, changes: Changes, mark: u64) {
         let ops: Vec<Op> = changes
             .into_iter()
             .map(|(key, value)| match value {
@@ -222,6 +228,7 @@ impl Shared {
             let before = p.buf.len();
             record::encode(lsn, &ops, &mut p.buf);
             p.last = lsn;
+            p.mark = p.mark.max(mark);
             before < FLUSH_AT && p.buf.len() >= FLUSH_AT
         };
         let grown = view.active.insert(lsn, ops, Instant::now);
@@ -278,6 +285,25 @@ impl Shared {
             return Ok(found);
         }
         Ok(self.watch(store.get(key))?.map(|s| s.value))
+    }
+
+    /// The brief form of a key's value, appended to `out`.
+    pub(super) fn brief(&self, key: &[u8], out: &mut Vec<u8>) -> Result<Brief, JournalError> {
+        let store = self.store()?;
+        // The newer layers first: what sled's values are in brief holds only for keys that are not in them.
+        let newer = self.view.read().get(key);
+        match newer {
+            Some(None) => Ok(Brief::Absent),
+            Some(Some(value)) => {
+                let from = out.len();
+                if (self.form.value)(key, &value, out) {
+                    return Ok(Brief::Short);
+                }
+                out.truncate(from);
+                Ok(Brief::Whole(value))
+            }
+            None => self.watch(store.brief(key, out)),
+        }
     }
 
     /// Runs `read` with the store such that what it read there fits to the overlay that `look` took: sled may only

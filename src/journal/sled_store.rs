@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::Brief;
+use super::brief::{Briefs, Form};
 use super::disk::free_space;
 use super::error::{JournalError, is_full};
 use crate::ids::Lsn;
@@ -68,6 +70,8 @@ pub(super) struct SledStore {
     file: File,
     /// sled met a full disk. It takes no more changes until it is opened anew; what it holds can be read.
     stuck: AtomicBool,
+    /// What it holds, in brief.
+    pub(super) briefs: Briefs,
     /// Steps to be done before the disk seems to be full, and whether sled itself meets it then.
     #[cfg(test)]
     pub(super) pretend: parking_lot::Mutex<Option<(u32, bool)>>,
@@ -95,8 +99,9 @@ impl SledStore {
     /// End of the range of table keys.
     pub(super) const TABLES_END: &[u8] = b"\xff";
 
-    /// Opens or creates the database in `dir`; every file and directory is synced afterwards.
-    pub(super) fn open(dir: &Path) -> Result<Self, JournalError> {
+    /// Opens or creates the database in `dir`; every file and directory is synced afterwards. `form` says what is kept in memory of its
+    /// values.
+    pub(super) fn open(dir: &Path, form: Form) -> Result<Self, JournalError> {
         remove_leftovers(dir)?;
         let io = |what, e| JournalError::io(what, dir, e);
         fs::create_dir_all(dir).map_err(|e| io("create", e))?;
@@ -111,6 +116,7 @@ impl SledStore {
             db,
             file,
             stuck: AtomicBool::new(false),
+            briefs: Briefs::new(form),
             #[cfg(test)]
             pretend: parking_lot::Mutex::default(),
         };
@@ -180,6 +186,22 @@ impl SledStore {
         }
     }
 
+    /// The brief form of a key's value, appended to `out`; out of memory, or verified.
+    pub(super) fn brief(&self, key: &[u8], out: &mut Vec<u8>) -> Result<Brief, JournalError> {
+        let ticket = match self.briefs.get(key, out) {
+            Ok(()) => return Ok(Brief::Short),
+            Err(ticket) => ticket,
+        };
+        let Some(stored) = trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))? else {
+            return Ok(Brief::Absent);
+        };
+        let (_, _, value) = self.parts(key, &stored)?;
+        match ticket {
+            Some(ticket) if self.briefs.fill(ticket, key, value, out) => Ok(Brief::Short),
+            _ => Ok(Brief::Whole(Bytes::copy_from_slice(value))),
+        }
+    }
+
     /// The record up to which everything is applied; 0 in a new database.
     pub(super) fn applied(&self) -> Result<Lsn, JournalError> {
         Ok(self.get(APPLIED)?.map_or(Lsn(0), |s| s.lsn))
@@ -232,27 +254,28 @@ impl SledStore {
         mut step_done: impl FnMut(),
     ) -> Result<(), JournalError> {
         let mut batch = sled::Batch::default();
-        let (mut bytes, mut count) = (0, 0);
+        let mut step: Vec<Change<'a>> = Vec::new();
+        let mut bytes = 0;
         for c in changes {
             let size = c.key.len() + WRAP + c.value.map_or(0, <[u8]>::len);
-            if count > 0 && (bytes + size > STEP_BYTES || count >= STEP_CHANGES) {
-                self.step(std::mem::take(&mut batch))?;
+            if !step.is_empty() && (bytes + size > STEP_BYTES || step.len() >= STEP_CHANGES) {
+                self.step(std::mem::take(&mut batch), &step)?;
                 step_done();
-                (bytes, count) = (0, 0);
+                step.clear();
+                bytes = 0;
             }
             match c.value {
                 Some(v) => batch.insert(c.key, wrap(c.key, c.lsn, v)),
                 None => batch.remove(c.key),
             }
             bytes += size;
-            count += 1;
+            step.push(c);
         }
         if let Some(lsn) = applied {
             batch.insert(APPLIED, wrap(APPLIED, lsn, &[]));
-            count += 1;
         }
-        if count > 0 {
-            self.step(batch)?;
+        if applied.is_some() || !step.is_empty() {
+            self.step(batch, &step)?;
             step_done();
         }
         Ok(())
@@ -273,7 +296,7 @@ impl SledStore {
         self.guard("flush", || self.db.flush()).map(|_| ())
     }
 
-    fn step(&self, batch: sled::Batch) -> Result<(), JournalError> {
+    fn step(&self, batch: sled::Batch, changes: &[Change<'_>]) -> Result<(), JournalError> {
         self.reserve(STEP_ROOM)?;
         #[cfg(test)]
         if let Some((left, sticks)) = &mut *self.pretend.lock() {
@@ -283,7 +306,12 @@ impl SledStore {
             }
             *left -= 1;
         }
-        self.guard("write", || self.db.apply_batch(batch))?;
+        let applied = self.guard("write", || self.db.apply_batch(batch));
+        // Also when it has failed: nobody knows how far it came. What has is behind the layers that readers ask first until it is done.
+        for c in changes {
+            self.briefs.change(c.key, c.value.filter(|_| applied.is_ok()));
+        }
+        applied?;
         self.guard("flush", || self.db.flush())?;
         let path = self.dir.join("db");
         self.file.sync_data().map_err(|e| JournalError::Io { what: "sync", path, source: Arc::new(e) })

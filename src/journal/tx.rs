@@ -30,6 +30,7 @@ pub struct Tx<'a> {
     pub(super) changes: Changes,
     /// The first change that was refused: the transaction cannot be committed.
     pub(super) refused: Option<JournalError>,
+    pub(super) mark: u64,
 }
 
 impl Tx<'_> {
@@ -65,6 +66,17 @@ impl Tx<'_> {
             }
             Err(e) => self.refused = self.refused.take().or(Some(e)),
         }
+    }
+
+    /// The record speaks of block data that is durable only when the [`super::DataSync`] of the journal has been asked for this mark.
+    pub fn rest_on(&mut self, mark: u64) {
+        self.mark = self.mark.max(mark);
+    }
+
+    /// The mark that it rests on so far; 0 for none.
+    #[must_use]
+    pub fn mark(&self) -> u64 {
+        self.mark
     }
 
     /// The LSN that the record will get.

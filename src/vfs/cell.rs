@@ -3,23 +3,30 @@
 //! Owns what of a file is not in the journal yet: size, times, which blocks were replaced. Knows how to put that into a
 //! transaction; knows no POSIX rule. Directories have no cell: the journal alone holds them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
 
 use super::usage;
 use crate::cache::{BlockStore, StoreError};
-use crate::format::tables::{BLOCKS_PER_CHUNK, Body, Extents, Inode, dirty_key, extent_key, inode_key};
+use crate::format::tables::{BLOCKS_PER_CHUNK, Body, Extents, Inode, extent_key, inode_key};
 use crate::ids::{BlockId, Ino};
 use crate::journal::{Journal, Tx};
+
+/// The files of some inode numbers that are in use.
+#[derive(Default)]
+pub(super) struct Files {
+    /// Of an open one only once somebody has needed more of it than that it is there.
+    pub cells: HashMap<Ino, Arc<Cell>>,
+    /// Open handles, where there are any.
+    pub opens: HashMap<Ino, u32>,
+}
 
 /// One file in memory.
 pub(super) struct Cell {
     pub ino: Ino,
-    /// Open handles.
-    pub open: AtomicU32,
     pub state: RwLock<CellState>,
     /// Where the last read ended and how far ahead to fetch; a guess, so races do no harm.
     pub readahead: parking_lot::Mutex<super::readahead::Window>,
@@ -39,6 +46,8 @@ pub(super) struct CellState {
     pub touched: BTreeSet<BlockId>,
     /// Blocks that this file no longer names, still counted in the journal.
     pub released: Vec<BlockId>,
+    /// Somebody waits for the next flush to be durable.
+    pub is_waited_for: bool,
     /// `inode.blocks` as the journal has it, for the volume's usage.
     pub flushed_blocks: u64,
     /// The extent chunk read last from the journal.
@@ -49,16 +58,7 @@ pub(super) struct CellState {
 
 impl Cell {
     pub fn new(ino: Ino, inode: Inode) -> Self {
-        Self {
-            ino,
-            open: AtomicU32::new(0),
-            state: RwLock::new(CellState::new(inode)),
-            readahead: parking_lot::Mutex::default(),
-        }
-    }
-
-    pub fn is_open(&self) -> bool {
-        self.open.load(Ordering::Acquire) > 0
+        Self { ino, state: RwLock::new(CellState::new(inode)), readahead: parking_lot::Mutex::default() }
     }
 }
 
@@ -80,6 +80,7 @@ impl CellState {
             extents: BTreeMap::new(),
             touched: BTreeSet::new(),
             released: Vec::new(),
+            is_waited_for: false,
             flushed_blocks,
             chunk: None,
             gone: false,
@@ -199,10 +200,9 @@ impl CellState {
                 tx.put(key, extents.encode());
             }
         }
+        let small = self.is_waited_for && blocks.is_small(&self.touched);
         for id in &self.touched {
-            if let Some(block) = blocks.dirty(*id) {
-                tx.put(dirty_key(*id), block.encode());
-            }
+            blocks.put_dirty(tx, *id, small)?;
         }
         for id in &self.released {
             blocks.release(tx, *id, gone)?;
@@ -211,7 +211,8 @@ impl CellState {
     }
 
     /// Notes that the journal now has everything, with `inode` as the attributes.
-    pub fn flushed(&mut self, inode: Inode) {
+    pub fn flushed(&mut self, inode: Inode, blocks: &BlockStore) {
+        blocks.after_put(&self.touched);
         self.flushed_blocks = inode.blocks;
         self.inode = inode;
         self.dirty = false;

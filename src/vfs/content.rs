@@ -1,15 +1,13 @@
 //! File content: read, write, truncate, holes.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
-use super::{Result, SIZE_MAX, Vfs};
-use super::{buffers, readahead};
+use super::{Result, SIZE_MAX, Vfs, buffers, readahead, shard};
 use crate::cache::space::Admission;
 use crate::cache::{Missing, StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
@@ -60,36 +58,45 @@ impl Vfs {
         if write || truncate {
             self.check_writable()?;
         }
-        let cell = self.cell(ino)?;
-        cell.open.fetch_add(1, Ordering::AcqRel);
         // Counted first: see `reap`.
-        if cell.state.read().gone {
-            cell.open.fetch_sub(1, Ordering::AcqRel);
-            return Err(VfsError::Stale);
-        }
-        if truncate
-            && let Err(e) = self.do_setattr(
-                ino,
-                &SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() },
-                &super::types::Caller::default(),
-            )
-        {
+        let there = match self.count_open(ino) {
+            Some(cell) => {
+                let gone = cell.state.read().gone;
+                self.let_go(cell);
+                if gone { Err(VfsError::Stale) } else { Ok(()) }
+            }
+            // More of it is loaded when somebody reads or writes: what the kernel has in memory it does not ask for.
+            None => self.load_brief(ino).and_then(|inode| match inode.kind {
+                FileKind::Directory => Err(VfsError::IsDirectory),
+                _ => Ok(()),
+            }),
+        };
+        let set = SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() };
+        let opened = there.and_then(|()| match truncate {
+            true => self.do_setattr(ino, &set, &super::types::Caller::default()).map(drop),
+            false => Ok(()),
+        });
+        if opened.is_err() {
             self.do_release(ino);
-            return Err(e);
         }
-        Ok(())
+        opened
     }
 
     pub(super) fn do_release(&self, ino: Ino) {
-        let Some(cell) = self.existing_cell(ino) else { return };
-        let before = cell.open.fetch_sub(1, Ordering::AcqRel);
-        if before == 0 {
-            cell.open.store(0, Ordering::Release);
+        let cell = {
+            let files = &mut *self.files[shard(ino)].lock();
+            let Some(count) = files.opens.get_mut(&ino) else { return };
+            *count -= 1;
+            if *count > 0 {
+                return;
+            }
+            files.opens.remove(&ino);
+            files.cells.get(&ino).cloned()
+        };
+        if let Some(cell) = cell {
+            self.let_go(cell);
         }
-        self.let_go(cell);
-        if before <= 1 {
-            self.reap_if_unused(ino);
-        }
+        self.reap_if_unused(ino);
     }
 
     // ---- reading -------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ impl FileSystem for Vfs {
     }
 
     fn readlink(&self, ino: Ino) -> VfsResult<Bytes> {
-        match self.inode(ino)?.body {
+        // A link's target never changes, so that what is pending of it does not count.
+        match self.load(ino)?.body {
             crate::format::tables::Body::Target(target) => Ok(target),
             _ => Err(VfsError::Invalid),
         }

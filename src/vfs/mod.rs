@@ -34,13 +34,14 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
-use self::cell::{Cell, CellState};
+use self::cell::{Cell, CellState, Files};
 use self::types::{Attr, Time, VfsError};
 use crate::cache::{BlockStore, StoreError};
+use crate::format::brief;
 use crate::format::codec::FormatError;
 use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key, volume_key};
 use crate::ids::{BlockId, Ino, Lsn};
-use crate::journal::{Journal, JournalError, Tx};
+use crate::journal::{Brief, Form, Journal, JournalError, Tx};
 
 pub use self::accessed::Atime;
 pub(crate) use self::content::units;
@@ -57,6 +58,9 @@ pub const TARGET_MAX: usize = 4095;
 pub const SIZE_MAX: u64 = i64::MAX as u64;
 /// Most names one inode may have.
 pub const LINK_MAX: u32 = 1 << 30;
+
+/// What the journal keeps in memory for looking up: to be among its options. Without it all is the same, and slower.
+pub const FORM: Form = Form { key: brief::key, value: brief::value };
 
 type Result<T, E = VfsError> = std::result::Result<T, E>;
 
@@ -82,7 +86,7 @@ pub struct Vfs {
     blocks: Arc<BlockStore>,
     options: Options,
     gate: RwLock<()>,
-    cells: Vec<Mutex<HashMap<Ino, Arc<Cell>>>>,
+    files: Vec<Mutex<Files>>,
     /// References the kernel holds, by inode.
     references: Vec<Mutex<HashMap<Ino, u64>>>,
     /// Cells with pending changes.
@@ -186,7 +190,7 @@ impl Vfs {
             blocks,
             options,
             gate: RwLock::new(()),
-            cells: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            files: (0..SHARDS).map(|_| Mutex::default()).collect(),
             references: (0..SHARDS).map(|_| Mutex::default()).collect(),
             pending: Mutex::default(),
             orphans: Mutex::default(),
@@ -309,7 +313,7 @@ impl Vfs {
 
     /// The cell of a file; made when there is none. Not for directories.
     fn cell(&self, ino: Ino) -> Result<Arc<Cell>> {
-        let mut cells = self.cells[shard(ino)].lock();
+        let cells = &mut self.files[shard(ino)].lock().cells;
         if let Some(cell) = cells.get(&ino) {
             return Ok(Arc::clone(cell));
         }
@@ -324,21 +328,34 @@ impl Vfs {
 
     /// The cell of a file, when there is one.
     fn existing_cell(&self, ino: Ino) -> Option<Arc<Cell>> {
-        self.cells[shard(ino)].lock().get(&ino).cloned()
+        self.files[shard(ino)].lock().cells.get(&ino).cloned()
     }
 
     /// Lets the cell go when nobody needs it.
     fn let_go(&self, cell: Arc<Cell>) {
         let ino = cell.ino;
-        let mut cells = self.cells[shard(ino)].lock();
+        let files = &mut *self.files[shard(ino)].lock();
         // Given up inside the lock, so that of several who let go the last one sees that it is.
         drop(cell);
-        let unused = cells.get(&ino).is_some_and(|c| {
-            Arc::strong_count(c) == 1 && !c.is_open() && c.state.try_read().is_some_and(|s| !s.dirty)
-        });
+        let unused = !files.opens.contains_key(&ino)
+            && files
+                .cells
+                .get(&ino)
+                .is_some_and(|c| Arc::strong_count(c) == 1 && c.state.try_read().is_some_and(|s| !s.dirty));
         if unused {
-            cells.remove(&ino);
+            files.cells.remove(&ino);
         }
+    }
+
+    /// Counts an open handle; answers the file's cell, when there is one.
+    fn count_open(&self, ino: Ino) -> Option<Arc<Cell>> {
+        let files = &mut *self.files[shard(ino)].lock();
+        *files.opens.entry(ino).or_insert(0) += 1;
+        files.cells.get(&ino).cloned()
+    }
+
+    fn is_open(&self, ino: Ino) -> bool {
+        self.files[shard(ino)].lock().opens.contains_key(&ino)
     }
 
     /// Runs `f` with the cell of a file and lets it go afterwards, whatever came of it.
@@ -404,7 +421,7 @@ impl Vfs {
         if state.dirty {
             self.pending.lock().remove(&cell.ino);
         }
-        state.flushed(inode);
+        state.flushed(inode, &self.blocks);
     }
 
     // ---- inodes --------------------------------------------------------------------------------------------------
@@ -417,13 +434,27 @@ impl Vfs {
         }
     }
 
-    /// The inode with pending changes.
+    /// The inode with pending changes, without its content: `inode.body` says nothing.
     fn inode(&self, ino: Ino) -> Result<Inode> {
         if let Some(cell) = self.existing_cell(ino) {
-            let state = cell.state.read();
-            return if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) };
+            let inode = {
+                let state = cell.state.read();
+                if state.gone { Err(VfsError::Stale) } else { Ok(state.inode.clone()) }
+            };
+            self.let_go(cell);
+            return inode;
         }
-        self.load(ino)
+        self.load_brief(ino)
+    }
+
+    /// The inode as the journal has it, without its content.
+    fn load_brief(&self, ino: Ino) -> Result<Inode> {
+        let mut found = Vec::with_capacity(64);
+        match self.journal.brief(&inode_key(ino), &mut found)? {
+            Brief::Short => Ok(brief::inode(&found)?),
+            Brief::Whole(value) => Ok(Inode::decode(&value)?),
+            Brief::Absent => Err(VfsError::Stale),
+        }
     }
 
     fn attr(&self, ino: Ino, inode: &Inode) -> Attr {

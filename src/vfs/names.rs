@@ -1,7 +1,6 @@
 //! Names: looking up, making and removing directory entries.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -11,10 +10,12 @@ use super::{
     LINK_MAX, LOOKS, Result, TARGET_MAX, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode,
     tx_is_empty, usage,
 };
+use crate::format::brief;
 use crate::format::tables::{
     Body, Dirent, Inode, dirent_key, dirent_range, inode_key, orphan_key, split_dirent_key,
 };
 use crate::ids::Ino;
+use crate::journal::Brief;
 
 /// Entries read from the journal at once while a directory is listed.
 const PAGE: usize = 256;
@@ -59,9 +60,11 @@ impl NewInode<'_> {
 
 impl Vfs {
     pub(super) fn find(&self, parent: Ino, name: &[u8]) -> Result<Option<Dirent>> {
-        Ok(match self.journal.get(&dirent_key(parent, name))? {
-            Some(value) => Some(Dirent::decode(&value)?),
-            None => None,
+        let mut found = Vec::with_capacity(16);
+        Ok(match self.journal.brief(&dirent_key(parent, name), &mut found)? {
+            Brief::Short => Some(brief::dirent(&found)?),
+            Brief::Whole(value) => Some(Dirent::decode(&value)?),
+            Brief::Absent => None,
         })
     }
 
@@ -71,7 +74,7 @@ impl Vfs {
         }
         let ino = match name {
             b"." => parent,
-            b".." => self.load(parent)?.parent,
+            b".." => self.load_brief(parent)?.parent,
             _ => self.find(parent, name)?.ok_or(VfsError::NotFound)?.ino,
         };
         // Referenced first, so that it cannot be reaped between the two looks.
@@ -85,7 +88,7 @@ impl Vfs {
         }
     }
 
-    /// Makes an inode with a name. With `open`, a cell with one open handle comes with it.
+    /// Makes an inode with a name. With `open`, one open handle is counted.
     pub(super) fn make(
         &self,
         parent: Ino,
@@ -119,15 +122,13 @@ impl Vfs {
             usage::change(tx, 0, 1)?;
             Ok(inode)
         });
-        // Others may have found and changed it by now: its cell is theirs, too.
-        let opened = made.and_then(|(inode, _)| {
-            if open {
-                self.cell(ino)?.open.fetch_add(1, Ordering::AcqRel);
+        match made {
+            Ok((inode, _)) => {
+                if open {
+                    self.count_open(ino);
+                }
+                Ok(self.attr(ino, &inode))
             }
-            Ok(inode)
-        });
-        match opened {
-            Ok(inode) => Ok(self.attr(ino, &inode)),
             Err(e) => {
                 self.do_forget(ino, 1);
                 Err(e)
@@ -188,7 +189,7 @@ impl Vfs {
     }
 
     fn existing_kind(&self, ino: Ino) -> Result<FileKind> {
-        Ok(self.load(ino)?.kind)
+        Ok(self.load_brief(ino)?.kind)
     }
 
     pub(super) fn do_unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
@@ -291,7 +292,7 @@ impl Vfs {
         plus: bool,
         emit: &mut dyn FnMut(&DirItem<'_>) -> bool,
     ) -> Result<()> {
-        let dir = self.load(ino)?;
+        let dir = self.load_brief(ino)?;
         if dir.kind != FileKind::Directory {
             return Err(VfsError::NotDirectory);
         }

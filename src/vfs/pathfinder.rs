@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn paths_are_found_through_directories_or_it_is_said_why_not() {
         let dir = tempfile::tempdir().unwrap();
-        let (journal, _) = Journal::open(Options::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+        let (journal, _) = Journal::open(Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
         let vfs = {
             let blocks = crate::cache::BlockStore::open(
                 &dir.path().join("slots"),

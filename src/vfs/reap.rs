@@ -99,7 +99,7 @@ impl Vfs {
         if !self.orphans.lock().contains(&ino) || self.is_referenced(ino) {
             return;
         }
-        if self.existing_cell(ino).is_some_and(|c| c.is_open()) {
+        if self.is_open(ino) {
             return;
         }
         let mut state = self.reaper.state.lock();
@@ -200,7 +200,7 @@ impl Vfs {
     /// Deletes one orphan, in steps.
     pub(super) fn reap(&self, ino: Ino) -> Result<()> {
         // Somebody may use it again: then this is asked for once more when they end.
-        if self.is_referenced(ino) || self.existing_cell(ino).is_some_and(|c| c.is_open()) {
+        if self.is_referenced(ino) || self.is_open(ino) {
             return Ok(());
         }
         let cell = match self.cell(ino) {
@@ -211,7 +211,7 @@ impl Vfs {
                     self.flush_cell(&cell, &mut state)?;
                     state.gone = true;
                     // Users count themselves first and then look whether it is gone: one of us sees the other.
-                    let in_use = self.is_referenced(ino) || cell.is_open();
+                    let in_use = self.is_referenced(ino) || self.is_open(ino);
                     state.gone = !in_use;
                     in_use
                 };

@@ -23,16 +23,20 @@ impl Vfs {
 
     pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
         let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
-        let flushed = self.commit_cell(&cell);
+        let flushed = self.commit_cell(&cell, false);
         self.let_go(cell);
         flushed
     }
 
-    /// Puts what is pending of a file into the journal.
-    fn commit_cell(&self, cell: &Cell) -> Result<()> {
+    /// Puts what is pending of a file into the journal; `waits`: to be made durable at once.
+    fn commit_cell(&self, cell: &Cell, waits: bool) -> Result<()> {
         if cell.state.read().dirty {
             let _gate = self.enter()?;
-            self.flush_cell(cell, &mut cell.state.write())?;
+            let mut state = cell.state.write();
+            state.is_waited_for = waits;
+            let flushed = self.flush_cell(cell, &mut state);
+            state.is_waited_for = false;
+            flushed?;
         }
         Ok(())
     }
@@ -41,7 +45,11 @@ impl Vfs {
         if self.options.remote_fsync && wait == Wait::No {
             return Err(VfsError::WouldBlock);
         }
-        self.do_flush(ino)?;
+        if let Some(cell) = self.existing_cell(ino) {
+            let committed = self.commit_cell(&cell, true);
+            self.let_go(cell);
+            committed?;
+        }
         self.journal.barrier(self.journal.last_lsn())?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),

@@ -20,7 +20,9 @@ struct Fixture {
 impl Fixture {
     fn new(limit: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+        let options =
+            JournalOptions { form: super::FORM, ..JournalOptions::new(dir.path(), Arc::new(|_| Ok(()))) };
+        let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, limit, Arc::clone(&journal)).unwrap();
         let options = Options {
             clock: Arc::new(|| Time { secs: 1, nanos: 0 }),
@@ -42,7 +44,7 @@ impl Fixture {
     }
 
     fn cells(&self) -> usize {
-        self.vfs.cells.iter().map(|c| c.lock().len()).sum()
+        self.vfs.files.iter().map(|f| f.lock().cells.len()).sum()
     }
 }
 
@@ -101,6 +103,58 @@ fn cells_with_changes_or_handles_stay() {
 }
 
 #[test]
+fn an_open_file_is_loaded_by_who_reads_it() {
+    let f = Fixture::new(1 << 30);
+    let ino = f.file(b"a", b"content");
+    f.vfs.release(ino);
+    assert_eq!(f.cells(), 0);
+    f.vfs.open(ino, false, false).unwrap();
+    f.vfs.open(ino, false, false).unwrap();
+    f.vfs.flush(ino).unwrap();
+    assert_eq!((f.cells(), f.vfs.is_open(ino)), (0, true));
+    f.vfs.unlink(Ino::ROOT, b"a").unwrap();
+    f.vfs.forget(ino, 1);
+    f.vfs.release(ino);
+    f.vfs.wait_reaped();
+    assert_eq!(f.read(ino), b"content", "open once more");
+    assert_eq!(f.cells(), 1);
+    f.vfs.release(ino);
+    f.vfs.wait_reaped();
+    assert_eq!((f.cells(), f.vfs.is_open(ino)), (0, false));
+    assert_eq!(f.vfs.open(ino, false, false), Err(VfsError::Stale));
+    assert_eq!(f.vfs.open(Ino::ROOT, false, false), Err(VfsError::IsDirectory));
+    f.vfs.release(ino);
+    assert!(!f.vfs.is_open(ino) && !f.vfs.is_open(Ino::ROOT), "what failed is not counted");
+}
+
+#[test]
+fn what_is_known_in_brief_is_all_that_stat_shows() {
+    let f = Fixture::new(1 << 30);
+    let file = f.file(b"file", b"content");
+    let link = f.vfs.symlink(Ino::ROOT, b"link", b"to/file", &ME).unwrap();
+    let dir = f.vfs.mkdir(Ino::ROOT, b"dir", 0o750, &ME).unwrap();
+    let device = f.vfs.mknod(Ino::ROOT, b"device", FileKind::CharDevice, 0o600, 0x103, &ME).unwrap();
+    f.vfs.release(file);
+    let expected = [f.vfs.getattr(file).unwrap(), link, dir, device];
+    // In sled by now, and in none of the layers above.
+    let journal = f.vfs.journal();
+    journal.barrier(journal.last_lsn()).unwrap();
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while journal.stats().applied_lsn < journal.last_lsn() && std::time::Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(journal.stats().brief_bytes > 0);
+    let found = [&b"file"[..], b"link", b"dir", b"device"].map(|name| f.vfs.lookup(Ino::ROOT, name).unwrap());
+    assert_eq!(found[1..], expected[1..]);
+    assert_eq!((found[0].size, found[0].ino), (7, file));
+    assert_eq!(f.vfs.readlink(link.ino).unwrap(), &b"to/file"[..]);
+    assert_eq!(f.vfs.lookup(dir.ino, b"..").unwrap().ino, Ino::ROOT);
+    f.vfs.rename(Ino::ROOT, b"file", dir.ino, b"moved", RenameMode::Replace).unwrap();
+    assert_eq!(f.vfs.lookup(Ino::ROOT, b"file"), Err(VfsError::NotFound));
+    assert_eq!(f.vfs.lookup(dir.ino, b"moved").unwrap().ino, file);
+}
+
+#[test]
 fn an_orphan_that_somebody_uses_again_is_not_deleted() {
     let f = Fixture::new(1 << 30);
     f.vfs.stop_reaper();
@@ -139,7 +193,7 @@ fn what_is_being_deleted_is_there_for_nobody() {
     cell.state.write().gone = true;
     assert_eq!(f.vfs.getattr(ino), Err(VfsError::Stale));
     assert_eq!(f.vfs.open(ino, false, false), Err(VfsError::Stale));
-    assert!(!cell.is_open());
+    assert!(!f.vfs.is_open(ino));
     assert_eq!(f.vfs.write(ino, 0, b"x", Wait::Yes), Err(VfsError::Stale));
     assert_eq!(f.vfs.setattr(ino, &SetAttr::default(), &ME), Err(VfsError::Stale));
 }

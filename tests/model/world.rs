@@ -259,7 +259,8 @@ impl World {
         let options = JournalOptions {
             // Small files, so that the tail is cut while the test runs.
             tail_file_size: 1 << 20,
-            ..JournalOptions::new(&state, Arc::new(move || hook.get().map_or(Ok(()), |s| s.sync())))
+            form: mirrorfs::vfs::FORM,
+            ..JournalOptions::new(&state, Arc::new(move |mark| hook.get().map_or(Ok(()), |s| s.sync(mark))))
         };
         let (journal, _) = Journal::open(options).unwrap();
         if !import.is_empty() {

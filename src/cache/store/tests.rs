@@ -21,7 +21,7 @@ struct Fixture {
 }
 
 fn open_at(path: &Path, limit: u64) -> (Arc<Journal>, Arc<BlockStore>) {
-    let (journal, _) = Journal::open(Options::new(path, Arc::new(|| Ok(())))).unwrap();
+    let (journal, _) = Journal::open(Options::new(path, Arc::new(|_| Ok(())))).unwrap();
     let store = BlockStore::open(&path.join("slots"), BS, limit, Arc::clone(&journal)).unwrap();
     (journal, store)
 }
@@ -355,4 +355,109 @@ fn written_blocks_without_their_file_are_an_error_never_zeros() {
         let error = BlockStore::open(&path.join("slots"), BS, limit, Arc::clone(&journal)).err().unwrap();
         assert!(error.to_string().contains("is gone, and with it 1 written"), "{error}");
     }
+}
+
+impl Fixture {
+    /// As a file's flush does: answers the mark that the record rests on.
+    fn put(&self, block: &DirtyBlock, small: bool) -> u64 {
+        let mark = std::cell::Cell::new(0);
+        self.transact(|tx| {
+            self.store.put_dirty(tx, block.id, small)?;
+            mark.set(tx.mark());
+            Ok(())
+        });
+        self.store.after_put([&block.id]);
+        mark.get()
+    }
+
+    fn patches(&self) -> usize {
+        let (start, end) = prefix_range(&[table::PATCH]);
+        self.journal.scan(&start, &end, 1000).unwrap().len()
+    }
+
+    /// Closes, takes from the slot file all that was not synced, and opens.
+    fn lose_slots(self, synced: &[u8]) -> Self {
+        self.journal.barrier(self.journal.last_lsn()).unwrap();
+        self.journal.close().unwrap();
+        std::fs::write(self.path.join("slots"), synced).unwrap();
+        self.reopen()
+    }
+
+    fn slots(&self) -> Vec<u8> {
+        std::fs::read(self.path.join("slots")).unwrap()
+    }
+}
+
+#[test]
+fn what_a_record_holds_itself_needs_no_sync_of_the_slots() {
+    let f = Fixture::new(1 << 30);
+    let block = f.dirty(&[1; 1000]);
+    assert_ne!(f.put(&block, false), 0);
+    let synced = f.slots();
+    f.store.write(&block, 10, &[2; 100]).unwrap();
+    assert_eq!(f.put(&block, true), 0);
+    f.store.write(&block, 50, &[3; 100]).unwrap();
+    assert_eq!(f.put(&block, true), 0);
+    // Beyond the old end, and then something that no record speaks of.
+    f.store.write(&block, 5000, &[4; 10]).unwrap();
+    assert_eq!(f.put(&block, true), 0);
+    f.store.write(&block, 60, &[5; 10]).unwrap();
+    let mut expected = vec![1; 1000];
+    expected.resize(5010, 0);
+    expected[10..50].fill(2);
+    expected[50..150].fill(3);
+    expected[5000..].fill(4);
+    let id = block.id;
+    drop(block);
+    let f = f.lose_slots(&synced);
+    assert_eq!(f.read(id, 5010).unwrap(), expected);
+    // And once more: nothing has been synced yet.
+    let f = f.lose_slots(&synced);
+    assert_eq!(f.read(id, 5010).unwrap(), expected);
+    assert_eq!(f.patches(), 3);
+}
+
+#[test]
+fn a_change_that_is_synced_ends_the_patches_before_it() {
+    let f = Fixture::new(1 << 30);
+    let block = f.dirty(&[1; 1000]);
+    f.put(&block, false);
+    f.store.write(&block, 0, &[2; 10]).unwrap();
+    f.put(&block, true);
+    assert_eq!(f.patches(), 1);
+    f.store.write(&block, 5, &[3; 10]).unwrap();
+    let mark = f.put(&block, false);
+    assert_eq!(f.patches(), 0);
+    f.store.slots().sync(mark).unwrap();
+    let synced = f.slots();
+    let id = block.id;
+    drop(block);
+    let f = f.lose_slots(&synced);
+    assert_eq!(f.read(id, 16).unwrap(), [[2; 5].as_slice(), &[3; 10], &[1]].concat());
+    // What stands in another file's record is no reason to sync.
+    assert_eq!(f.transact(|tx| Ok(tx.put("\u{1}x", "1"))), f.journal.last_lsn());
+}
+
+#[test]
+fn patches_go_with_their_block() {
+    let f = Fixture::new(1 << 30);
+    let (sealed, released) = (f.dirty(&[1; 100]), f.dirty(&[2; 100]));
+    for block in [&sealed, &released] {
+        assert_eq!(f.put(block, true), 0);
+    }
+    assert_eq!(f.patches(), 2);
+    f.release(released.id);
+    assert_eq!(f.patches(), 1);
+    let copy = f.store.create(Some(sealed.id), 50).unwrap();
+    assert_eq!(f.put(&copy, true), 0, "bytes taken over are bytes that changed");
+    assert_eq!(f.patches(), 2);
+    let frozen = f.store.freeze();
+    f.register(&frozen);
+    assert_eq!(f.patches(), 0);
+    // Of a block that is not dirty: no daemon leaves such.
+    f.transact(|tx| {
+        tx.put(crate::format::tables::patch_key(BlockId(999), 0), vec![0; 8]);
+        Ok(())
+    });
+    assert_eq!(f.reopen().patches(), 0);
 }

@@ -149,7 +149,7 @@ pub fn fsck_state(dir: &Path, args: &FsckArgs<'_>) -> Result<Report, Error> {
     }
     let copy = if args.repair { None } else { Some(Copy::of(&state)?) };
     let opened = match &copy {
-        Some(copy) => Journal::open(journal::Options::new(&copy.0, Arc::new(|| Ok(())))),
+        Some(copy) => Journal::open(journal::Options::new(&copy.0, Arc::new(|_| Ok(())))),
         None => open_with_ballast(&state, &SlotCell::default()),
     };
     let journal = match opened {

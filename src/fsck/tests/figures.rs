@@ -16,7 +16,7 @@ fn many_files() {
     let w = World::new();
     let mut root = w.inode(Ino::ROOT);
     let dir = tempfile::tempdir().unwrap();
-    let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+    let (journal, _) = Journal::open(JournalOptions::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
     root.nlink = 2 + 1000;
     let entry = |id: u64| {
         let loc = crate::format::tables::FrameLoc {

@@ -1,5 +1,6 @@
 //! Tests of the journal as a whole; those of its parts stand beside the parts.
 
+mod brief;
 mod damage;
 mod full;
 
@@ -23,7 +24,7 @@ use super::*;
 type Model = BTreeMap<Bytes, Bytes>;
 
 fn options(dir: &Path) -> Options {
-    Options { tail_file_size: 128 << 10, ..Options::new(dir, Arc::new(|| Ok(()))) }
+    Options { tail_file_size: 128 << 10, ..Options::new(dir, Arc::new(|_| Ok(()))) }
 }
 
 fn open(dir: &Path) -> (Arc<Journal>, Opened) {
@@ -265,7 +266,7 @@ fn one_sync_serves_many_barriers() {
     let dir = tempfile::tempdir().unwrap();
     let synced = Arc::new(AtomicUsize::new(0));
     let count = synced.clone();
-    let slow = move || {
+    let slow = move |_| {
         count.fetch_add(1, SeqCst);
         std::thread::sleep(Duration::from_millis(3));
         Ok(())
@@ -367,11 +368,11 @@ fn what_a_killed_process_left_is_synced_before_it_is_built_upon() {
 #[test]
 fn a_failing_data_sync_poisons() {
     let dir = tempfile::tempdir().unwrap();
-    let fail: Arc<dyn Fn() -> io::Result<()> + Send + Sync> = Arc::new(|| Err(io::Error::other("gone")));
+    let fail: DataSync = Arc::new(|_| Err(io::Error::other("gone")));
     let (j, _) = Journal::open(Options::new(dir.path(), fail)).unwrap();
     let lsn = put(&j, "a", "1");
     assert!(matches!(j.barrier(lsn), Err(JournalError::Poisoned(why)) if why.contains("gone")));
-    let panics: Arc<dyn Fn() -> io::Result<()> + Send + Sync> = Arc::new(|| panic!("in the hook"));
+    let panics: DataSync = Arc::new(|_| panic!("in the hook"));
     let dir = tempfile::tempdir().unwrap();
     let (j, _) = Journal::open(Options::new(dir.path(), panics)).unwrap();
     let lsn = put(&j, "a", "1");
@@ -479,7 +480,7 @@ fn a_second_open_is_locked_out() {
 #[ignore = "prints figures"]
 fn figures() {
     let dir = tempfile::tempdir_in(std::env::var("JOURNAL_DIR").unwrap_or_else(|_| ".".into())).unwrap();
-    let (j, _) = Journal::open(Options::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+    let (j, _) = Journal::open(Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
     let tx = |n: u64| {
         j.transact::<_, JournalError>(|tx| {
             tx.put([&[2][..], &n.to_be_bytes()].concat(), vec![7; 90]);
@@ -542,7 +543,7 @@ fn figures() {
     println!("close: {:?}", t.elapsed());
     drop(j);
     let t = Instant::now();
-    let (j, _) = Journal::open(Options::new(dir.path(), Arc::new(|| Ok(())))).unwrap();
+    let (j, _) = Journal::open(Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
     println!("open: {:?}", t.elapsed());
     j.release(j.last_lsn());
     let t = Instant::now();

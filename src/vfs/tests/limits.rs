@@ -70,8 +70,9 @@ impl Bench {
     fn open(dir: tempfile::TempDir, shelf: Arc<Shelf>) -> Self {
         let slots: Arc<OnceLock<Arc<crate::cache::slots::SlotFile>>> = Arc::default();
         let hook = Arc::clone(&slots);
-        let sync = Arc::new(move || hook.get().map_or(Ok(()), |s| s.sync()));
-        let (journal, _) = Journal::open(JournalOptions::new(dir.path(), sync)).unwrap();
+        let sync = Arc::new(move |mark| hook.get().map_or(Ok(()), |s| s.sync(mark)));
+        let options = JournalOptions { form: crate::vfs::FORM, ..JournalOptions::new(dir.path(), sync) };
+        let (journal, _) = Journal::open(options).unwrap();
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
         slots.set(Arc::clone(blocks.slots())).ok().unwrap();
         blocks.set_source(Arc::clone(&shelf) as _);
@@ -356,7 +357,7 @@ fn a_deletion_that_fails_is_tried_again() {
 fn a_cut_waits_for_no_room_while_writers_stand() {
     let dir = tempfile::tempdir().unwrap();
     let options =
-        JournalOptions { memtable_limit: 1, ..JournalOptions::new(dir.path(), Arc::new(|| Ok(()))) };
+        JournalOptions { memtable_limit: 1, ..JournalOptions::new(dir.path(), Arc::new(|_| Ok(()))) };
     let (journal, _) = Journal::open(options).unwrap();
     for i in 0..40u8 {
         let put = |tx: &mut Tx<'_>| -> Result<(), JournalError> {
