@@ -356,7 +356,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let size = 2 * PIECE as u32;
         let slots = SlotFile::open(&dir.path().join("slots"), size, &[]).unwrap();
-        slots.sync(0).unwrap();
         let all: Vec<Slot> = (0..6).map(|_| slots.allocate()).collect();
         let lens = [1, ALIGN, ALIGN + 1, PIECE, PIECE + 5, 2 * PIECE];
         for (slot, len) in all.iter().zip(lens) {

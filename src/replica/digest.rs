@@ -16,9 +16,11 @@ use object_store::client::{
 use parking_lot::Mutex;
 
 type Sum = [u8; 32];
+/// Sums by address and length, each computed when it is first wanted.
+type Sums = HashMap<(usize, usize), Arc<OnceLock<Sum>>>;
 
 /// By address and length. Two things that are in memory at the same time never share both, and none of these changes.
-static SUMS: LazyLock<Mutex<HashMap<(usize, usize), Arc<OnceLock<Sum>>>>> = LazyLock::new(Mutex::default);
+static SUMS: LazyLock<Mutex<Sums>> = LazyLock::new(Mutex::default);
 
 fn place(bytes: &[u8]) -> (usize, usize) {
     (bytes.as_ptr() as usize, bytes.len())
