@@ -8,7 +8,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -45,8 +45,6 @@ pub struct DirtyBlock {
     dead: AtomicBool,
     /// A registered segment holds it.
     sealed: AtomicBool,
-    /// See [`DirtyBlock::set_order`].
-    order: [AtomicU64; 2],
     /// Its bytes are part of the store's sum. Changes only while the content is locked for writing.
     counted: AtomicBool,
     content: RwLock<Content>,
@@ -228,21 +226,9 @@ impl DirtyBlock {
             shared: AtomicBool::new(shared),
             dead: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
-            order: Default::default(),
             counted: AtomicBool::new(true),
             content: RwLock::new(content),
         }
-    }
-
-    /// Where it is to lie among the others of its group: what is read together has neighbouring orders. A wish only, and lost by a restart.
-    pub fn set_order(&self, major: u64, minor: u64) {
-        self.order[0].store(major, Ordering::Relaxed);
-        self.order[1].store(minor, Ordering::Relaxed);
-    }
-
-    /// What [`DirtyBlock::set_order`] said, then its number.
-    pub fn order(&self) -> (u64, u64, BlockId) {
-        (self.order[0].load(Ordering::Relaxed), self.order[1].load(Ordering::Relaxed), self.id)
     }
 
     /// Whether it may be written in place while transaction group `current` collects.

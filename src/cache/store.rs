@@ -546,8 +546,7 @@ impl BlockStore {
         let ended = self.txg.fetch_add(1, Ordering::AcqRel);
         let dirty = self.dirty.read();
         let mut frozen: Vec<_> = dirty.values().filter(|b| b.txg <= ended).cloned().collect();
-        // As they will be read, not as they were written: the kernel's writes of one file overtake one another.
-        frozen.sort_by_key(|b| b.order());
+        frozen.sort_by_key(|b| b.id);
         frozen
     }
 

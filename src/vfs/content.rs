@@ -8,7 +8,6 @@ use bytes::Bytes;
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
 use super::{Result, SIZE_MAX, Vfs, buffers, readahead, shard};
-use crate::cache::dirty::DirtyBlock;
 use crate::cache::space::Admission;
 use crate::cache::{Missing, StoreError, Supply};
 use crate::format::tables::{BlockEntry, INLINE_MAX};
@@ -411,13 +410,6 @@ impl Vfs {
         Ok(())
     }
 
-    /// A new block at `index` of a file, to lie in segments beside the file's others.
-    fn new_block(&self, ino: Ino, index: u64, below: Option<BlockId>, keep: u32) -> Result<Arc<DirtyBlock>> {
-        let block = self.blocks.create(below, keep)?;
-        block.set_order(ino.0, index);
-        Ok(block)
-    }
-
     fn write_block(&self, ino: Ino, state: &mut CellState, index: u64, at: u32, data: &[u8]) -> Result<()> {
         let id = state.block_at_cached(&self.journal, ino, index)?;
         if let Some(block) = (id.0 != 0).then(|| self.blocks.writable(id)).flatten() {
@@ -430,7 +422,7 @@ impl Vfs {
         let covers = at == 0 && data.len() == self.blocks.block_size() as usize;
         let below = (id.0 != 0).then_some(id);
         let before = if let Some(id) = below { units(self.blocks.block_len(id)?) } else { 0 };
-        let block = self.new_block(ino, index, below, if covers { 0 } else { u32::MAX })?;
+        let block = self.blocks.create(below, if covers { 0 } else { u32::MAX })?;
         if let Err(e) = self.blocks.write(&block, at, data) {
             self.blocks.discard(block.id);
             return Err(e.into());
@@ -472,7 +464,7 @@ impl Vfs {
                     self.blocks.truncate(&block, within);
                     state.touched.insert(id);
                 } else {
-                    let block = self.new_block(ino, index, Some(id), within)?;
+                    let block = self.blocks.create(Some(id), within)?;
                     state.replace_block(index, id, block.id);
                 }
                 state.inode.blocks = (state.inode.blocks + units(within)).saturating_sub(units(len));
@@ -583,7 +575,7 @@ impl Vfs {
                     block
                 }
                 None => {
-                    let block = self.new_block(ino, index, Some(id), u32::MAX)?;
+                    let block = self.blocks.create(Some(id), u32::MAX)?;
                     state.replace_block(index, id, block.id);
                     block
                 }
