@@ -163,6 +163,11 @@ impl SlotFile {
         Ok(())
     }
 
+    /// Makes everything durable that was changed so far.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.sync(self.changed.load(Ordering::Acquire))
+    }
+
     #[cfg(test)]
     fn pretend(&self) -> io::Result<()> {
         let state = self.state.lock();

@@ -160,6 +160,11 @@ impl BlockStore {
     /// cached-block table into the journal. Called every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
         self.recent.lock().tick();
+        // Sealing fills slots for which nobody waits: else the next fsync that rests on the slots would pay for it.
+        self.slots.sync_all().inspect_err(|e| {
+            // What the kernel could not write it may take for written from now on.
+            self.journal.poison(&format!("syncing block data failed: {e}"));
+        })?;
         // First what needs no space, so that a full disk cannot keep it from being done.
         let freed = self.slots.reclaim(self.journal.durable_lsn());
         self.make_room();
