@@ -16,8 +16,7 @@ use crate::fuse::mountinfo;
 use crate::ids::Epoch;
 use crate::replica::FenceNote;
 
-/// Version of the state folder's layout.
-/// Layout of the state folder: 2 since the tables may hold patches, which whoever does not know them would not apply.
+/// Version of the state folder's layout: 2 since the tables may hold patches, which whoever does not know them would not apply.
 const VERSION: u32 = 2;
 /// The oldest layout that is carried over: it differs only by what version 2 adds.
 const OLDEST: u32 = 1;
