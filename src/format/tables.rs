@@ -123,6 +123,30 @@ fn get_time(d: &mut Decoder<'_>) -> Result<Time, FormatError> {
 }
 
 impl Inode {
+    /// A new one with one name, made `now`, and nothing in it yet. What its kind asks for besides (a parent, a target, a device) is still
+    /// to be set.
+    #[must_use]
+    pub fn new(kind: FileKind, perm: u16, (uid, gid): (u32, u32), now: Time) -> Self {
+        Self {
+            kind,
+            perm,
+            uid,
+            gid,
+            nlink: if kind == FileKind::Directory { 2 } else { 1 },
+            rdev: 0,
+            size: 0,
+            blocks: 0,
+            atime: now,
+            mtime: now,
+            ctime: now,
+            btime: now,
+            generation: 1,
+            flags: 0,
+            parent: Ino(0),
+            body: Body::Blocks,
+        }
+    }
+
     /// The value's bytes.
     #[must_use]
     pub fn encode(&self) -> Bytes {

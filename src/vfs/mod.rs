@@ -217,27 +217,9 @@ impl Vfs {
         if self.journal.get(&inode_key(Ino::ROOT))?.is_some() {
             return Ok(());
         }
-        let now = self.now();
         // SAFETY: these two calls only read the process's credentials.
-        let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
-        let root = Inode {
-            kind: FileKind::Directory,
-            perm: 0o755,
-            uid,
-            gid,
-            nlink: 2,
-            rdev: 0,
-            size: 0,
-            blocks: 0,
-            atime: now,
-            mtime: now,
-            ctime: now,
-            btime: now,
-            generation: 1,
-            flags: 0,
-            parent: Ino::ROOT,
-            body: Body::Blocks,
-        };
+        let owner = unsafe { (libc::getuid(), libc::getgid()) };
+        let root = Inode { parent: Ino::ROOT, ..Inode::new(FileKind::Directory, 0o755, owner, self.now()) };
         self.journal.transact::<_, VfsError>(|tx| {
             tx.put(inode_key(Ino::ROOT), root.encode());
             usage::change(tx, 0, 1)?;

@@ -33,27 +33,18 @@ impl NewInode<'_> {
     pub(super) fn inode(&self, dir: &Inode, parent: Ino, caller: Caller, now: Time) -> Inode {
         let is_dir = self.kind == FileKind::Directory;
         let inherits = dir.perm & 0o2000 != 0;
+        let perm = (self.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 };
+        let owner = (caller.uid, if inherits { dir.gid } else { caller.gid });
         Inode {
-            kind: self.kind,
-            perm: (self.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 },
-            uid: caller.uid,
-            gid: if inherits { dir.gid } else { caller.gid },
-            nlink: if is_dir { 2 } else { 1 },
             rdev: self.rdev,
             size: self.target.len() as u64,
-            blocks: 0,
-            atime: now,
-            mtime: now,
-            ctime: now,
-            btime: now,
-            generation: 1,
-            flags: 0,
             parent: if is_dir { parent } else { Ino(0) },
             body: match self.kind {
                 FileKind::Regular => Body::Inline(Bytes::new()),
                 FileKind::Symlink => Body::Target(Bytes::copy_from_slice(self.target)),
                 _ => Body::Blocks,
             },
+            ..Inode::new(self.kind, perm, owner, now)
         }
     }
 }
