@@ -431,12 +431,22 @@ impl Vfs {
 
     /// The inode as the journal has it, without its content.
     fn load_brief(&self, ino: Ino) -> Result<Inode> {
+        self.brief(&inode_key(ino), brief::inode, Inode::decode)?.ok_or(VfsError::Stale)
+    }
+
+    /// What the journal has at `key`, out of its brief form or the whole value.
+    fn brief<T>(
+        &self,
+        key: &[u8],
+        short: fn(&[u8]) -> Result<T, FormatError>,
+        whole: fn(&[u8]) -> Result<T, FormatError>,
+    ) -> Result<Option<T>> {
         let mut found = Vec::with_capacity(64);
-        match self.journal.brief(&inode_key(ino), &mut found)? {
-            Brief::Short => Ok(brief::inode(&found)?),
-            Brief::Whole(value) => Ok(Inode::decode(&value)?),
-            Brief::Absent => Err(VfsError::Stale),
-        }
+        Ok(match self.journal.brief(key, &mut found)? {
+            Brief::Short => Some(short(&found)?),
+            Brief::Whole(value) => Some(whole(&value)?),
+            Brief::Absent => None,
+        })
     }
 
     fn attr(&self, ino: Ino, inode: &Inode) -> Attr {

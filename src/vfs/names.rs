@@ -15,7 +15,6 @@ use crate::format::tables::{
     Body, Dirent, Inode, dirent_key, dirent_range, inode_key, orphan_key, split_dirent_key,
 };
 use crate::ids::Ino;
-use crate::journal::Brief;
 
 /// Entries read from the journal at once while a directory is listed.
 const PAGE: usize = 256;
@@ -51,12 +50,7 @@ impl NewInode<'_> {
 
 impl Vfs {
     pub(super) fn find(&self, parent: Ino, name: &[u8]) -> Result<Option<Dirent>> {
-        let mut found = Vec::with_capacity(16);
-        Ok(match self.journal.brief(&dirent_key(parent, name), &mut found)? {
-            Brief::Short => Some(brief::dirent(&found)?),
-            Brief::Whole(value) => Some(Dirent::decode(&value)?),
-            Brief::Absent => None,
-        })
+        self.brief(&dirent_key(parent, name), brief::dirent, Dirent::decode)
     }
 
     pub(super) fn do_lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
