@@ -270,6 +270,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use super::super::tests::seed;
     use super::*;
 
     /// Keys that begin with `k`, values that do not begin with `-`, whole.
@@ -287,13 +288,6 @@ mod tests {
     fn found(briefs: &Briefs, key: &[u8]) -> Option<Vec<u8>> {
         let mut out = Vec::new();
         briefs.get(key, &mut out).ok().map(|()| out)
-    }
-
-    fn seed() -> u64 {
-        let seed =
-            std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
-        println!("JOURNAL_SEED={seed}");
-        seed
     }
 
     #[test]
