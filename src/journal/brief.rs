@@ -9,7 +9,6 @@
 //! takes a [`Ticket`] first, and every change in that part of the memory makes the ticket void.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -28,7 +27,7 @@ const SHARE: usize = 5;
 
 /// What is kept in memory of keys and values. Both append to the buffer and answer whether anything is kept; of equal brief keys the keys
 /// must be equal.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Form {
     /// The brief form of a key.
     pub key: fn(&[u8], &mut Vec<u8>) -> bool,
@@ -39,12 +38,6 @@ pub struct Form {
 impl Form {
     /// Nothing is kept.
     pub const NONE: Self = Self { key: |_, _| false, value: |_, _, _| false };
-}
-
-impl fmt::Debug for Form {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Form")
-    }
 }
 
 /// The state of a part before somebody read sled.
