@@ -114,7 +114,7 @@ pub struct BlockStore {
     /// How much is fetched along with small blocks.
     near: Mutex<Near>,
     /// What was fetched ahead just now.
-    recent: Mutex<Recent>,
+    recent: Recent,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -190,7 +190,7 @@ impl BlockStore {
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
             near: Mutex::default(),
-            recent: Mutex::default(),
+            recent: Recent::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -329,7 +329,7 @@ impl BlockStore {
             return miss();
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
-        let recent = self.recent.lock().get(&entry.hash);
+        let recent = self.recent.get(&entry.hash);
         if let Some(part) = recent.as_ref().and_then(|raw| raw.get(start as usize..start as usize + live)) {
             out[..live].copy_from_slice(part);
             return Ok(());
