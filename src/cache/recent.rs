@@ -42,6 +42,11 @@ impl Recent {
         }
     }
 
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
     /// The content of a block, if it is here.
     pub fn get(&mut self, hash: &BlockHash) -> Option<Bytes> {
         let (raw, wanted) = self.blocks.get_mut(hash)?;
