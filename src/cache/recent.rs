@@ -20,9 +20,10 @@ const TICKS: u64 = 3;
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     kept: Mutex<Kept>,
-    /// Whether there is anything: every read of a cached block asks, and as a rule there is nothing. Set under the lock, read without it.
-    /// Who puts a block here and then says so to others has said so to this reader, too. And a reader who were told too early or too late
-    /// would only read the slot: that has the same bytes, since both were compared with the hash.
+    /// Whether there is anything: every read of a cached block asks, and as a rule there is nothing. Changed under the lock and read
+    /// without it, so it is a hint, by which nobody can read old bytes. Who is told "nothing" reads the slot, which has the same ones, since
+    /// both were compared with the hash; who is told "something" looks under the lock. (Who finds a block in the LRU that was put here
+    /// before does see it: the LRU's lock lies between.)
     some: AtomicBool,
 }
 
@@ -43,9 +44,14 @@ impl Recent {
         self.some.store(!kept.blocks.is_empty(), Relaxed);
     }
 
+    /// Whether there is nothing. Costs no lock.
+    pub fn is_empty(&self) -> bool {
+        !self.some.load(Relaxed)
+    }
+
     /// The content of a block, if it is here.
     pub fn get(&self, hash: &BlockHash) -> Option<Bytes> {
-        if !self.some.load(Relaxed) {
+        if self.is_empty() {
             return None;
         }
         let kept = &mut *self.kept.lock();

@@ -277,6 +277,17 @@ impl BlockStore {
         }
     }
 
+    /// Bytes `[start, start + len)` of sealed block `id` without a copy, where all of them are in memory: in `supply`, or fetched ahead.
+    pub fn shared(&self, id: BlockId, start: u32, len: usize, supply: &Supply) -> Option<Bytes> {
+        if supply.is_empty() && self.recent.is_empty() || self.dirty(id).is_some() {
+            return None;
+        }
+        let hash = self.entry(id).ok()?.hash;
+        let raw = supply.get(&hash).cloned().or_else(|| self.recent.get(&hash))?;
+        let start = start as usize;
+        (start + len <= raw.len()).then(|| raw.slice(start..start + len))
+    }
+
     fn read_dirty(
         &self,
         block: &DirtyBlock,

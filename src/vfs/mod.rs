@@ -17,6 +17,7 @@ mod copy;
 mod fs;
 mod names;
 mod pathfinder;
+mod prefetch;
 mod readahead;
 mod reap;
 mod rename;
@@ -106,7 +107,7 @@ pub struct Vfs {
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
     pathfinder: pathfinder::Pathfinder,
-    prefetch: OnceLock<std::sync::mpsc::SyncSender<Vec<crate::format::tables::BlockEntry>>>,
+    prefetch: prefetch::Prefetch,
 }
 
 /// An answer inside a transaction: a refusal, or "look again", because what was looked up outside has changed.
@@ -204,7 +205,7 @@ impl Vfs {
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
             pathfinder: pathfinder::Pathfinder::default(),
-            prefetch: OnceLock::new(),
+            prefetch: prefetch::Prefetch::default(),
         });
         vfs.make_root()?;
         vfs.load_acl_use()?;
