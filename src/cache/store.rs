@@ -283,7 +283,16 @@ impl BlockStore {
             return None;
         }
         let hash = self.entry(id).ok()?.hash;
-        let raw = supply.get(&hash).cloned().or_else(|| self.recent.get(&hash))?;
+        let raw = match supply.get(&hash) {
+            Some(raw) => raw.clone(),
+            None => {
+                let raw = self.recent.get(&hash)?;
+                // It was used, as if it had been read from its slot.
+                let _ = self.clean.lock().get(&hash);
+                self.counters.hits.fetch_add(1, Ordering::Relaxed);
+                raw
+            }
+        };
         let start = start as usize;
         (start + len <= raw.len()).then(|| raw.slice(start..start + len))
     }
@@ -647,6 +656,16 @@ impl BlockStore {
             }
         }
         self.evict();
+    }
+
+    /// Whether sealing what is dirty takes more than twice the bytes that were changed: it seals whole blocks.
+    pub fn is_sparse(&self) -> bool {
+        let enough = self.space.dirty().saturating_mul(2);
+        let mut sealed = 0;
+        self.dirty.read().values().any(|block| {
+            sealed += u64::from(block.len());
+            sealed > enough
+        })
     }
 
     /// Number of clean blocks and of dirty blocks.

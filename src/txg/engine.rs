@@ -29,8 +29,10 @@ pub type AfterSeal = Box<dyn FnMut(&mut Sealer) -> Result<(), String> + Send>;
 pub struct EngineOptions {
     /// Longest time from a change to its cut.
     pub interval: Duration,
-    /// Dirty bytes that end a group sooner.
+    /// Dirty bytes that end a group sooner, when they are most of what there is to seal.
     pub bytes: u64,
+    /// Dirty bytes that end a group sooner in any case.
+    pub most: u64,
     /// Wall clock, for the cut time in segment headers.
     pub clock: Arc<dyn Fn() -> Time + Send + Sync>,
 }
@@ -147,9 +149,17 @@ struct Run {
     cut: Option<(Cut, Time)>,
 }
 
-/// Whether a group is due.
-fn is_due(asked: bool, changed_for: Option<Duration>, dirty: u64, options: &EngineOptions) -> bool {
-    asked || changed_for.is_some_and(|age| age >= options.interval || dirty >= options.bytes)
+/// Whether a group is due. `sparse` tells whether little of each dirty block was changed: such a group takes its time, because whole blocks
+/// are sealed and sent, and what is written at random comes back to the same ones.
+fn is_due(
+    asked: bool,
+    changed_for: Option<Duration>,
+    dirty: u64,
+    sparse: impl FnOnce() -> bool,
+    options: &EngineOptions,
+) -> bool {
+    let large = || dirty >= options.most || (dirty >= options.bytes && !sparse());
+    asked || changed_for.is_some_and(|age| age >= options.interval || large())
 }
 
 impl Run {
@@ -171,7 +181,8 @@ impl Run {
                 changed_since = None;
             }
             let age = changed_since.map(|t| t.elapsed());
-            if self.cut.is_none() && !is_due(wanted > served, age, self.blocks.space.dirty(), &self.options) {
+            let (dirty, sparse) = (self.blocks.space.dirty(), || self.blocks.is_sparse());
+            if self.cut.is_none() && !is_due(wanted > served, age, dirty, sparse, &self.options) {
                 let mut state = self.engine.state.lock();
                 if !state.stop && state.served >= state.wanted {
                     self.engine.wake.wait_for(&mut state, TICK);
@@ -232,12 +243,17 @@ mod tests {
 
     #[test]
     fn a_group_ends_by_age_size_or_request() {
-        let options =
-            EngineOptions { interval: Duration::from_secs(5), bytes: 100, clock: Arc::new(Time::default) };
-        assert!(!is_due(false, None, 1000, &options));
-        assert!(is_due(true, None, 0, &options));
-        assert!(!is_due(false, Some(Duration::from_secs(1)), 99, &options));
-        assert!(is_due(false, Some(Duration::from_secs(1)), 100, &options));
-        assert!(is_due(false, Some(Duration::from_secs(5)), 0, &options));
+        let clock = Arc::new(Time::default);
+        let options = EngineOptions { interval: Duration::from_secs(5), bytes: 100, most: 400, clock };
+        let due = |asked, age, dirty, sparse| {
+            is_due(asked, Option::map(age, Duration::from_secs), dirty, || sparse, &options)
+        };
+        assert!(!due(false, None, 1000, false));
+        assert!(due(true, None, 0, true));
+        assert!(!due(false, Some(1), 99, false));
+        assert!(due(false, Some(1), 100, false));
+        assert!(due(false, Some(5), 0, true));
+        assert!(!due(false, Some(4), 399, true), "it waits for more of the same blocks");
+        assert!(due(false, Some(1), 400, true));
     }
 }

@@ -251,7 +251,9 @@ fn registering_twice_counts_once() {
 fn filling_a_block_that_dies_leaves_the_sum_right() {
     let f = Fixture::new(1 << 20);
     let block = f.dirty(&[1; 100]);
+    assert!(!f.store.is_sparse());
     f.store.write(&block, 5000, &[2; 100]).unwrap();
+    assert!(f.store.is_sparse(), "5100 bytes are sealed for 200");
     f.put(&block, false);
     assert_eq!(f.store.space.dirty(), 200);
     let frozen = f.store.freeze();
