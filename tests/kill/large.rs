@@ -412,8 +412,6 @@ fn the_machine_is_gone_in_the_middle_of_a_large_cut() {
         let came = if round == 1 || t.rng.random_ratio(1, 8) {
             println!("{what}: {next} comes in the middle of it");
             let (came, news) = t.overtake(m, round, &next);
-            // Whether it was told before or behind the other one's claim cannot be seen here.
-            news.synced.store(0, Ordering::SeqCst);
             told.push((round, news));
             came
         } else {
