@@ -123,24 +123,7 @@ fn seal(c: &mut Criterion) {
 
 fn inode(ino: u64, body: Body) -> Inode {
     let at = Time { secs: 1_795_000_000 + ino as i64, nanos: 1 };
-    Inode {
-        kind: FileKind::Regular,
-        perm: 0o644,
-        uid: 1000,
-        gid: 1000,
-        nlink: 1,
-        rdev: 0,
-        size: 4096,
-        blocks: 8,
-        atime: at,
-        mtime: at,
-        ctime: at,
-        btime: at,
-        generation: 1,
-        flags: 0,
-        parent: Ino(0),
-        body,
-    }
+    Inode { size: 4096, blocks: 8, body, ..Inode::new(FileKind::Regular, 0o644, (1000, 1000), at) }
 }
 
 /// What creating a file leaves: its name, its inode, its directory's inode.

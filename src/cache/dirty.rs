@@ -287,11 +287,6 @@ impl DirtyBlock {
         self.content.read().valid.bytes()
     }
 
-    /// Its value for the local table.
-    pub fn encode(&self) -> Bytes {
-        self.content.read().encode()
-    }
-
     /// Bytes of the slot that changed since the journal last heard of the block.
     pub fn fresh_bytes(&self) -> u64 {
         self.content.read().patches.fresh_bytes()
@@ -446,7 +441,7 @@ mod tests {
                 Piece::Zero { start: 310, end: 400 },
             ]
         );
-        let bytes = block.encode();
+        let bytes = block.save(false).unwrap().value;
         let value = DirtyValue::decode(&bytes, 65536).unwrap();
         assert_eq!((value.len, value.base.map(|b| b.limit)), (310, Some(120)));
         block.write(0, &[3; 100]).unwrap();

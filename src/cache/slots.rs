@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 
 use super::space::Disk;
 use crate::ids::Lsn;
+use crate::replica::direct::{self, ALIGN, Aligned};
 use crate::trace::{self, Stage};
 
 /// The mark of what an earlier process left.
@@ -221,29 +222,11 @@ fn runs(descending: &[u32]) -> Vec<(u32, u32)> {
     runs
 }
 
-/// Addresses, offsets and lengths of direct writes are multiples of this.
-const ALIGN: usize = 4096;
-/// Bytes of one direct write.
+/// Bytes of one write past the kernel's cache.
 const PIECE: usize = 1 << 20;
 
 thread_local! {
-    static ALIGNED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Writes `data` at `offset`, padded with zeros to whole pages.
-fn write_direct(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
-    ALIGNED.with_borrow_mut(|buffer| {
-        buffer.resize(PIECE + ALIGN, 0);
-        let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
-        let buffer = &mut buffer[start..start + PIECE];
-        for (n, piece) in data.chunks(PIECE).enumerate() {
-            let padded = piece.len().next_multiple_of(ALIGN);
-            buffer[..piece.len()].copy_from_slice(piece);
-            buffer[piece.len()..padded].fill(0);
-            file.write_all_at(&buffer[..padded], offset + (n * PIECE) as u64)?;
-        }
-        Ok(())
-    })
+    static BUFFER: RefCell<Aligned> = RefCell::new(Aligned::new(PIECE));
 }
 
 /// One slot, owned. Dropping it frees the slot, once what freed it is durable.
@@ -298,15 +281,16 @@ impl Slot {
     pub fn fill_clean(&self, data: &[u8]) -> io::Result<()> {
         #[cfg(test)]
         self.file.pretend()?;
-        let direct = self.file.direct.get_or_init(|| {
-            let mut options = OpenOptions::new();
-            options.write(true).custom_flags(libc::O_DIRECT).open(&self.file.path).ok()
-        });
+        let direct = self
+            .file
+            .direct
+            .get_or_init(|| direct::open(&self.file.path, OpenOptions::new().write(true)).ok());
         let size = self.file.block_size as usize;
         if let Some(direct) = direct.as_ref().filter(|_| size.is_multiple_of(ALIGN) && data.len() <= size) {
             let offset = self.file.offset(self.index);
-            match trace::stage(Stage::Blocks, || write_direct(direct, data, offset)) {
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {}
+            let write = || BUFFER.with_borrow_mut(|buffer| buffer.write(direct, data, offset));
+            match trace::stage(Stage::Blocks, write) {
+                Err(e) if direct::is_refused(&e) => {}
                 written => return written,
             }
         }

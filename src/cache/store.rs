@@ -114,7 +114,7 @@ pub struct BlockStore {
     /// How much is fetched along with small blocks.
     near: Mutex<Near>,
     /// What was fetched ahead just now.
-    recent: Mutex<Recent>,
+    recent: Recent,
     /// The allowance of local disk.
     pub space: Space,
     /// Counters for status.
@@ -190,7 +190,7 @@ impl BlockStore {
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
             near: Mutex::default(),
-            recent: Mutex::default(),
+            recent: Recent::default(),
             space: Space::new(limit),
             counters: Counters::default(),
             journal,
@@ -277,6 +277,17 @@ impl BlockStore {
         }
     }
 
+    /// Bytes `[start, start + len)` of sealed block `id` without a copy, where all of them are in memory: in `supply`, or fetched ahead.
+    pub fn shared(&self, id: BlockId, start: u32, len: usize, supply: &Supply) -> Option<Bytes> {
+        if supply.is_empty() && self.recent.is_empty() || self.dirty(id).is_some() {
+            return None;
+        }
+        let hash = self.entry(id).ok()?.hash;
+        let raw = supply.get(&hash).cloned().or_else(|| self.recent.get(&hash))?;
+        let start = start as usize;
+        (start + len <= raw.len()).then(|| raw.slice(start..start + len))
+    }
+
     fn read_dirty(
         &self,
         block: &DirtyBlock,
@@ -329,7 +340,7 @@ impl BlockStore {
             return miss();
         }
         self.counters.hits.fetch_add(1, Ordering::Relaxed);
-        let recent = self.recent.lock().get(&entry.hash);
+        let recent = self.recent.get(&entry.hash);
         if let Some(part) = recent.as_ref().and_then(|raw| raw.get(start as usize..start as usize + live)) {
             out[..live].copy_from_slice(part);
             return Ok(());

@@ -10,6 +10,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
@@ -79,8 +81,7 @@ impl Client {
 
     /// The state of things.
     pub async fn status(&self) -> Result<Status, ClientError> {
-        let bytes = self.whole(Method::GET, "/status", Vec::new(), QUICK).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.get("/status").await
     }
 
     /// The numbers for Prometheus.
@@ -91,42 +92,32 @@ impl Client {
 
     /// The replicas, in their order.
     pub async fn replicas(&self) -> Result<Vec<ReplicaEntry>, ClientError> {
-        let bytes = self.whole(Method::GET, "/replicas", Vec::new(), QUICK).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.get("/replicas").await
     }
 
     /// Changes the list of replicas; the list as it is then.
     pub async fn change_replicas(&self, request: &ReplicaRequest) -> Result<Vec<ReplicaEntry>, ClientError> {
-        let body = serde_json::to_vec(request).map_err(broken)?;
-        let bytes = self.whole(Method::POST, "/replicas", body, CHANGE).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.post("/replicas", request, CHANGE).await
     }
 
     /// What is done to look after the replicas.
     pub async fn scrubs(&self) -> Result<Vec<ScrubStatus>, ClientError> {
-        let bytes = self.whole(Method::GET, "/scrub", Vec::new(), QUICK).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.get("/scrub").await
     }
 
     /// Begins, pauses, resumes or stops passes over replicas.
     pub async fn scrub(&self, command: &ScrubCommand) -> Result<Vec<ScrubStatus>, ClientError> {
-        let body = serde_json::to_vec(command).map_err(broken)?;
-        let bytes = self.whole(Method::POST, "/scrub", body, QUICK).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.post("/scrub", command, QUICK).await
     }
 
     /// Checks the volume as it is now. Dropping the future ends the check.
     pub async fn fsck(&self, request: &FsckRequest) -> Result<Report, ClientError> {
-        let body = serde_json::to_vec(request).map_err(broken)?;
-        let bytes = self.whole(Method::POST, "/fsck", body, CHECK).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.post("/fsck", request, CHECK).await
     }
 
     /// Asks for a flush, seal and unmount; the last status when it is done.
     pub async fn shutdown(&self, request: ShutdownRequest) -> Result<Status, ClientError> {
-        let body = serde_json::to_vec(&request).map_err(broken)?;
-        let bytes = self.whole(Method::POST, "/shutdown", body, SHUTDOWN).await?;
-        serde_json::from_slice(&bytes).map_err(broken)
+        self.post("/shutdown", &request, SHUTDOWN).await
     }
 
     /// Asks for a read-only mount to be made anew, writable; it is unmounted when this returns.
@@ -162,6 +153,22 @@ impl Client {
                 None => return Err(broken("it ended before the sync was done")),
             }
         }
+    }
+
+    async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, ClientError> {
+        let bytes = self.whole(Method::GET, path, Vec::new(), QUICK).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    async fn post<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        request: &impl Serialize,
+        time: Duration,
+    ) -> Result<A, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        let bytes = self.whole(Method::POST, path, body, time).await?;
+        serde_json::from_slice(&bytes).map_err(broken)
     }
 
     async fn whole(

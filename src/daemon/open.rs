@@ -377,19 +377,8 @@ pub(super) fn permit(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::volume::Compression;
+    use crate::format::volume::testing::{self, volume};
     use crate::replica::StoreError;
-
-    fn volume(n: u8) -> Volume {
-        Volume {
-            volume: VolumeId::from_random([n; 16]),
-            created_at: 1,
-            block_size: 1 << 20,
-            compression: Compression::Zstd,
-            key_wrapping: None,
-            created_by: "test".into(),
-        }
-    }
 
     fn seen(found: Vec<Result<Found, ErrorKind>>) -> Vec<Seen> {
         found
@@ -471,16 +460,8 @@ mod tests {
     }
 
     fn claim(epoch: u32, id: u8) -> Claim {
-        Claim {
-            volume: volume(1).volume,
-            epoch: Epoch(epoch),
-            claim_id: [id; 16],
-            host: format!("h{id}"),
-            pid: 17,
-            claimed_at: 1_790_000_000,
-            first_segment: SegmentNo(u64::from(epoch) * 10),
-            mirrorfs: "test".into(),
-        }
+        let (host, pid, claimed_at) = (format!("h{id}"), 17, 1_790_000_000);
+        Claim { host, pid, claimed_at, ..testing::claim(epoch, id, u64::from(epoch) * 10) }
     }
 
     #[test]

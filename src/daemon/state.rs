@@ -16,8 +16,7 @@ use crate::fuse::mountinfo;
 use crate::ids::Epoch;
 use crate::replica::FenceNote;
 
-/// Version of the state folder's layout.
-/// Layout of the state folder: 2 since the tables may hold patches, which whoever does not know them would not apply.
+/// Version of the state folder's layout: 2 since the tables may hold patches, which whoever does not know them would not apply.
 const VERSION: u32 = 2;
 /// The oldest layout that is carried over: it differs only by what version 2 adds.
 const OLDEST: u32 = 1;
@@ -369,19 +368,7 @@ fn write_json<T: serde::Serialize>(dir: &Path, name: &str, value: &T) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::volume::Compression;
-    use crate::ids::VolumeId;
-
-    fn volume() -> Volume {
-        Volume {
-            volume: VolumeId::from_random([3; 16]),
-            created_at: 1,
-            block_size: 1 << 20,
-            compression: Compression::Zstd,
-            key_wrapping: None,
-            created_by: "test".into(),
-        }
-    }
+    use crate::format::volume::testing::{self, volume};
 
     #[test]
     fn one_daemon_per_state() {
@@ -429,23 +416,14 @@ mod tests {
     fn claims_are_known_again_until_the_state_is_complete() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::lock(dir.path()).unwrap();
-        let claim = |epoch| Claim {
-            volume: volume().volume,
-            epoch: Epoch(epoch),
-            claim_id: [epoch as u8; 16],
-            host: "h".into(),
-            pid: 1,
-            claimed_at: 1,
-            first_segment: crate::ids::SegmentNo(1),
-            mirrorfs: "test".into(),
-        };
+        let claim = |epoch: u32| testing::claim(epoch, epoch as u8, 1);
         assert!(state.intended().is_empty());
         state.intend(&claim(3)).unwrap();
         fs::write(dir.path().join("witness"), "x").unwrap();
         state.set_aside("x").unwrap().unwrap();
         state.intend(&claim(4)).unwrap();
         assert_eq!(state.intended(), [claim(3), claim(4)]);
-        state.write(&Local::new(volume(), vec![claim(4)], false)).unwrap();
+        state.write(&Local::new(volume(1), vec![claim(4)], false)).unwrap();
         assert!(state.intended().is_empty());
     }
 
@@ -454,7 +432,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::lock(dir.path()).unwrap();
         assert_eq!(state.read().unwrap(), None);
-        let local = Local::new(volume(), Vec::new(), true);
+        let local = Local::new(volume(1), Vec::new(), true);
         state.write(&local).unwrap();
         assert_eq!(state.read().unwrap(), Some(local.clone()));
         let note = FenceNote {

@@ -182,16 +182,7 @@ mod tests {
     use super::*;
 
     fn any(rng: &mut ChaCha8Rng) -> Inode {
-        let kinds = [
-            FileKind::Regular,
-            FileKind::Directory,
-            FileKind::Symlink,
-            FileKind::Fifo,
-            FileKind::Socket,
-            FileKind::CharDevice,
-            FileKind::BlockDevice,
-        ];
-        let kind = kinds[rng.random_range(0..kinds.len())];
+        let kind = any_kind(rng);
         let btime = any_time(rng);
         let mut near = |from: Time| match rng.random_range(0..3) {
             0 => from,
@@ -236,6 +227,10 @@ mod tests {
         }
     }
 
+    fn any_kind(rng: &mut ChaCha8Rng) -> FileKind {
+        FileKind::from_byte(rng.random_range(1..=7)).unwrap()
+    }
+
     fn any_time(rng: &mut ChaCha8Rng) -> Time {
         let secs = if rng.random() { rng.random_range(0..2_000_000_000) } else { rng.random() };
         Time { secs, nanos: rng.random_range(0..1_000_000_000) }
@@ -254,15 +249,11 @@ mod tests {
             // Cut short it is refused, not misread.
             brief.pop();
             assert!(super::inode(&brief).is_err());
-            let entry = Dirent { ino: Ino(rng.random()), kind: inode_kind(&mut rng) };
+            let entry = Dirent { ino: Ino(rng.random()), kind: any_kind(&mut rng) };
             let mut brief = Vec::new();
             assert!(value(&dirent_key(Ino(1), b"n"), &entry.encode(), &mut brief));
             assert_eq!(dirent(&brief).unwrap(), entry);
         }
-    }
-
-    fn inode_kind(rng: &mut ChaCha8Rng) -> FileKind {
-        any(rng).kind
     }
 
     #[test]
@@ -270,22 +261,12 @@ mod tests {
         let made = Time { secs: 1_790_000_000, nanos: 123_456_789 };
         let written = Time { nanos: made.nanos + 100_000, ..made };
         let inode = Inode {
-            kind: FileKind::Regular,
-            perm: 0o644,
-            uid: 1000,
-            gid: 1000,
-            nlink: 1,
-            rdev: 0,
             size: 4096,
             blocks: 8,
-            atime: made,
             mtime: written,
             ctime: written,
-            btime: made,
-            generation: 1,
-            flags: 0,
-            parent: Ino(0),
             body: Body::Inline(Bytes::from(vec![0; 4096])),
+            ..Inode::new(FileKind::Regular, 0o644, (1000, 1000), made)
         };
         let mut brief = Vec::new();
         assert!(value(&inode_key(Ino(1)), &inode.encode(), &mut brief));

@@ -159,6 +159,38 @@ impl Release {
     }
 }
 
+/// What tests of other modules begin with.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// A volume told apart by `seed`.
+    pub(crate) fn volume(seed: u8) -> Volume {
+        Volume {
+            volume: VolumeId::from_random([seed; 16]),
+            created_at: 1,
+            block_size: 1 << 20,
+            compression: Compression::Zstd,
+            key_wrapping: None,
+            created_by: "test".into(),
+        }
+    }
+
+    /// A claim on `volume(1)`.
+    pub(crate) fn claim(epoch: u32, id: u8, first: u64) -> Claim {
+        Claim {
+            volume: volume(1).volume,
+            epoch: Epoch(epoch),
+            claim_id: [id; 16],
+            host: format!("host{id}"),
+            pid: 1,
+            claimed_at: 2,
+            first_segment: SegmentNo(first),
+            mirrorfs: "test".into(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,8 +12,8 @@ use super::{Source, Stop};
 use crate::format::local::{FrameValue, SegmentValue};
 use crate::format::record::Op;
 use crate::format::tables::{
-    Body, Dirent, Extents, FileKind, Inode, Time, block_refs_key, chunk_of_extent_key, dirent_key,
-    dirent_range, extent_key, frame_key, inode_key, orphan_key, segment_key, split_dirent_key, volume_key,
+    Dirent, Extents, FileKind, Inode, Time, block_refs_key, chunk_of_extent_key, dirent_key, dirent_range,
+    extent_key, frame_key, inode_key, orphan_key, segment_key, split_dirent_key, volume_key,
 };
 use crate::ids::{BlockHash, BlockId, Ino};
 use crate::vfs::{NEXT_INO, USAGE, Usage, units};
@@ -184,24 +184,8 @@ impl Work<'_> {
     }
 
     fn new_inode(&self, directory: bool) -> Inode {
-        Inode {
-            kind: if directory { FileKind::Directory } else { FileKind::Regular },
-            perm: if directory { 0o700 } else { 0o600 },
-            uid: self.owner.0,
-            gid: self.owner.1,
-            nlink: if directory { 2 } else { 1 },
-            rdev: 0,
-            size: 0,
-            blocks: 0,
-            atime: self.now,
-            mtime: self.now,
-            ctime: self.now,
-            btime: self.now,
-            generation: 1,
-            flags: 0,
-            parent: Ino(0),
-            body: Body::Blocks,
-        }
+        let (kind, perm) = if directory { (FileKind::Directory, 0o700) } else { (FileKind::Regular, 0o600) };
+        Inode::new(kind, perm, self.owner, self.now)
     }
 
     /// A number that no inode ever had.

@@ -559,22 +559,13 @@ impl Filesystem for Adapter {
                 return reply.error(errno(&e));
             }
             let enlarges = matches!(how, Fallocate::Allocate | Fallocate::ZeroRange);
-            let tail = self.shared.tail_before(n, if enlarges { offset.saturating_add(length) } else { 0 });
-            let answer = match tail {
-                None => self.fs().fallocate(n, how, offset, length, Wait::No),
-                Some(_) => Err(VfsError::WouldBlock),
-            };
-            match answer {
-                Err(VfsError::WouldBlock) => {
-                    let shared = Arc::clone(&self.shared);
-                    self.shared.writes.run(move || {
-                        let answer = shared.fs.fallocate(n, how, offset, length, Wait::Yes);
-                        shared.forget_tail(n, tail);
-                        reply::empty(reply, answer);
-                    });
-                }
-                answer => reply::empty(reply, answer),
-            }
+            let end = if enlarges { offset.saturating_add(length) } else { 0 };
+            self.shared.enlarge(
+                n,
+                end,
+                move |fs, wait| fs.fallocate(n, how, offset, length, wait),
+                |answer| reply::empty(reply, answer),
+            );
         });
     }
 
@@ -626,23 +617,12 @@ impl Filesystem for Adapter {
             if let Err(e) = self.shared.drop_privileges_unless_root(to, &caller(req)) {
                 return reply.error(errno(&e));
             }
-            let tail = self.shared.tail_before(to, target_offset);
-            let answer = match tail {
-                None => self.fs().copy_file_range(from, source_offset, to, target_offset, len, Wait::No),
-                Some(_) => Err(VfsError::WouldBlock),
-            };
-            match answer {
-                Err(VfsError::WouldBlock) => {
-                    let shared = Arc::clone(&self.shared);
-                    self.shared.writes.run(move || {
-                        let (wait, fs) = (Wait::Yes, &shared.fs);
-                        let answer = fs.copy_file_range(from, source_offset, to, target_offset, len, wait);
-                        shared.forget_tail(to, tail);
-                        reply::copied(reply, answer);
-                    });
-                }
-                answer => reply::copied(reply, answer),
-            }
+            self.shared.enlarge(
+                to,
+                target_offset,
+                move |fs, wait| fs.copy_file_range(from, source_offset, to, target_offset, len, wait),
+                |answer| reply::copied(reply, answer),
+            );
         });
     }
 

@@ -152,9 +152,35 @@ impl Shared {
         }
     }
 
+    /// Does what may let `ino` grow beyond `end` (0: it does not grow), on another thread where it has to wait, and answers.
+    pub(super) fn enlarge<T>(
+        self: &Arc<Self>,
+        ino: Ino,
+        end: u64,
+        work: impl Fn(&dyn FileSystem, Wait) -> VfsResult<T> + Send + 'static,
+        answer: impl FnOnce(VfsResult<T>) + Send + 'static,
+    ) {
+        let tail = self.tail_before(ino, end);
+        let done = match tail {
+            None => work(&*self.fs, Wait::No),
+            Some(_) => Err(VfsError::WouldBlock),
+        };
+        match done {
+            Err(VfsError::WouldBlock) => {
+                let shared = Arc::clone(self);
+                self.writes.run(move || {
+                    let done = work(&*shared.fs, Wait::Yes);
+                    shared.forget_tail(ino, tail);
+                    answer(done);
+                });
+            }
+            done => answer(done),
+        }
+    }
+
     /// Where the page with the end of `ino` begins, and `end`, when a file that is to grow beyond `end` has one that the
     /// kernel may hold: what a mapping has written behind the end of the file must not show then.
-    pub(super) fn tail_before(&self, ino: Ino, end: u64) -> Option<(u64, u64)> {
+    fn tail_before(&self, ino: Ino, end: u64) -> Option<(u64, u64)> {
         if end == 0 || !self.has_writers(ino) {
             return None;
         }
@@ -165,7 +191,7 @@ impl Shared {
 
     /// Makes the kernel hand over and forget its pages in what [`Shared::tail_before`] answered, before it learns of the
     /// new end. As [`Shared::pull_pages`], not for threads that serve requests.
-    pub(super) fn forget_tail(&self, ino: Ino, tail: Option<(u64, u64)>) {
+    fn forget_tail(&self, ino: Ino, tail: Option<(u64, u64)>) {
         let Some((from, to)) = tail else { return };
         let (Ok(start), Ok(len)) = (i64::try_from(from), i64::try_from(to - from)) else { return };
         if let Some(notifier) = self.notifier.get()

@@ -9,7 +9,6 @@
 //! takes a [`Ticket`] first, and every change in that part of the memory makes the ticket void.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -28,7 +27,7 @@ const SHARE: usize = 5;
 
 /// What is kept in memory of keys and values. Both append to the buffer and answer whether anything is kept; of equal brief keys the keys
 /// must be equal.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Form {
     /// The brief form of a key.
     pub key: fn(&[u8], &mut Vec<u8>) -> bool,
@@ -39,12 +38,6 @@ pub struct Form {
 impl Form {
     /// Nothing is kept.
     pub const NONE: Self = Self { key: |_, _| false, value: |_, _, _| false };
-}
-
-impl fmt::Debug for Form {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Form")
-    }
 }
 
 /// The state of a part before somebody read sled.
@@ -270,6 +263,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use super::super::tests::seed;
     use super::*;
 
     /// Keys that begin with `k`, values that do not begin with `-`, whole.
@@ -287,13 +281,6 @@ mod tests {
     fn found(briefs: &Briefs, key: &[u8]) -> Option<Vec<u8>> {
         let mut out = Vec::new();
         briefs.get(key, &mut out).ok().map(|()| out)
-    }
-
-    fn seed() -> u64 {
-        let seed =
-            std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
-        println!("JOURNAL_SEED={seed}");
-        seed
     }
 
     #[test]

@@ -175,15 +175,17 @@ impl SledStore {
         })
     }
 
+    /// What `of` makes of LSN, checksum and payload of a key, verified.
+    fn read<T>(&self, key: &[u8], of: impl FnOnce(Lsn, u32, &[u8]) -> T) -> Result<Option<T>, JournalError> {
+        let stored = trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))?;
+        let Some(stored) = stored else { return Ok(None) };
+        let (lsn, crc, value) = self.parts(key, &stored)?;
+        Ok(Some(of(lsn, crc, value)))
+    }
+
     /// The value of a key, verified.
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Stored>, JournalError> {
-        match trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))? {
-            Some(stored) => {
-                let (lsn, crc, value) = self.parts(key, &stored)?;
-                Ok(Some(Stored { lsn, crc, value: Bytes::copy_from_slice(value) }))
-            }
-            None => Ok(None),
-        }
+        self.read(key, |lsn, crc, value| Stored { lsn, crc, value: Bytes::copy_from_slice(value) })
     }
 
     /// The brief form of a key's value, appended to `out`; out of memory, or verified.
@@ -192,14 +194,11 @@ impl SledStore {
             Ok(()) => return Ok(Brief::Short),
             Err(ticket) => ticket,
         };
-        let Some(stored) = trace::stage(Stage::Tables, || self.guard("read", || self.db.get(key)))? else {
-            return Ok(Brief::Absent);
-        };
-        let (_, _, value) = self.parts(key, &stored)?;
-        match ticket {
-            Some(ticket) if self.briefs.fill(ticket, key, value, out) => Ok(Brief::Short),
-            _ => Ok(Brief::Whole(Bytes::copy_from_slice(value))),
-        }
+        let found = self.read(key, |_, _, value| match ticket {
+            Some(ticket) if self.briefs.fill(ticket, key, value, out) => Brief::Short,
+            _ => Brief::Whole(Bytes::copy_from_slice(value)),
+        })?;
+        Ok(found.unwrap_or(Brief::Absent))
     }
 
     /// The record up to which everything is applied; 0 in a new database.

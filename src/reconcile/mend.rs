@@ -80,19 +80,11 @@ mod tests {
     use super::*;
     use crate::format::segment::{SegmentBuilder, SegmentHeader};
     use crate::format::tables::Time;
-    use crate::format::volume::{Compression, Volume};
-    use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo, VolumeId};
+    use crate::format::volume::testing::volume;
+    use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo};
 
     fn identity() -> Identity {
-        let volume = Volume {
-            volume: VolumeId::from_random([1; 16]),
-            created_at: 1,
-            block_size: 1 << 20,
-            compression: Compression::Zstd,
-            key_wrapping: None,
-            created_by: "test".into(),
-        };
-        Identity { volume, claims: Vec::new() }
+        Identity { volume: volume(1), claims: Vec::new() }
     }
 
     /// A segment of three frames, one of them compressed, and their raw content.

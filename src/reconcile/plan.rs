@@ -125,19 +125,10 @@ impl Expected {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::VolumeId;
+    use crate::format::volume::testing;
 
     fn claim(epoch: u32, first: u64) -> Claim {
-        Claim {
-            volume: VolumeId::from_random([1; 16]),
-            epoch: Epoch(epoch),
-            claim_id: [0; 16],
-            host: "h".into(),
-            pid: 1,
-            claimed_at: 1,
-            first_segment: SegmentNo(first),
-            mirrorfs: "t".into(),
-        }
+        testing::claim(epoch, 0, first)
     }
 
     fn expected() -> Expected {

@@ -1,4 +1,5 @@
-//! Writing a segment's file past the kernel's cache, in the staging area or in a replica's folder.
+//! Reading and writing past the kernel's cache: the aligned memory that it takes, and a segment's whole file, in the staging area or in a
+//! replica's folder.
 //!
 //! What is staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
 //! the kernel's cache it would cost a copy, and push out what applications read. Where a filesystem cannot do without the cache, it is used.
@@ -9,7 +10,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Addresses, offsets and lengths are multiples of this; enough for every disk there is.
-const ALIGN: usize = 4096;
+pub const ALIGN: usize = 4096;
 /// Bytes written at a time.
 const PIECE: usize = 2 << 20;
 /// Shorter files are not worth it.
@@ -34,22 +35,18 @@ pub fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Reads a file past the cache: it is wanted once.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     let len = usize::try_from(std::fs::metadata(path)?.len()).unwrap_or(usize::MAX);
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(libc::O_DIRECT);
-    let file = match options.open(path) {
+    let file = match open(path, OpenOptions::new().read(true)) {
         Ok(file) if len >= LEAST => file,
         _ => return std::fs::read(path),
     };
-    let mut buffer = vec![0; PIECE + ALIGN];
-    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
-    let buffer = &mut buffer[start..start + PIECE];
+    let mut buffer = Aligned::new(PIECE);
     let mut bytes = Vec::with_capacity(len);
     loop {
         // A read that ends within a page is the last one.
-        match file.read_at(buffer, bytes.len() as u64) {
+        match file.read_at(buffer.bytes(), bytes.len() as u64) {
             Ok(0) => return Ok(bytes),
             Ok(n) => {
-                bytes.extend_from_slice(&buffer[..n]);
+                bytes.extend_from_slice(&buffer.bytes()[..n]);
                 if !n.is_multiple_of(ALIGN) {
                     return Ok(bytes);
                 }
@@ -62,28 +59,60 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 
 /// False when the filesystem cannot.
 fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
-    let cannot = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP));
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).custom_flags(libc::O_DIRECT);
-    let file = match options.open(path) {
-        Err(e) if cannot(&e) => return Ok(false),
+    let written = open(path, OpenOptions::new().write(true).create(true).truncate(true))
+        .and_then(|file| Aligned::new(PIECE).write(&file, bytes, 0).map(|()| file));
+    let file = match written {
+        Err(e) if is_refused(&e) => return Ok(false),
         other => other?,
     };
-    let mut buffer = vec![0; PIECE + ALIGN];
-    let start = buffer.as_ptr().align_offset(ALIGN).min(ALIGN);
-    let buffer = &mut buffer[start..start + PIECE];
-    for (n, piece) in bytes.chunks(PIECE).enumerate() {
-        let padded = piece.len().next_multiple_of(ALIGN);
-        buffer[..piece.len()].copy_from_slice(piece);
-        buffer[piece.len()..padded].fill(0);
-        match file.write_all_at(&buffer[..padded], (n * PIECE) as u64) {
-            Err(e) if cannot(&e) => return Ok(false),
-            other => other?,
-        }
-    }
     file.set_len(bytes.len() as u64)?;
     file.sync_all()?;
     Ok(true)
+}
+
+/// Opens a file that is read and written past the cache.
+pub fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options.custom_flags(libc::O_DIRECT).open(path)
+}
+
+/// Whether this says that the filesystem cannot do without the cache.
+#[must_use]
+pub fn is_refused(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
+/// Memory that may be read into and written from past the cache.
+pub struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    /// `len` bytes, a multiple of [`ALIGN`].
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        let memory = vec![0; len + ALIGN];
+        let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        Self { memory, start, len }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+
+    /// Writes `data` at `offset` of a file that [`open`] gave, padded with zeros to whole pages.
+    pub fn write(&mut self, file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+        let len = self.len;
+        let buffer = self.bytes();
+        for (n, piece) in data.chunks(len).enumerate() {
+            let padded = piece.len().next_multiple_of(ALIGN);
+            buffer[..piece.len()].copy_from_slice(piece);
+            buffer[piece.len()..padded].fill(0);
+            file.write_all_at(&buffer[..padded], offset + (n * len) as u64)?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

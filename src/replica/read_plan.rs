@@ -85,26 +85,32 @@ impl Span {
 }
 
 /// Puts blocks in the order in which they lie in their segments, and cuts that into the lists that one request each can fetch: neighbours,
-/// of at most `most` stored bytes together (but always one).
+/// of at most `most` stored bytes together (but always one). Those of `beside` come along where they lie beside a wanted one, and only there.
 #[must_use]
-pub fn ranges(mut blocks: Vec<BlockEntry>, most: u64) -> Vec<Vec<BlockEntry>> {
-    blocks.sort_by_key(|b| (b.loc.segment, b.loc.epoch, b.loc.offset));
-    let mut all: Vec<Vec<BlockEntry>> = Vec::new();
-    for block in blocks {
+pub fn ranges(wanted: Vec<BlockEntry>, beside: Vec<BlockEntry>, most: u64) -> Vec<Vec<BlockEntry>> {
+    let mut blocks: Vec<_> = wanted.into_iter().map(|b| (b, true)).collect();
+    blocks.extend(beside.into_iter().map(|b| (b, false)));
+    blocks.sort_by_key(|(b, wanted)| (b.loc.segment, b.loc.epoch, b.loc.offset, !wanted));
+    blocks.dedup_by_key(|(b, _)| b.hash);
+    let mut all: Vec<(Vec<BlockEntry>, bool)> = Vec::new();
+    for (block, wanted) in blocks {
         let end = |b: &BlockEntry| b.loc.offset.saturating_add(u64::from(b.loc.stored_len));
-        let joins = |range: &Vec<BlockEntry>| {
+        let joins = |range: &[BlockEntry]| {
             range.first().zip(range.last()).is_some_and(|(first, last)| {
                 let beside = (first.loc.segment, first.loc.epoch) == (block.loc.segment, block.loc.epoch);
                 let gap = block.loc.offset.saturating_sub(end(last));
                 beside && gap <= MOST_GAP && end(&block).saturating_sub(first.loc.offset) <= most
             })
         };
-        match all.last_mut().filter(|range| joins(range)) {
-            Some(range) => range.push(block),
-            None => all.push(vec![block]),
+        match all.last_mut().filter(|(range, _)| joins(range)) {
+            Some((range, needed)) => {
+                range.push(block);
+                *needed |= wanted;
+            }
+            None => all.push((vec![block], wanted)),
         }
     }
-    all
+    all.into_iter().filter(|(_, needed)| *needed).map(|(range, _)| range).collect()
 }
 
 /// What one replica said when asked for a block.
@@ -191,19 +197,23 @@ mod tests {
     fn what_is_wanted_is_asked_for_as_it_lies() {
         let at = |i: u64| block(i << 20, 1 << 20);
         let wanted: Vec<_> = [6, 0, 3, 1, 2, 9, 4].map(at).to_vec();
-        let places = |most| {
-            let ranges = ranges(wanted.clone(), most);
+        let beside = [5, 7, 11, 12].map(at).to_vec();
+        let places = |beside: &[BlockEntry], most| {
+            let ranges = ranges(wanted.clone(), beside.to_vec(), most);
             ranges
                 .iter()
                 .map(|r| r.iter().map(|b| b.loc.offset >> 20).collect::<Vec<_>>())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(places(4 << 20), [vec![0, 1, 2, 3], vec![4], vec![6], vec![9]]);
-        assert_eq!(places(8 << 20), [vec![0, 1, 2, 3, 4], vec![6], vec![9]]);
-        assert_eq!(places(1), [[0], [1], [2], [3], [4], [6], [9]]);
+        assert_eq!(places(&[], 4 << 20), [vec![0, 1, 2, 3], vec![4], vec![6], vec![9]]);
+        assert_eq!(places(&[], 8 << 20), [vec![0, 1, 2, 3, 4], vec![6], vec![9]]);
+        assert_eq!(places(&[], 1), [[0], [1], [2], [3], [4], [6], [9]]);
+        assert_eq!(places(&beside, 1), places(&[], 1), "nothing but what is wanted");
+        assert_eq!(places(&beside, 4 << 20), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![9]]);
+        assert_eq!(places(&wanted, 4 << 20), places(&[], 4 << 20), "each once");
         let mut elsewhere = at(1);
         elsewhere.loc.segment = SegmentNo(2);
-        assert_eq!(ranges(vec![elsewhere, at(0)], 4 << 20), [[at(0)], [elsewhere]]);
+        assert_eq!(ranges(vec![elsewhere, at(0)], Vec::new(), 4 << 20), [[at(0)], [elsewhere]]);
     }
 
     #[test]

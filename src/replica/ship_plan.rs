@@ -120,6 +120,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
+    use crate::format::volume::testing;
     use crate::replica::StagedKind;
 
     fn staged(numbers: impl IntoIterator<Item = u64>) -> Vec<Staged> {
@@ -182,16 +183,7 @@ mod tests {
 
     #[test]
     fn a_listing_gives_the_run_of_valid_epochs() {
-        let claim = |epoch, first| Claim {
-            volume: crate::ids::VolumeId::from_random([1; 16]),
-            epoch: Epoch(epoch),
-            claim_id: [0; 16],
-            host: String::new(),
-            pid: 0,
-            claimed_at: 0,
-            first_segment: SegmentNo(first),
-            mirrorfs: String::new(),
-        };
+        let claim = |epoch, first| testing::claim(epoch, 0, first);
         let claims = [claim(1, 1), claim(2, 3)];
         let mut listed: BTreeMap<_, _> = [(1, 1), (2, 1), (3, 1), (4, 1), (3, 2), (5, 2)]
             .map(|(n, e)| ((SegmentNo(n), Epoch(e)), 7))

@@ -13,36 +13,12 @@ use super::{Backlog, CursorStore, Identity, Limits, Outbox, Replica, Staged, Sta
 use crate::format::frame;
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader};
 use crate::format::tables::{BlockEntry, Time};
-use crate::format::volume::{Claim, Compression, Volume};
-use crate::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo, VolumeId};
-
-pub fn volume_id() -> VolumeId {
-    VolumeId::from_random([1; 16])
-}
-
-pub fn claim(epoch: u32, id: u8, first: u64) -> Claim {
-    Claim {
-        volume: volume_id(),
-        epoch: Epoch(epoch),
-        claim_id: [id; 16],
-        host: format!("host{id}"),
-        pid: 1,
-        claimed_at: 2,
-        first_segment: SegmentNo(first),
-        mirrorfs: "0".into(),
-    }
-}
+use crate::format::volume::Claim;
+use crate::format::volume::testing::volume;
+use crate::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo};
 
 pub fn identity(claims: &[Claim]) -> Arc<Identity> {
-    let volume = Volume {
-        volume: volume_id(),
-        created_at: 1,
-        block_size: 1 << 20,
-        compression: Compression::Zstd,
-        key_wrapping: None,
-        created_by: "test".into(),
-    };
-    Arc::new(Identity { volume, claims: claims.to_vec() })
+    Arc::new(Identity { volume: volume(1), claims: claims.to_vec() })
 }
 
 /// Content that does not compress, told apart by `seed`.
@@ -55,7 +31,7 @@ pub fn content(seed: u64, len: usize) -> Vec<u8> {
 /// A segment of blocks, and their entries.
 pub fn segment(number: u64, epoch: u32, blocks: &[Vec<u8>]) -> (Vec<u8>, Vec<BlockEntry>) {
     let mut builder = SegmentBuilder::new(SegmentHeader {
-        volume: volume_id(),
+        volume: volume(1).volume,
         number: SegmentNo(number),
         epoch: Epoch(epoch),
         cut_at: Time { secs: 1_790_000_000, nanos: 0 },

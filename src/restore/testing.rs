@@ -11,8 +11,8 @@ use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader};
 use crate::format::tables::{BlockEntry, Time, block_key, is_replicated, table};
-use crate::format::volume::{Claim, Compression, Volume};
-use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo, VolumeId};
+use crate::format::volume::{Claim, Volume, testing};
+use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo};
 use crate::replica::Store;
 use crate::replica::fault::Faults;
 
@@ -55,14 +55,7 @@ impl World {
         let mut world = Self {
             stores: stores.collect(),
             faults,
-            volume: Volume {
-                volume: VolumeId::from_random([9; 16]),
-                created_at: 1,
-                block_size: 64 << 10,
-                compression: Compression::Zstd,
-                key_wrapping: None,
-                created_by: "test".into(),
-            },
+            volume: Volume { block_size: 64 << 10, ..testing::volume(9) },
             epoch: Epoch(1),
             number: SegmentNo(0),
             hash: SegmentHash::default(),
@@ -87,16 +80,7 @@ impl World {
     }
 
     pub fn claim_bytes(&self, epoch: Epoch, id: u8) -> Vec<u8> {
-        let claim = Claim {
-            volume: self.volume.volume,
-            epoch,
-            claim_id: [id; 16],
-            host: format!("host{id}"),
-            pid: 1,
-            claimed_at: 2,
-            first_segment: self.number.next(),
-            mirrorfs: "0".into(),
-        };
+        let claim = Claim { volume: self.volume.volume, ..testing::claim(epoch.0, id, self.number.next().0) };
         claim.encode().unwrap()
     }
 

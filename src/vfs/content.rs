@@ -7,18 +7,14 @@ use bytes::Bytes;
 
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
-use super::{Result, SIZE_MAX, Vfs, buffers, readahead, shard};
+use super::{Result, SIZE_MAX, Vfs, buffers, shard};
 use crate::cache::space::Admission;
 use crate::cache::{Missing, StoreError, Supply};
-use crate::format::tables::{BlockEntry, INLINE_MAX};
+use crate::format::tables::INLINE_MAX;
 use crate::ids::{BlockId, Ino};
-use crate::replica::read_plan;
 
 /// Blocks given up by one transaction.
 const BLOCKS_PER_STEP: usize = 4096;
-
-/// Bytes asked for by one request when fetching ahead.
-const PIECE: u64 = 4 << 20;
 
 /// Bytes of the cache given up at once when the disk is full.
 const GIVE_UP: u64 = 64 << 20;
@@ -103,31 +99,70 @@ impl Vfs {
 
     pub(super) fn do_read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> Result<Bytes> {
         self.with_cell(ino, |cell| {
-            let mut out = buffers::take(len as usize);
             let mut supply = Supply::new();
-            let n = loop {
+            let mut spare = None;
+            let read = loop {
                 let read = {
                     let state = cell.state.read();
-                    self.read_state(ino, &state, offset, &mut out, &supply)
+                    match self.read_shared(ino, &state, offset, len, &supply) {
+                        Some(bytes) => Ok(bytes),
+                        None => {
+                            let mut out = spare.take().unwrap_or_else(|| buffers::take(len as usize));
+                            match self.read_state(ino, &state, offset, &mut out, &supply) {
+                                Ok(n) => {
+                                    out.truncate(n);
+                                    Ok(out.freeze())
+                                }
+                                Err(e) => {
+                                    spare = Some(out);
+                                    Err(e)
+                                }
+                            }
+                        }
+                    }
                 };
                 match read {
-                    Ok(n) => break n,
-                    Err(StoreError::Miss(_)) if wait == Wait::No => {
-                        // What comes next is on its way while this one is waited for.
-                        self.read_ahead(cell, offset, u64::from(len));
-                        return Err(VfsError::WouldBlock);
-                    }
+                    Ok(bytes) => break Ok(bytes),
+                    Err(StoreError::Miss(_)) if wait == Wait::No => break Err(VfsError::WouldBlock),
                     Err(StoreError::Miss(missing)) => {
                         let raw = self.fetch(ino, &missing)?;
                         supply.insert(missing.entry.hash, raw);
                     }
-                    Err(e) => return Err(e.into()),
+                    Err(e) => break Err(e.into()),
                 }
             };
-            out.truncate(n);
-            self.read_ahead(cell, offset, n as u64);
-            Ok(out.freeze())
+            if let Some(out) = spare {
+                buffers::give_back(out.freeze());
+            }
+            match &read {
+                Ok(bytes) => self.read_ahead(cell, offset, bytes.len() as u64),
+                // What comes next is on its way while this one is waited for.
+                Err(VfsError::WouldBlock) => self.read_ahead(cell, offset, u64::from(len)),
+                Err(_) => {}
+            }
+            read
         })
+    }
+
+    /// What `len` bytes from `offset` are, when they lie in one block whose content is in memory anyway.
+    fn read_shared(
+        &self,
+        ino: Ino,
+        state: &CellState,
+        offset: u64,
+        len: u32,
+        supply: &Supply,
+    ) -> Option<Bytes> {
+        if state.gone || state.inline.is_some() || offset.checked_add(len.into())? > state.inode.size {
+            return None;
+        }
+        let bs = u64::from(self.blocks.block_size());
+        let within = offset % bs;
+        if len == 0 || within + u64::from(len) > bs {
+            return None;
+        }
+        let id = state.block_at(&self.journal, ino, offset / bs).ok().filter(|id| id.0 != 0)?;
+        self.blocks.shared(id, within as u32, len as usize, supply)
     }
 
     fn fetch(&self, ino: Ino, missing: &Missing) -> Result<Bytes> {
@@ -174,67 +209,6 @@ impl Vfs {
             done += n;
         }
         Ok(len)
-    }
-
-    /// Asks for the blocks that a reader in order will want next.
-    fn read_ahead(&self, cell: &Cell, offset: u64, len: u64) {
-        let Some(queue) = self.prefetch.get() else { return };
-        let bs = u64::from(self.blocks.block_size());
-        let most = readahead::MOST.min(self.blocks.space.limit() / 8);
-        let (from, to) = cell.readahead.lock().note(offset, len, bs, most);
-        if from >= to {
-            return;
-        }
-        let wanted: Vec<_> = {
-            let state = cell.state.read();
-            let to = to.min(state.inode.size.div_ceil(bs));
-            if state.inline.is_some() || from >= to {
-                return;
-            }
-            (from..to)
-                .filter_map(|index| state.block_at(&self.journal, cell.ino, index).ok())
-                .filter(|id| id.0 != 0 && self.blocks.dirty(*id).is_none())
-                .filter_map(|id| self.blocks.entry(id).ok())
-                .filter(|entry| !entry.is_without_content() && !self.blocks.is_cached(&entry.hash))
-                .collect()
-        };
-        // Writers overtake one another: neighbours in a segment are not always in the order of the file. In pieces, so that several
-        // requests are under way; a full queue means that enough are.
-        for part in read_plan::ranges(wanted, PIECE) {
-            if queue.try_send(part).is_err() {
-                return;
-            }
-        }
-    }
-
-    /// Starts `threads` threads that fetch ahead for sequential readers.
-    pub fn start_prefetch(self: &Arc<Self>, threads: usize) -> Result<()> {
-        let (sender, receiver) = std::sync::mpsc::sync_channel::<Vec<BlockEntry>>(64);
-        let receiver = Arc::new(parking_lot::Mutex::new(receiver));
-        for _ in 0..threads {
-            let (receiver, blocks) = (Arc::clone(&receiver), Arc::clone(&self.blocks));
-            std::thread::Builder::new()
-                .name("mirrorfs-ahead".into())
-                .spawn(move || {
-                    loop {
-                        let next = receiver.lock().recv();
-                        let Ok(mut wanted) = next else { return };
-                        // One request gets what lies beside the first; the rest may lie elsewhere.
-                        loop {
-                            wanted.retain(|e| !blocks.is_cached(&e.hash));
-                            let Some((first, ahead)) = wanted.split_first() else { break };
-                            if let Err(e) = blocks.fetch_ahead(first, ahead) {
-                                log::debug!("fetching ahead: {e}");
-                                break;
-                            }
-                            wanted.remove(0);
-                        }
-                    }
-                })
-                .map_err(|e| VfsError::Io(format!("cannot start a thread: {e}")))?;
-        }
-        let _ = self.prefetch.set(sender);
-        Ok(())
     }
 
     // ---- writing -------------------------------------------------------------------------------------------------

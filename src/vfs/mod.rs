@@ -17,6 +17,7 @@ mod copy;
 mod fs;
 mod names;
 mod pathfinder;
+mod prefetch;
 mod readahead;
 mod reap;
 mod rename;
@@ -106,7 +107,7 @@ pub struct Vfs {
     durability: OnceLock<Arc<dyn Durability>>,
     reaper: reap::Queue,
     pathfinder: pathfinder::Pathfinder,
-    prefetch: OnceLock<std::sync::mpsc::SyncSender<Vec<crate::format::tables::BlockEntry>>>,
+    prefetch: prefetch::Prefetch,
 }
 
 /// An answer inside a transaction: a refusal, or "look again", because what was looked up outside has changed.
@@ -204,7 +205,7 @@ impl Vfs {
             durability: OnceLock::new(),
             reaper: reap::Queue::default(),
             pathfinder: pathfinder::Pathfinder::default(),
-            prefetch: OnceLock::new(),
+            prefetch: prefetch::Prefetch::default(),
         });
         vfs.make_root()?;
         vfs.load_acl_use()?;
@@ -217,27 +218,9 @@ impl Vfs {
         if self.journal.get(&inode_key(Ino::ROOT))?.is_some() {
             return Ok(());
         }
-        let now = self.now();
         // SAFETY: these two calls only read the process's credentials.
-        let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
-        let root = Inode {
-            kind: FileKind::Directory,
-            perm: 0o755,
-            uid,
-            gid,
-            nlink: 2,
-            rdev: 0,
-            size: 0,
-            blocks: 0,
-            atime: now,
-            mtime: now,
-            ctime: now,
-            btime: now,
-            generation: 1,
-            flags: 0,
-            parent: Ino::ROOT,
-            body: Body::Blocks,
-        };
+        let owner = unsafe { (libc::getuid(), libc::getgid()) };
+        let root = Inode { parent: Ino::ROOT, ..Inode::new(FileKind::Directory, 0o755, owner, self.now()) };
         self.journal.transact::<_, VfsError>(|tx| {
             tx.put(inode_key(Ino::ROOT), root.encode());
             usage::change(tx, 0, 1)?;
@@ -449,12 +432,22 @@ impl Vfs {
 
     /// The inode as the journal has it, without its content.
     fn load_brief(&self, ino: Ino) -> Result<Inode> {
+        self.brief(&inode_key(ino), brief::inode, Inode::decode)?.ok_or(VfsError::Stale)
+    }
+
+    /// What the journal has at `key`, out of its brief form or the whole value.
+    fn brief<T>(
+        &self,
+        key: &[u8],
+        short: fn(&[u8]) -> Result<T, FormatError>,
+        whole: fn(&[u8]) -> Result<T, FormatError>,
+    ) -> Result<Option<T>> {
         let mut found = Vec::with_capacity(64);
-        match self.journal.brief(&inode_key(ino), &mut found)? {
-            Brief::Short => Ok(brief::inode(&found)?),
-            Brief::Whole(value) => Ok(Inode::decode(&value)?),
-            Brief::Absent => Err(VfsError::Stale),
-        }
+        Ok(match self.journal.brief(key, &mut found)? {
+            Brief::Short => Some(short(&found)?),
+            Brief::Whole(value) => Some(whole(&value)?),
+            Brief::Absent => None,
+        })
     }
 
     fn attr(&self, ino: Ino, inode: &Inode) -> Attr {

@@ -15,7 +15,6 @@ use crate::format::tables::{
     Body, Dirent, Inode, dirent_key, dirent_range, inode_key, orphan_key, split_dirent_key,
 };
 use crate::ids::Ino;
-use crate::journal::Brief;
 
 /// Entries read from the journal at once while a directory is listed.
 const PAGE: usize = 256;
@@ -33,39 +32,25 @@ impl NewInode<'_> {
     pub(super) fn inode(&self, dir: &Inode, parent: Ino, caller: Caller, now: Time) -> Inode {
         let is_dir = self.kind == FileKind::Directory;
         let inherits = dir.perm & 0o2000 != 0;
+        let perm = (self.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 };
+        let owner = (caller.uid, if inherits { dir.gid } else { caller.gid });
         Inode {
-            kind: self.kind,
-            perm: (self.perm & 0o7777) | if is_dir && inherits { 0o2000 } else { 0 },
-            uid: caller.uid,
-            gid: if inherits { dir.gid } else { caller.gid },
-            nlink: if is_dir { 2 } else { 1 },
             rdev: self.rdev,
             size: self.target.len() as u64,
-            blocks: 0,
-            atime: now,
-            mtime: now,
-            ctime: now,
-            btime: now,
-            generation: 1,
-            flags: 0,
             parent: if is_dir { parent } else { Ino(0) },
             body: match self.kind {
                 FileKind::Regular => Body::Inline(Bytes::new()),
                 FileKind::Symlink => Body::Target(Bytes::copy_from_slice(self.target)),
                 _ => Body::Blocks,
             },
+            ..Inode::new(self.kind, perm, owner, now)
         }
     }
 }
 
 impl Vfs {
     pub(super) fn find(&self, parent: Ino, name: &[u8]) -> Result<Option<Dirent>> {
-        let mut found = Vec::with_capacity(16);
-        Ok(match self.journal.brief(&dirent_key(parent, name), &mut found)? {
-            Brief::Short => Some(brief::dirent(&found)?),
-            Brief::Whole(value) => Some(Dirent::decode(&value)?),
-            Brief::Absent => None,
-        })
+        self.brief(&dirent_key(parent, name), brief::dirent, Dirent::decode)
     }
 
     pub(super) fn do_lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {

@@ -22,13 +22,17 @@ impl Vfs {
     }
 
     pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
-        let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
-        let flushed = self.commit_cell(&cell, false);
-        self.let_go(cell);
-        flushed
+        self.commit_file(ino, false)
     }
 
     /// Puts what is pending of a file into the journal; `waits`: to be made durable at once.
+    fn commit_file(&self, ino: Ino, waits: bool) -> Result<()> {
+        let Some(cell) = self.existing_cell(ino) else { return Ok(()) };
+        let committed = self.commit_cell(&cell, waits);
+        self.let_go(cell);
+        committed
+    }
+
     fn commit_cell(&self, cell: &Cell, waits: bool) -> Result<()> {
         if cell.state.read().dirty {
             let _gate = self.enter()?;
@@ -45,11 +49,7 @@ impl Vfs {
         if self.options.remote_fsync && wait == Wait::No {
             return Err(VfsError::WouldBlock);
         }
-        if let Some(cell) = self.existing_cell(ino) {
-            let committed = self.commit_cell(&cell, true);
-            self.let_go(cell);
-            committed?;
-        }
+        self.commit_file(ino, true)?;
         self.journal.barrier(self.journal.last_lsn())?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),

@@ -20,7 +20,7 @@ impl BlockStore {
         }
         // First: who finds the block in the cache is to find it here.
         if !self.is_cached(&entry.hash) {
-            self.recent.lock().put(entry.hash, raw.clone());
+            self.recent.put(entry.hash, raw.clone());
         }
         self.insert(entry, raw, |slot| slot.fill_clean(raw))
     }
@@ -159,7 +159,7 @@ impl BlockStore {
     /// Frees slots whose freeing is durable, gives up clean blocks when the disk gets full, and writes the changes of the
     /// cached-block table into the journal. Called every second or so.
     pub fn housekeep(&self) -> Result<(), StoreError> {
-        self.recent.lock().tick();
+        self.recent.tick();
         // Sealing fills slots for which nobody waits: else the next fsync that rests on the slots would pay for it.
         self.slots.sync_all().inspect_err(|e| {
             // What the kernel could not write it may take for written from now on.

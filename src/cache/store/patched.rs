@@ -12,8 +12,8 @@ use crate::format::tables::{number_of_patch_key, patch_key};
 /// More changed bytes than this in one transaction are not copied into its record.
 const MOST_BYTES: u64 = 64 << 10;
 
-/// The patches of one block, by number.
-pub(super) type Found = BTreeMap<u32, PatchValue>;
+/// The patches of one block with their numbers, which ascend.
+pub(super) type Found = Vec<(u32, PatchValue)>;
 
 impl BlockStore {
     /// Whether what changed in these blocks is little enough to be copied into a record.
@@ -55,7 +55,7 @@ pub(super) fn read(journal: &Journal, block_size: u32) -> Result<BTreeMap<BlockI
     scan_table::<StoreError>(journal, table::PATCH, |key, value| {
         let value = PatchValue::decode(value, block_size)?;
         if let (Some(id), Some(number)) = (number_of_key(key), number_of_patch_key(key)) {
-            found.entry(BlockId(id)).or_default().insert(number, value);
+            found.entry(BlockId(id)).or_default().push((number, value));
         }
         Ok(())
     })?;
@@ -73,8 +73,10 @@ pub(super) fn apply(slot: &Slot, found: Found) -> io::Result<Vec<Patch>> {
 
 /// Deletes patches of blocks that are not dirty: nothing leaves such, but they would never go.
 pub(super) fn delete_stale(journal: &Journal, stale: &BTreeMap<BlockId, Found>) -> Result<(), StoreError> {
-    let keys: Vec<Bytes> =
-        stale.iter().flat_map(|(id, found)| found.keys().map(|number| patch_key(*id, *number))).collect();
+    let keys: Vec<Bytes> = stale
+        .iter()
+        .flat_map(|(id, found)| found.iter().map(|(number, _)| patch_key(*id, *number)))
+        .collect();
     for some in keys.chunks(INDEX_STEP) {
         journal.transact::<_, JournalError>(|tx| {
             some.iter().for_each(|key| tx.delete(key.clone()));

@@ -49,19 +49,18 @@ impl Fixture {
         self.journal.transact::<_, StoreError>(f).unwrap().1
     }
 
-    /// A dirty block with this content, in the tables as a file's flush leaves it.
-    fn dirty(&self, raw: &[u8]) -> Arc<DirtyBlock> {
+    /// A dirty block with this content that no table names yet.
+    fn written(&self, raw: &[u8]) -> Arc<DirtyBlock> {
         let block = self.store.create(None, 0).unwrap();
         self.store.write(&block, 0, raw).unwrap();
-        self.note(&block);
         block
     }
 
-    fn note(&self, block: &DirtyBlock) {
-        self.transact(|tx| {
-            tx.put(dirty_key(block.id), block.encode());
-            Ok(())
-        });
+    /// The same, in the tables as a file's flush leaves it.
+    fn dirty(&self, raw: &[u8]) -> Arc<DirtyBlock> {
+        let block = self.written(raw);
+        self.put(&block, false);
+        block
     }
 
     /// Registers frozen blocks, as the sealer does.
@@ -253,7 +252,7 @@ fn filling_a_block_that_dies_leaves_the_sum_right() {
     let f = Fixture::new(1 << 20);
     let block = f.dirty(&[1; 100]);
     f.store.write(&block, 5000, &[2; 100]).unwrap();
-    f.note(&block);
+    f.put(&block, false);
     assert_eq!(f.store.space.dirty(), 200);
     let frozen = f.store.freeze();
     let raw = f.store.seal_content(&frozen[0]).unwrap();
@@ -391,7 +390,7 @@ impl Fixture {
 #[test]
 fn what_a_record_holds_itself_needs_no_sync_of_the_slots() {
     let f = Fixture::new(1 << 30);
-    let block = f.dirty(&[1; 1000]);
+    let block = f.written(&[1; 1000]);
     assert_ne!(f.put(&block, false), 0);
     let synced = f.slots();
     f.store.write(&block, 10, &[2; 100]).unwrap();
@@ -421,7 +420,6 @@ fn what_a_record_holds_itself_needs_no_sync_of_the_slots() {
 fn a_change_that_is_synced_ends_the_patches_before_it() {
     let f = Fixture::new(1 << 30);
     let block = f.dirty(&[1; 1000]);
-    f.put(&block, false);
     f.store.write(&block, 0, &[2; 10]).unwrap();
     f.put(&block, true);
     assert_eq!(f.patches(), 1);
@@ -445,7 +443,7 @@ fn a_change_that_is_synced_ends_the_patches_before_it() {
 #[test]
 fn patches_go_with_their_block() {
     let f = Fixture::new(1 << 30);
-    let (sealed, released) = (f.dirty(&[1; 100]), f.dirty(&[2; 100]));
+    let (sealed, released) = (f.written(&[1; 100]), f.written(&[2; 100]));
     for block in [&sealed, &released] {
         assert_eq!(f.put(block, true), 0);
     }

@@ -79,7 +79,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// A seed from the environment (`JOURNAL_SEED`) or the clock, printed.
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     let seed = std::env::var("JOURNAL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
     });

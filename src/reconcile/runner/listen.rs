@@ -9,7 +9,7 @@ use super::super::memory::Current;
 use super::super::pass::Listener;
 use super::super::repair::Outcome;
 use super::super::types::ScrubState;
-use super::{SAVE_EVERY, Worker};
+use super::worker::{SAVE_EVERY, Worker};
 use crate::format::names::ObjectName;
 
 /// Listens to one pass. What a pass still says when another one was asked for meanwhile is not heard: it would move the new one's position.

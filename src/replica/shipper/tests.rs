@@ -6,10 +6,11 @@ use parking_lot::Mutex;
 use super::*;
 use crate::format::names::ObjectName;
 use crate::format::volume::Claim;
+use crate::format::volume::testing::claim;
 use crate::ids::Epoch;
 use crate::replica::fault::{Fault, Faults, Op, Rule};
 use crate::replica::fence::confirm;
-use crate::replica::testing::{FakeCursors, FakeOutbox, claim, faulty, identity};
+use crate::replica::testing::{FakeCursors, FakeOutbox, faulty, identity};
 use crate::replica::{ErrorKind, ReplicaState, Store};
 
 const SOON: Duration = Duration::from_secs(20);

@@ -3,32 +3,8 @@
 use bytes::Bytes;
 
 use super::*;
-use crate::format::volume::Compression;
+use crate::format::volume::testing::{claim as make_claim, volume};
 use crate::replica::fault::{Fault, Faults, Op, Rule};
-
-fn volume(seed: u8) -> Volume {
-    Volume {
-        volume: VolumeId::from_random([seed; 16]),
-        created_at: 1,
-        block_size: 1 << 20,
-        compression: Compression::Zstd,
-        key_wrapping: None,
-        created_by: "test".into(),
-    }
-}
-
-fn make_claim(epoch: u32, id: u8, first: u64) -> Claim {
-    Claim {
-        volume: volume(1).volume,
-        epoch: Epoch(epoch),
-        claim_id: [id; 16],
-        host: format!("host{id}"),
-        pid: 1,
-        claimed_at: 2,
-        first_segment: SegmentNo(first),
-        mirrorfs: "0".into(),
-    }
-}
 
 fn faulty(name: &str) -> (Store, Faults) {
     let faults = Faults::new(3);

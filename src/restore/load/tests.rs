@@ -387,28 +387,16 @@ async fn random_damage() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes a while; prints how fast a checkpoint loads"]
 async fn how_fast_a_checkpoint_loads() {
-    use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key};
+    use crate::format::tables::{Dirent, FileKind, Inode, dirent_key, inode_key};
     let mut world = World::new(1).await;
     let files = 1_000_000u64;
     let t = Time { secs: 1_790_000_000, nanos: 7 };
     for ino in 2..files + 2 {
         let inode = Inode {
-            kind: FileKind::Regular,
-            perm: 0o644,
-            uid: 1000,
-            gid: 1000,
-            nlink: 1,
-            rdev: 0,
             size: ino * 37,
             blocks: 8,
-            atime: t,
             mtime: Time { secs: t.secs + ino as i64, nanos: (ino * 7919 % 1_000_000_000) as u32 },
-            ctime: t,
-            btime: t,
-            generation: 1,
-            flags: 0,
-            parent: Ino(0),
-            body: Body::Blocks,
+            ..Inode::new(FileKind::Regular, 0o644, (1000, 1000), t)
         };
         let name = format!("file-{ino:08}.dat");
         let entry = Dirent { ino: Ino(ino), kind: FileKind::Regular };

@@ -2,33 +2,12 @@
 
 use super::*;
 use crate::format::segment::SegmentHash;
-use crate::format::volume::Compression;
+use crate::format::volume::testing::{self, volume};
 use crate::ids::Lsn;
 use crate::restore::SurveyError;
 
-fn volume(n: u8) -> Volume {
-    Volume {
-        volume: VolumeId::from_random([n; 16]),
-        created_at: 1,
-        block_size: 1 << 20,
-        compression: Compression::Zstd,
-        key_wrapping: None,
-        created_by: "test".into(),
-    }
-}
-
 fn claim(epoch: u32, first: u64, id: u8) -> (Epoch, Claim) {
-    let claim = Claim {
-        volume: volume(1).volume,
-        epoch: Epoch(epoch),
-        claim_id: [id; 16],
-        host: format!("host{id}"),
-        pid: 1,
-        claimed_at: 1,
-        first_segment: SegmentNo(first),
-        mirrorfs: "0".into(),
-    };
-    (Epoch(epoch), claim)
+    (Epoch(epoch), testing::claim(epoch, id, first))
 }
 
 fn segments(numbers: impl IntoIterator<Item = u64>, epoch: u32) -> Vec<((SegmentNo, Epoch), u64)> {

@@ -7,22 +7,11 @@ use crate::format::tables::{Dirent, Time, dirent_key, inode_key};
 
 fn inode(kind: FileKind) -> Inode {
     Inode {
-        kind,
-        perm: 0o4751,
-        uid: 7,
-        gid: 8,
         nlink: 1,
-        rdev: 0,
         size: 9,
-        blocks: 0,
-        atime: Time::default(),
         mtime: Time { secs: 1_790_000_000, nanos: 5 },
-        ctime: Time::default(),
-        btime: Time::default(),
-        generation: 1,
-        flags: 0,
-        parent: Ino(0),
         body: if kind == FileKind::Symlink { Body::Target(Bytes::from_static(b"a/b")) } else { Body::Blocks },
+        ..Inode::new(kind, 0o4751, (7, 8), Time::default())
     }
 }
 

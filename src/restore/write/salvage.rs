@@ -432,22 +432,12 @@ mod tests {
 
     fn inode(kind: FileKind, size: u64, body: Body) -> Bytes {
         Inode {
-            kind,
-            perm: 0o700,
-            uid: 0,
-            gid: 0,
             nlink: 1,
-            rdev: 0,
             size,
-            blocks: 0,
-            atime: Time::default(),
             mtime: Time { secs: 1_700_000_000, nanos: 5 },
-            ctime: Time::default(),
-            btime: Time::default(),
-            generation: 1,
-            flags: 0,
             parent: Ino::ROOT,
             body,
+            ..Inode::new(kind, 0o700, (0, 0), Time::default())
         }
         .encode()
     }

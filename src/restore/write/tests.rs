@@ -17,23 +17,14 @@ const BLOCK: usize = 64 << 10;
 
 fn inode(kind: FileKind, size: usize, body: Body) -> Inode {
     let time = |secs, nanos| Time { secs, nanos };
+    let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     Inode {
-        kind,
-        perm: 0o640,
-        uid: rustix::process::geteuid().as_raw(),
-        gid: rustix::process::getegid().as_raw(),
         nlink: 1,
-        rdev: 0,
         size: size as u64,
-        blocks: 0,
         atime: time(1_700_000_000, 1),
         mtime: time(1_600_000_000, 123_456_789),
-        ctime: time(1, 1),
-        btime: time(1, 1),
-        generation: 1,
-        flags: 0,
-        parent: Ino(0),
         body,
+        ..Inode::new(kind, 0o640, owner, time(1, 1))
     }
 }
 

@@ -95,8 +95,14 @@ impl Fixture {
     fn dirty(&self, raw: &[u8]) -> BlockId {
         let block = self.blocks.create(None, 0).unwrap();
         self.blocks.write(&block, 0, raw).unwrap();
-        self.put(dirty_key(block.id), &block.encode());
+        self.note(block.id);
         block.id
+    }
+
+    /// Puts a dirty block into the tables, as a file's flush does.
+    fn note(&self, id: BlockId) {
+        self.journal.transact::<_, StoreError>(|tx| self.blocks.put_dirty(tx, id, false)).unwrap();
+        self.blocks.after_put([&id]);
     }
 
     fn release(&self, id: BlockId) {
@@ -264,7 +270,7 @@ fn large_cut(f: &mut Fixture) -> (Lsn, Cut, Vec<BlockId>) {
     let last = f.blocks.create(Some(below), u32::MAX).unwrap();
     f.blocks.write(&last, 100, &[1; 50]).unwrap();
     ids.push(last.id);
-    f.put(dirty_key(last.id), &last.encode());
+    f.note(last.id);
     f.put(extent_key(Ino(1), 0), b"names them");
     f.blocks.drop_all_clean();
     (before, f.cut(), ids)
@@ -455,7 +461,7 @@ fn a_seal_that_fails_leaves_nothing_and_is_tried_again() {
     // The block below is needed and not cached.
     let block = f.blocks.create(Some(id), u32::MAX).unwrap();
     f.blocks.write(&block, 100, &[1; 50]).unwrap();
-    f.put(dirty_key(block.id), &block.encode());
+    f.note(block.id);
     f.dirty(&random(100, 8));
     f.blocks.drop_all_clean();
     *f.source.down.lock() = true;
