@@ -109,13 +109,14 @@ fn a_machine_that_was_cut_off_is_overtaken() {
     let joined = Instant::now();
     let why = wait_fenced(&ma);
     println!("fenced {:?} after the network was back: {why}", joined.elapsed());
-    for word in ["epoch 2", &format!("process {}", mb.pid()), "mirrorfs salvage"] {
+    for word in ["epoch 3", &format!("process {}", mb.pid()), "mirrorfs salvage"] {
         assert!(why.contains(word), "{word}: {why}");
     }
     let refused = written(&ma, "mine/too late", b"").unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{refused}");
     let status = ma.status();
-    assert_eq!(status["fenced"]["epoch"], 2, "{status}");
+    // Its first claim only ended the tenure of A.
+    assert_eq!(status["fenced"]["epoch"], 3, "{status}");
     assert_eq!(status["fenced"]["claim"]["pid"], mb.pid(), "{status}");
     assert!(ma.ask(&["status"], &[]).ok().text().contains("no: replica "), "{status}");
     // Reading goes on, with what was written here.
@@ -130,7 +131,7 @@ fn a_machine_that_was_cut_off_is_overtaken() {
         for how in [How::usual(), How::usual().arg("--takeover")] {
             let Failed { code, told } = a.v.try_mount(&how).err().expect("its state was overtaken");
             assert_eq!(code, Some(IN_USE), "{told}");
-            assert!(told.contains("mirrorfs salvage --state ") && told.contains("epoch 2"), "{told}");
+            assert!(told.contains("mirrorfs salvage --state ") && told.contains("epoch 3"), "{told}");
         }
     }
     a.cut(false);
@@ -174,6 +175,34 @@ fn a_machine_that_was_cut_off_is_overtaken() {
     let ma = a.v.mount_as(&How::usual().state("next"));
     theirs.assert_same(&Snapshot::take(ma.root()), "A again");
     ma.unmount();
+}
+
+/// A writes while B comes, slowly: what A was told is on all replicas is there when B has it, whenever it was told.
+#[test]
+fn what_the_former_writer_acknowledged_last_is_there() {
+    let servers = servers();
+    let all = ["fsync = \"all\"", "fsync_timeout = \"20s\"", "commit_interval = \"300ms\""];
+    let Some(a) = Machine::new("two daemons: acknowledged last, A", &servers, &all) else { return };
+    let b = Machine::new("two daemons: acknowledged last, B", &servers, &["commit_interval = \"300ms\""])
+        .unwrap();
+    let ma = a.v.mount();
+    written(&ma, "first", b"first").unwrap();
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(60, Ordering::Relaxed));
+    let coming = b.v.start(&How::usual().arg("--takeover"));
+    let mut told = 0;
+    while written(&ma, &format!("f{told}"), format!("file {told}").as_bytes()).is_ok() {
+        told += 1;
+    }
+    let why = wait_fenced(&ma);
+    assert!(why.contains("claimed by"), "{why}");
+    b.proxies.iter().for_each(|p| p.faults.latency_ms.store(0, Ordering::Relaxed));
+    let mb = coming.live().unwrap_or_else(|e| panic!("{}", e.told));
+    println!("{told} files were acknowledged while B came");
+    for i in 0..told {
+        let found = fs::read(mb.path(format!("f{i}"))).unwrap_or_else(|e| panic!("f{i} of {told}: {e}"));
+        assert_eq!(found, format!("file {i}").as_bytes());
+    }
+    mb.unmount();
 }
 
 /// B comes and is cut off at some moment of its coming, while A writes. Whoever is the writer in the end, every file that

@@ -32,7 +32,7 @@ use crate::ids::{Epoch, Lsn, SegmentNo};
 use crate::journal::Journal;
 use crate::reconcile::{self, Reconciler};
 use crate::replica::{self, Fence, FrameSource, Identity, Reader, Replica, ReplicaSpec, Store, Tuning};
-use crate::txg::{CutSource, Engine, EngineOptions, Sealer, Staging};
+use crate::txg::{CutSource, Engine, EngineOptions, SEGMENT_TARGET, Sealer, Staging};
 use crate::vfs::types::VfsError;
 use crate::vfs::{self, Durability, Vfs};
 
@@ -69,6 +69,8 @@ pub struct CoreOptions {
     pub attention: (Duration, Duration),
     /// Bytes of log before which no checkpoint is due.
     pub checkpoint_after: u64,
+    /// Bytes of a full segment.
+    pub segments_of: u64,
 }
 
 impl Default for CoreOptions {
@@ -82,7 +84,24 @@ impl Default for CoreOptions {
             shipping: Tuning::default(),
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
             checkpoint_after: LEAST_LOG,
+            segments_of: SEGMENT_TARGET,
         }
+    }
+}
+
+/// Variable with the bytes of a full segment, for tests of the program itself: a large cut would have to be large otherwise.
+const TEST_SEGMENT: &str = "MIRRORFS_TEST_SEGMENT";
+
+impl CoreOptions {
+    /// As by default, with what the environment says for tests.
+    #[must_use]
+    pub(super) fn with_test_settings() -> Self {
+        let mut options = Self::default();
+        if let Some(bytes) = std::env::var(TEST_SEGMENT).ok().and_then(|v| v.parse().ok()) {
+            log::warn!("segments are closed at {bytes} bytes, because {TEST_SEGMENT} is set");
+            options.segments_of = bytes;
+        }
+        options
     }
 }
 
@@ -390,7 +409,8 @@ fn assemble(
                 level,
                 mark,
             )
-            .map_err(|e| failure(&e))?;
+            .map_err(|e| failure(&e))?
+            .with_segments_of(core_options.segments_of);
             let wanted = Arc::new(AtomicU64::new(0));
             let mut checkpoints = Checkpoints {
                 journal: Arc::clone(&journal),

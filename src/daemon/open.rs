@@ -11,7 +11,7 @@ use futures::future::join_all;
 use super::Error;
 use super::state::Local;
 use crate::exit::Exit;
-use crate::format::volume::{Claim, Release, Volume};
+use crate::format::volume::{Claim, NO_SEGMENT, Release, Volume};
 use crate::ids::{Epoch, SegmentNo, VolumeId};
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{ErrorKind, FenceNote, FenceReason, Fenced, Limits, Store};
@@ -200,7 +200,11 @@ pub(super) fn overtaken(local: &Local, replica: &Store, tenures: &Tenures) -> Op
             let first_segment = there().filter(is_rival).map(|c| c.first_segment).min();
             let claim = Some(Box::new(claim.clone()));
             let epoch = claim.as_ref().map_or(tenures.highest, |c| c.epoch);
-            FenceReason::TakenOver { epoch, claim, first_segment: first_segment.filter(|_| !unreadable) }
+            FenceReason::TakenOver {
+                epoch,
+                claim,
+                first_segment: first_segment.filter(|n| !unreadable && *n != NO_SEGMENT),
+            }
         }
         None if !local.borrowed && tenures.highest > known => {
             FenceReason::TakenOver { epoch: tenures.highest, claim: None, first_segment: None }
@@ -264,6 +268,13 @@ pub(super) fn last_tenure<'a>(
         }
     }
     last
+}
+
+/// Whether the last tenure may still be under way, and has to be ended by a claim before it is known where the next one begins. `own`: as
+/// for [`permit`].
+pub(super) fn ends_a_tenure(last: &LastTenure, own: &[Claim]) -> bool {
+    let released = !last.claims.is_empty() && last.claims.iter().all(|(_, release)| release.is_some());
+    last.epoch > Epoch(0) && !released && !own.iter().any(|claim| claim.epoch > last.epoch)
 }
 
 /// Whether a machine without a state of its own may write; answers what a person should know. `own` are the claims that

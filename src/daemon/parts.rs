@@ -22,7 +22,7 @@ use crate::exit::Exit;
 use crate::format::local::{SEALED_MARK, SealedMark};
 use crate::format::names::ObjectName;
 use crate::format::tables::local_key;
-use crate::format::volume::Claim;
+use crate::format::volume::{Claim, NO_SEGMENT};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 use crate::journal::{self, Journal, JournalError, Opened};
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
@@ -364,8 +364,9 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 const TAKE_OVER_TRIES: usize = 5;
 
 /// Reads the volume back and claims the next epoch, when [`open::permit`] allows it. What the former writer stored between
-/// the reading and the claim would be lost, so then it begins anew: behind the claim he writes nothing more that he
-/// acknowledges.
+/// the reading and the claim would be lost, although he may have acknowledged it: the claim says at which segment the new branch begins,
+/// and cannot be changed. So when somebody may still be writing, a claim comes first that only ends that: behind it he acknowledges
+/// nothing more, and what is read then is all that he did.
 async fn take_over(
     config: &Config,
     state: &StateDir,
@@ -403,9 +404,16 @@ async fn take_over(
         }
         let warnings = open::permit(&last, &own, &without, loaded.last_segment, takeover)?;
         let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
-        let intended = intend(&mut local, highest, loaded.last_segment.next())?;
+        let ends = open::ends_a_tenure(&last, &own);
+        let first = if ends { NO_SEGMENT } else { loaded.last_segment.next() };
+        let intended = intend(&mut local, highest, first)?;
         state.intend(&intended)?;
         put_claim(&local, &intended, &holders).await?;
+        if ends {
+            log::info!("the former writer's tenure is ended; reading what was stored by then");
+            notes.extend(warnings);
+            continue;
+        }
         let (newer, failed) = restore::listed(&holders).await;
         if let Some(name) =
             failed.iter().find(|n| restored.cursors.contains_key(*n) && !silent_names.contains(*n))

@@ -29,6 +29,7 @@ use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::verify_whole;
 use crate::format::tables::{BlockEntry, FrameLoc, segment_key, table};
+use crate::format::volume::NO_SEGMENT;
 use crate::ids::{BlockId, Epoch, SegmentNo, VolumeId};
 use crate::journal::Journal;
 use crate::replica::volume::{self, Found};
@@ -248,10 +249,28 @@ impl Work<'_> {
         }
     }
 
+    /// Where those begin who claimed the volume behind us, by the claims that stand on the replicas now: who is fenced first sees a claim
+    /// that does not say so yet. `None` when it is not said, or a claim cannot be read.
+    fn others_begin(&self) -> Option<SegmentNo> {
+        let mut first = None;
+        for store in &self.stores {
+            let tenures = self.runtime.block_on(volume::tenures(store, self.local.volume.volume)).ok()?;
+            if !tenures.damaged.is_empty() {
+                return None;
+            }
+            let claims = tenures.known.iter().map(|t| &t.claim).filter(|c| c.epoch > self.local.epoch());
+            first = claims.map(|c| c.first_segment).filter(|n| *n != NO_SEGMENT).chain(first).min();
+        }
+        first
+    }
+
     /// The last segment that this state and the volume have in common, as far as that is known.
     fn fork(&self, warnings: &mut Vec<String>) -> Result<SegmentNo, Error> {
         let newest = sealed_mark(self.journal)?.segment;
         if let Some(first) = self.local.fenced.as_ref().and_then(|note| note.first_segment) {
+            return Ok(SegmentNo(first.0.saturating_sub(1)).min(newest));
+        }
+        if let Some(first) = self.others_begin() {
             return Ok(SegmentNo(first.0.saturating_sub(1)).min(newest));
         }
         let mut least: Option<SegmentNo> = None;

@@ -79,6 +79,10 @@ pub fn check_block_size(bytes: u32) -> Result<(), FormatError> {
     }
 }
 
+/// The first segment of a claim that only ends the tenure before it. Its maker then reads what was stored by then, and claims the next
+/// epoch with the number where that ends; no segment is ever written under this one.
+pub const NO_SEGMENT: SegmentNo = SegmentNo(u64::MAX);
+
 /// `epochs/{epoch}.json`: one writer's claim of its tenure, created with put-if-absent, never changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
@@ -95,7 +99,7 @@ pub struct Claim {
     pub pid: u32,
     /// Seconds since 1970.
     pub claimed_at: u64,
-    /// Number of the first segment that this writer may write. Segments of lower epochs from here on are a lost branch.
+    /// Number of the first segment that this writer may write, or [`NO_SEGMENT`]. Segments of lower epochs from here on are a lost branch.
     pub first_segment: SegmentNo,
     /// The writer's program version.
     pub mirrorfs: String,

@@ -9,7 +9,7 @@ mod staging;
 mod writers;
 
 pub use engine::{AfterSeal, Engine, EngineOptions, Progress};
-pub use seal::{SealError, Sealer};
+pub use seal::{SEGMENT_TARGET, SealError, Sealer};
 pub use staging::{Staging, StagingError};
 
 use crate::cache::dirty::DirtyBlock;

@@ -4,7 +4,8 @@
 //! behind and is tried again with the same cut.
 //!
 //! **Large groups go in pieces.** While a large cut is sealed, the replicas would wait. So as soon as some segments of its content
-//! are full, they become a group of their own: one that commits *the LSN of the group before* and has no records. Its state is that of
+//! are full, they become a group of their own: one that commits *the LSN of the group before*, exactly (else readers would take its
+//! blocks for named ones), and has no records. Its state is that of
 //! the group before, and blocks that nobody names yet; the cut's last group brings the records that name them. Each such group is
 //! staged, registered and published as any other, so nothing that was said of groups bends.
 //!
@@ -41,8 +42,8 @@ use crate::replica::FetchError;
 
 /// A segment is closed when it reaches this many bytes, ...
 pub const SEGMENT_TARGET: u64 = 16 << 20;
-/// ... unless no more than this is left of the group: then that goes into it, too, instead of costing a request of its own.
-const SEGMENT_REST: u64 = SEGMENT_TARGET / 4;
+/// ... unless no more than this share of that is left of the group: then it goes into it, too, instead of costing a request of its own.
+const REST: u64 = 4;
 /// Full segments of content that become a group of their own when more is to come.
 const EARLY: usize = 2;
 /// Blocks entered into the tables by one record.
@@ -79,8 +80,12 @@ pub struct Sealer {
     epoch: Epoch,
     preparer: Arc<Preparer>,
     mark: SealedMark,
+    /// [`SEGMENT_TARGET`]; tests have less.
+    target: u64,
     /// As far as the mark in the tables goes: the tail is kept from there on.
     remembered: Lsn,
+    /// What the last segment commits. The mark may be further: there was nothing to ship.
+    committed: Lsn,
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
     /// Blocks that replicas have without content, and when that was tried last.
@@ -122,6 +127,7 @@ struct Draft<'scope, 'env> {
     volume: VolumeId,
     epoch: Epoch,
     cut_at: Time,
+    target: u64,
     first: SegmentNo,
     current: SegmentBuilder,
     done: Drafted,
@@ -154,12 +160,12 @@ impl Draft<'_, '_> {
     /// Whether the current segment is large enough, when at most `rest` bytes of content are still to come.
     fn is_full(&self, rest: u64) -> bool {
         let size = self.current.size();
-        size >= SEGMENT_TARGET && rest > SEGMENT_REST || size >= SEGMENT_TARGET + SEGMENT_REST
+        size >= self.target && rest > self.target / REST || size >= self.target + self.target / REST
     }
 
     /// Whether the current segment, when it is closed, ends a group of content only.
     fn is_early(&self, rest: u64) -> bool {
-        rest > SEGMENT_REST && self.done.len() + 1 >= EARLY
+        rest > self.target / REST && self.done.len() + 1 >= EARLY
     }
 
     /// What was closed so far is a group of its own; another one begins. Answers its segments, whose files are durable.
@@ -185,6 +191,7 @@ impl Sealer {
     ) -> Result<Self, SealError> {
         journal.release(mark.lsn);
         let preparer = Arc::new(Preparer::new(Arc::clone(&blocks), level)?);
+        let last = journal.get(&segment_key(mark.segment))?.map(|v| SegmentValue::decode(&v)).transpose()?;
         Ok(Self {
             journal,
             blocks,
@@ -192,7 +199,9 @@ impl Sealer {
             volume,
             epoch,
             preparer,
+            target: SEGMENT_TARGET,
             remembered: mark.lsn,
+            committed: last.map_or(Lsn(0), |v| v.commit),
             mark,
             unpublished: Vec::new(),
             lost: HashMap::new(),
@@ -200,6 +209,12 @@ impl Sealer {
             #[cfg(test)]
             dies: None,
         })
+    }
+
+    /// Closes segments at `target` bytes instead of [`SEGMENT_TARGET`]: for tests, which would have to write much otherwise.
+    #[must_use]
+    pub fn with_segments_of(self, target: u64) -> Self {
+        Self { target, ..self }
     }
 
     /// How far the log is sealed.
@@ -288,11 +303,12 @@ impl Sealer {
         sealed: &mut Sealed,
         cut_at: Time,
     ) -> Result<(), SealError> {
-        draft.close(Some(self.mark.lsn), false)?;
+        draft.close(Some(self.committed), false)?;
         let done = draft.split()?;
         self.passed(Step::Staged);
         let numbers: Vec<_> = done.iter().map(|(n, _)| (*n, self.epoch)).collect();
-        if let Err(e) = self.register_segments(&done, self.mark.lsn, cut_at) {
+        // What came since that commit is in the tail still, and nobody needs more of it than a start would find.
+        if let Err(e) = self.register_segments(&done, self.remembered, cut_at) {
             self.staging.discard(&numbers);
             return Err(e);
         }
@@ -340,6 +356,7 @@ impl Sealer {
                 volume: self.volume,
                 epoch: self.epoch,
                 cut_at,
+                target: self.target,
                 first,
                 current: SegmentBuilder::new(header),
                 done: Vec::new(),
@@ -383,7 +400,7 @@ impl Sealer {
                         continue;
                     }
                     // Without an earlier commit there is no state that could stay as it is.
-                    match draft.is_early(rest) && self.mark.lsn.0 > 0 {
+                    match draft.is_early(rest) && self.committed.0 > 0 {
                         true => self.early(draft, &mut sealed, cut_at)?,
                         false => draft.close(None, false)?,
                     }
@@ -509,6 +526,7 @@ impl Sealer {
         })?;
         self.mark = mark;
         self.remembered = mark.lsn;
+        self.committed = values.last().map_or(self.committed, |(_, v)| v.commit);
         self.unpublished.extend(values);
         Ok(())
     }

@@ -151,6 +151,8 @@ impl World {
             },
             attention: (Duration::from_millis(50), Duration::from_millis(100)),
             checkpoint_after: 3000,
+            // Most cuts are large ones then, which go in several groups.
+            segments_of: 3000,
             // The machine that had it is gone.
             takeover: self.states > 0 && !self.state().join("state.json").exists(),
         }

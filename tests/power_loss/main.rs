@@ -40,6 +40,8 @@ use tokio::runtime::Runtime;
 use volume::Open;
 use work::Writer;
 
+/// Bytes at which a segment is closed here: most cuts go in several groups then.
+const SEGMENT: u64 = 24 << 10;
 /// Moments of each recording, unless `MIRRORFS_POWER_CUTS` says otherwise.
 const CUTS: usize = 24;
 const WRITERS: u64 = 4;
@@ -188,6 +190,7 @@ fn live(v: &Volume, disk_place: tempfile::TempDir, seed: u64, plan: Plan) -> Lif
     fs::create_dir(&disk).unwrap();
     let recorder = Arc::new(Recorder::mount(Disk::new(), &disk));
     let how = How::usual().state(disk.join("state").to_str().unwrap());
+    let how = how.env("MIRRORFS_TEST_SEGMENT", &SEGMENT.to_string());
     let mut scene = Scene {
         v,
         how,
@@ -237,6 +240,13 @@ fn live(v: &Volume, disk_place: tempfile::TempDir, seed: u64, plan: Plan) -> Lif
     let Scene { recorder, book, .. } = scene;
     assert_eq!(recorder.mapped(), 0, "something below the state folder is written through a shared mapping");
     let there = support::mount::bytes_of(&disk);
+    if !plan.alone {
+        for replica in ["a", "b"] {
+            let groups = support::log::Log::read(&disk.join(replica)).groups(replica);
+            println!("{replica}: {groups:?}");
+            assert!(groups.early > 0, "no cut was large");
+        }
+    }
     let recorder = Arc::into_inner(recorder).unwrap();
     let recording = recorder.end();
     let mut replayed = recording.start.clone();
@@ -271,6 +281,8 @@ struct Tally {
     opened: usize,
     again: usize,
     restored: usize,
+    /// Cuts at which a replica held content that nobody named yet.
+    in_large: usize,
     checked: Checked,
     faults: Vec<String>,
 }
@@ -434,6 +446,11 @@ impl Life {
         let fault = |what: String| format!("{rules:?}, cut at {cut} of {total}: {what}");
         self.put(image);
         tally.cuts += 1;
+        let unnamed = |r: &str| {
+            let replica = self.disk.join(r);
+            replica.join("segments").exists() && support::log::Log::read(&replica).groups(r).unnamed > 0
+        };
+        tally.in_large += usize::from(!self.alone && (unnamed("a") || unnamed("b")));
         // First without any replica, as after a storm; then the same disk with them.
         let without = self.alone || rng.random_bool(0.25);
         let has_state = image.nodes[&disk::ROOT].names.contains_key(std::ffi::OsStr::new("state"))
@@ -507,8 +524,9 @@ fn lose_power(test: &str, plan: Plan) {
     let mut tally = Tally::default();
     life.cut(&rt, cuts, &mut ChaCha8Rng::seed_from_u64(seed), &mut tally);
     println!(
-        "{test}: {} cuts, {} openings, {} restores, {} second cuts in {:?}; {:?}; {} faults",
+        "{test}: {} cuts ({} in a large cut), {} openings, {} restores, {} second cuts in {:?}; {:?}; {} faults",
         tally.cuts,
+        tally.in_large,
         tally.opened,
         tally.restored,
         tally.again,

@@ -12,6 +12,7 @@ use mirrorfs::vfs::api::FileSystem;
 use mirrorfs::vfs::types::{Caller, FileKind, VfsError, Wait};
 use tokio::runtime::Runtime;
 
+use crate::SEGMENT;
 use crate::oracle::{Body, Found, Tree};
 
 /// No opening takes longer.
@@ -43,7 +44,8 @@ pub fn open(runtime: &Runtime, how: &Open) -> Result<Core, String> {
     let raw = Raw { flags, ..Raw::default() };
     let config = Config::load(&raw, &Env { vars: BTreeMap::new(), cwd: "/".into() }).unwrap();
     let late = async { tokio::time::sleep(PATIENCE).await };
-    Core::open(&config, runtime, CoreOptions::default(), late).map_err(|e| e.to_string())
+    let options = CoreOptions { segments_of: SEGMENT, ..CoreOptions::default() };
+    Core::open(&config, runtime, options, late).map_err(|e| e.to_string())
 }
 
 /// The trees of all folders at the top.

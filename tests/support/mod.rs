@@ -10,6 +10,7 @@
 pub mod azurite;
 pub mod gcs;
 pub mod http;
+pub mod log;
 pub mod machine;
 pub mod memfs;
 pub mod moto;

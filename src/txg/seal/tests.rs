@@ -321,6 +321,31 @@ fn a_large_cut_goes_in_groups_of_content_and_a_last_one_with_the_records() {
 }
 
 #[test]
+fn groups_of_content_commit_what_the_last_group_did_also_when_local_changes_came_since() {
+    let mut f = Fixture::new();
+    f.put(inode_key(Ino(1)), b"x");
+    f.seal();
+    let committed = f.sealer.mark().lsn;
+    // Such as cursors: there is nothing to ship, and the mark moves on.
+    f.put(local_key("cursor"), b"1");
+    assert_eq!(f.seal(), None);
+    assert!(f.sealer.mark().lsn > committed);
+    let ids: Vec<_> = (0..70).map(|i| f.dirty(&random(BS as usize, i))).collect();
+    f.put(extent_key(Ino(1), 0), b"names them");
+    let cut = f.cut();
+    f.sealer.dies = Some(Step::Published);
+    let dies = std::panic::AssertUnwindSafe(|| f.sealer.seal(&cut, Time::default()).map(|_| ()));
+    std::panic::catch_unwind(dies).unwrap_err();
+    let commits: Vec<_> = (1..=3).map(|n| f.segment(SegmentNo(n)).footer.commit).collect();
+    assert_eq!(commits, [Some(committed), None, Some(committed)]);
+    drop(cut);
+    // All records since are still to be had, and come with the last group.
+    let mut f = f.reopen();
+    f.seal();
+    assert!(ids.iter().all(|id| replay(&f).contains(id)));
+}
+
+#[test]
 fn a_large_cut_that_fails_keeps_what_was_sealed_and_goes_on_there() {
     for again in [true, false] {
         let mut f = Fixture::new();

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod large;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::collections::BTreeSet;
