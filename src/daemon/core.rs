@@ -251,7 +251,7 @@ impl Core {
         let Some(engine) = &self.engine else { return Ok(self.fleet.staging.newest()) };
         loop {
             match self.vfs.commit() {
-                Ok(_) => return engine.sync(deadline),
+                Ok(_) => return engine.settle(deadline),
                 // There is space again when replicas have taken what is staged.
                 Err(VfsError::NoSpace) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(200));
@@ -274,7 +274,7 @@ impl Core {
                 .vfs
                 .commit()
                 .map_err(|e| e.to_string())
-                .and_then(|_| engine.sync(Instant::now() + LAST_SEAL));
+                .and_then(|_| engine.settle(Instant::now() + LAST_SEAL));
             if let Err(e) = sealed {
                 log::error!("not everything is sealed; it is kept in the state folder: {e}");
                 trouble = Some(Error::new(

@@ -54,6 +54,8 @@ struct State {
     wanted: u64,
     /// The newest request that has been served.
     served: u64,
+    /// Whether one of the others wants blocks taken up again whose rest was lost a moment ago.
+    insist: bool,
     progress: Progress,
     stop: bool,
     stopped: bool,
@@ -105,8 +107,19 @@ impl Engine {
     /// Ends the current group now and waits until it is sealed. Answers the segment that covers everything changed
     /// before the call, or why there is none by the deadline.
     pub fn sync(&self, deadline: Instant) -> Result<SegmentNo, String> {
+        self.ask(false, deadline)
+    }
+
+    /// As [`Engine::sync`], for a person or an end: what no replica could give a moment ago, and is sealed without content therefore, is
+    /// asked for once more. (An `fsync` would take too long with that.)
+    pub fn settle(&self, deadline: Instant) -> Result<SegmentNo, String> {
+        self.ask(true, deadline)
+    }
+
+    fn ask(&self, insist: bool, deadline: Instant) -> Result<SegmentNo, String> {
         let mut state = self.state.lock();
         state.wanted += 1;
+        state.insist |= insist;
         let ticket = state.wanted;
         self.wake.notify_all();
         while state.served < ticket {
@@ -167,12 +180,12 @@ impl Run {
         let mut changed_since: Option<Instant> = None;
         let mut pause = RETRY.0;
         loop {
-            let (wanted, served) = {
+            let (wanted, served, insist) = {
                 let state = self.engine.state.lock();
                 if state.stop {
                     return;
                 }
-                (state.wanted, state.served)
+                (state.wanted, state.served, state.insist)
             };
             let changed = self.journal.last_lsn() > self.sealer.mark().lsn || self.source.has_pending();
             if changed {
@@ -189,11 +202,15 @@ impl Run {
                 }
                 continue;
             }
+            if insist {
+                self.sealer.try_lost_again();
+            }
             match self.step() {
                 Ok(()) => {
                     pause = RETRY.0;
                     changed_since = None;
                     let mut state = self.engine.state.lock();
+                    state.insist &= state.wanted > wanted;
                     let mark = self.sealer.mark();
                     state.progress = Progress { sealed: mark.lsn, segment: mark.segment, error: None };
                     state.served = state.served.max(wanted);

@@ -89,7 +89,7 @@ pub struct Sealer {
     /// Registered segments that are not published yet, because something failed in between.
     unpublished: Vec<(SegmentNo, SegmentValue)>,
     /// Blocks that replicas have without content, and when that was tried last.
-    lost: HashMap<BlockId, Instant>,
+    lost: HashMap<BlockId, Option<Instant>>,
     /// Content whose loss was logged.
     said: HashSet<BlockHash>,
     /// Where the process is to die.
@@ -250,6 +250,11 @@ impl Sealer {
         Ok(())
     }
 
+    /// The next group takes up lost blocks again, however short ago they were tried.
+    pub fn try_lost_again(&mut self) {
+        self.lost.values_mut().for_each(|tried| *tried = None);
+    }
+
     /// Seals one cut, stages it, enters it into the tables and hands it to the shippers. Answers the txg's last segment,
     /// or `None` when nothing of it belongs on a replica.
     pub fn seal(&mut self, cut: &Cut, cut_at: Time) -> Result<Option<SegmentNo>, SealError> {
@@ -287,7 +292,7 @@ impl Sealer {
         for (block, _) in &sealed.whole {
             self.lost.remove(&block.id);
         }
-        self.lost.extend(sealed.lost.iter().map(|(id, _)| (*id, Instant::now())));
+        self.lost.extend(sealed.lost.iter().map(|(id, _)| (*id, Some(Instant::now()))));
         self.blocks.counters.lost.store(self.lost.len() as u64, Ordering::Relaxed);
         for part in sealed.whole.chunks(REGISTER_STEP) {
             let (_, lsn) = self.journal.transact::<_, StoreError>(|tx| self.blocks.register(tx, part))?;
@@ -380,7 +385,10 @@ impl Sealer {
         let mut fresh: HashMap<BlockHash, BlockEntry> = HashMap::new();
         let packed = Arc::default();
         // The replicas have the entries of lost ones without content already.
-        let just_tried = |id| self.lost.get(&id).is_some_and(|tried| tried.elapsed() < LOST_AGAIN);
+        let just_tried = |id| {
+            let tried = self.lost.get(&id).copied().flatten();
+            tried.is_some_and(|at| at.elapsed() < LOST_AGAIN)
+        };
         // A group of content only, made when this cut was tried before, holds them.
         let wanted = cut.frozen.iter().filter(|b| !just_tried(b.id) && !b.is_sealed());
         let wanted: Vec<_> = wanted.cloned().collect();

@@ -420,6 +420,25 @@ fn a_lost_block_stops_no_txg_and_never_shows_wrong_bytes() {
     assert_eq!(bench.journal.scan(&start, &end, 9).unwrap(), []);
 }
 
+/// Before the machine goes, somebody asks that all be sealed: what was only said to be lost must not stay behind on it.
+#[test]
+fn who_insists_gets_lost_blocks_sealed_as_soon_as_their_rest_is_there_again() {
+    let mut bench = Bench::new();
+    let torn = bench.file("torn");
+    bench.write(torn, 0, &[5; 10_000]).unwrap();
+    let [(_, base)] = bench.seal()[..] else { panic!() };
+    bench.blocks.drop_all_clean();
+    *bench.shelf.lost.lock() = Some(base.hash);
+    bench.write(torn, 20_000, b"new").unwrap();
+    assert!(bench.seal().iter().all(|(_, e)| e.is_without_content()));
+    *bench.shelf.lost.lock() = None;
+    assert_eq!(bench.seal(), [], "it was tried a moment ago");
+    bench.sealer.try_lost_again();
+    let [(_, entry)] = bench.seal()[..] else { panic!() };
+    assert!(!entry.is_without_content());
+    assert_eq!(bench.blocks.counters.lost.load(SeqCst), 0);
+}
+
 #[test]
 fn content_written_again_does_not_rest_on_a_lost_frame() {
     let mut bench = Bench::new();
