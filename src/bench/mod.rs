@@ -282,6 +282,13 @@ mod tests {
     }
 
     #[test]
+    fn a_workload_has_the_same_name_in_json_as_on_the_command_line() {
+        for workload in Workload::ALL {
+            assert_eq!(serde_json::to_value(workload).unwrap(), workload.name());
+        }
+    }
+
+    #[test]
     fn every_workload_runs_in_two_folders_in_turn() {
         // Emptying the machine's caches would disturb whatever else runs here.
         let all: Vec<Workload> = Workload::ALL.into_iter().filter(|w| !w.name().ends_with("-cold")).collect();

@@ -23,9 +23,8 @@ macro_rules! workloads {
     ($($name:ident $text:literal $unit:literal),+ $(,)?) => {
         /// Something applications do.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-        #[serde(rename_all = "kebab-case")]
         #[allow(missing_docs, reason = "the text says it")]
-        pub enum Workload { $($name),+ }
+        pub enum Workload { $(#[serde(rename = $text)] $name),+ }
 
         impl Workload {
             /// All, in the order in which one prepares the next.
