@@ -99,7 +99,9 @@ pub fn damage(
     let some = |rng: &mut ChaCha8Rng| -> Vec<String> {
         let n = rng.random_range(1..=3);
         let mut some: Vec<String> = (0..n).filter_map(|_| paths.choose(rng).map(|p| (*p).clone())).collect();
-        let may = is_plain(&objects, keeper) && objects.keys().any(|p| p.starts_with("epochs/"));
+        // A release proves nothing: it is a claim that says whose the replica is.
+        let is_claim = |p: &String| p.starts_with("epochs/") && !p.ends_with(".released.json");
+        let may = is_plain(&objects, keeper) && objects.keys().any(is_claim);
         let one = some.iter().find(|p| is_head(p)).filter(|_| may).cloned();
         some.retain(|p| !is_head(p));
         some.extend(one);

@@ -3,6 +3,7 @@
 //! Owns opening, killing, losing and closing it, and what replicas hold. Knows nothing of files.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -199,7 +200,12 @@ impl World {
                 if passes.iter().all(|p| p.done == p.asked) {
                     break passes;
                 }
-                assert!(Instant::now() < until, "scrubs do not end: {passes:#?}\n{}", self.told());
+                assert!(
+                    Instant::now() < until,
+                    "scrubs do not end: {passes:#?}\n{}\n{}",
+                    self.told(),
+                    self.differing()
+                );
                 std::thread::sleep(Duration::from_millis(2));
             };
             // What only one replica had cannot be mended. A checkpoint is but a shortcut for restores, and a release says something only to
@@ -220,6 +226,23 @@ impl World {
             }
             assert!(Instant::now() < until, "scrubs mend not everything: {passes:#?}\n{}", self.told());
         }
+    }
+
+    /// Objects that are not the same on the first replica and another, for messages.
+    fn differing(&self) -> String {
+        let first = self.sites[0].memory.objects();
+        let others = self.sites[1..].iter().flat_map(|site| {
+            let objects = site.memory.objects();
+            let paths: BTreeSet<_> = first.keys().chain(objects.keys()).collect();
+            let differs = paths.into_iter().filter(|p| first.get(*p) != objects.get(*p));
+            let text = |found: Option<&bytes::Bytes>| found.map(|b| String::from_utf8_lossy(b).into_owned());
+            differs
+                .map(|p| {
+                    format!("{}: {p}: {:?}, {:?}\n", site.name, text(first.get(p)), text(objects.get(p)))
+                })
+                .collect::<Vec<_>>()
+        });
+        others.collect()
     }
 
     /// How the replicas do, for messages.
