@@ -193,6 +193,7 @@ impl World {
     pub fn scrub(&self) {
         let reconciler = self.core().reconciler.as_ref().unwrap();
         let until = Instant::now() + PATIENCE;
+        let mut found = Vec::new();
         loop {
             reconciler.begin(&ScrubRequest { deep: true, ..ScrubRequest::default() }).unwrap();
             let passes = loop {
@@ -224,6 +225,7 @@ impl World {
             if passes.iter().all(is_clean) {
                 return;
             }
+            found = passes.iter().flat_map(|p| p.findings.clone()).collect();
             assert!(Instant::now() < until, "scrubs mend not everything: {passes:#?}\n{}", self.told());
         }
     }
