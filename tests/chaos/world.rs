@@ -203,7 +203,7 @@ impl World {
                 }
                 assert!(
                     Instant::now() < until,
-                    "scrubs do not end: {passes:#?}\n{}\n{}",
+                    "scrubs do not end: {passes:#?}\n{found:#?}\n{}\n{}",
                     self.told(),
                     self.differing()
                 );
