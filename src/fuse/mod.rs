@@ -200,7 +200,8 @@ fn serve(
     let tell = say.clone();
     thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || {
         let outcome = catch_unwind(AssertUnwindSafe(|| session.run()));
-        let _ = tell.send(outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked"))));
+        let outcome = outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")));
+        let _ = tell.send(as_unmounted(outcome));
     })?;
     let guardian = (options.guarded && !device.is_empty())
         .then(|| guardian::Guardian::start(&guardian::Mounted::at(&device, path), path))
@@ -219,6 +220,12 @@ fn serve(
         say,
         _guardian: guardian,
     })
+}
+
+/// Takes `ECONNABORTED` for the end that it is: the kernel answers that instead of `ENODEV` to a thread that was just taking over a request
+/// (mostly the last file's release) when the connection ended.
+fn as_unmounted(outcome: io::Result<()>) -> io::Result<()> {
+    outcome.or_else(|e| if e.raw_os_error() == Some(libc::ECONNABORTED) { Ok(()) } else { Err(e) })
 }
 
 /// Lets the kernel read 4 MiB ahead instead of 128 KiB: fewer requests, and several under way. Needs root; without, all works the
@@ -378,5 +385,19 @@ impl Drop for Session {
         if let Err(e) = self.unmount(true) {
             log::warn!("{} stays mounted: {e}", self.mountpoint.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_was_taking_a_request_when_the_mount_ended_is_no_failure() {
+        let answered = |code| as_unmounted(Err(io::Error::from_raw_os_error(code)));
+        assert!(as_unmounted(Ok(())).is_ok());
+        assert!(answered(libc::ECONNABORTED).is_ok());
+        assert_eq!(answered(libc::EIO).unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert!(as_unmounted(Err(io::Error::other("a serving thread panicked"))).is_err());
     }
 }
