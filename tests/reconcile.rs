@@ -102,6 +102,17 @@ fn what_is_damaged_wiped_or_new_is_mended_and_filled() {
     assert_equal(&a, &b);
     assert_equal(&a, &c);
 
+    // Endings that look like a newer format's: only the number, and all but the last word.
+    for (segment, from) in segments(&a).iter().zip([8, 328]) {
+        let mut bytes = fs::read(segment).unwrap();
+        let end = bytes.len();
+        bytes[end - from..end - 6].fill(0x42);
+        fs::write(segment, bytes).unwrap();
+    }
+    let done = scrub(&mount, "start", &["--deep", "--wait"]);
+    assert_eq!(of(&done, "a")["counters"]["repaired"], 2, "{done}");
+    assert_equal(&a, &b);
+
     // Set back to an older state: the newest segments are gone.
     for segment in segments(&c).iter().rev().take(2) {
         fs::remove_file(segment).unwrap();

@@ -290,16 +290,13 @@ pub fn parse_footer(tail: &[u8], object_len: u64) -> Result<Footer, FormatError>
         return Err(bad("no segment ends here (cut short?)"));
     }
     let version = u16::from_le_bytes([bytes[320], bytes[321]]);
-    let hash = blake3::hash(&bytes[..288]);
-    if *hash.as_bytes() != bytes[288..320] {
-        // A version that is not ours may end in another shape; a damaged one of ours is just damaged.
-        return Err(match version {
-            VERSION => bad("damaged"),
-            other => FormatError::newer(WHAT, other, VERSION),
-        });
-    }
-    if version != VERSION {
+    // The only field that no hash covers. A later version may end in another shape, but where our header is repeated it is ours.
+    if version != VERSION && parse_header(&bytes[..HEADER_LEN]).is_err() {
         return Err(FormatError::newer(WHAT, version, VERSION));
+    }
+    let hash = blake3::hash(&bytes[..288]);
+    if version != VERSION || *hash.as_bytes() != bytes[288..320] {
+        return Err(bad("damaged"));
     }
     let header = parse_header(&bytes[..HEADER_LEN])?;
     let mut d = Decoder::new(WHAT, &bytes[HEADER_LEN..]);

@@ -69,6 +69,10 @@ fn check_segment(
 ) -> Verdict {
     let footer = match segment::parse_footer(bytes, bytes.len() as u64) {
         Ok(footer) => footer,
+        // What we know the hash of is of our format, and so is what begins in it.
+        Err(e) if hash.is_some() || segment::parse_header(bytes).is_ok() => {
+            return Verdict::Damaged(e.to_string());
+        }
         Err(e) => return damaged(&e),
     };
     if !footer.covers(bytes) {

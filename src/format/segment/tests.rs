@@ -155,12 +155,25 @@ fn forged_numbers_never_panic_nor_allocate_much() {
     }
     let newer = forge(&bytes, |footer| footer[132] = 0x81);
     assert!(verify_whole(&newer).unwrap_err().newer);
-    let mut newer = bytes.clone();
+    let mut newer = forge(&bytes, |footer| footer[8] = 2);
     let at = newer.len() - 8;
     newer[at] = 2;
     assert!(verify_whole(&newer).unwrap_err().newer);
     let no_commit = forge(&bytes, |footer| footer[132] = 0);
     assert!(verify_whole(&no_commit).is_err());
+}
+
+#[test]
+fn a_flipped_bit_is_damage_and_never_a_newer_format() {
+    let (good, _) = sample(2, 40, Some(Lsn(400)));
+    for byte in 0..good.len() {
+        for bit in 0..8 {
+            let mut bad = good.clone();
+            bad[byte] ^= 1 << bit;
+            let error = verify_whole(&bad).unwrap_err();
+            assert!(!error.newer, "bit {bit} of byte {byte}: {error}");
+        }
+    }
 }
 
 #[test]
