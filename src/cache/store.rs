@@ -277,9 +277,14 @@ impl BlockStore {
         }
     }
 
+    /// Whether [`BlockStore::shared`] may find anything. Costs no lock.
+    pub fn has_shared(&self, supply: &Supply) -> bool {
+        !supply.is_empty() || !self.recent.is_empty()
+    }
+
     /// Bytes `[start, start + len)` of sealed block `id` without a copy, where all of them are in memory: in `supply`, or fetched ahead.
     pub fn shared(&self, id: BlockId, start: u32, len: usize, supply: &Supply) -> Option<Bytes> {
-        if supply.is_empty() && self.recent.is_empty() || self.dirty(id).is_some() {
+        if self.dirty(id).is_some() {
             return None;
         }
         let hash = self.entry(id).ok()?.hash;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::cell::{Cell, CellState};
 use super::types::{Fallocate, FileKind, Seek, SetAttr, SetTime, Time, VfsError, Wait};
@@ -102,26 +102,7 @@ impl Vfs {
             let mut supply = Supply::new();
             let mut spare = None;
             let read = loop {
-                let read = {
-                    let state = cell.state.read();
-                    match self.read_shared(ino, &state, offset, len, &supply) {
-                        Some(bytes) => Ok(bytes),
-                        None => {
-                            let mut out = spare.take().unwrap_or_else(|| buffers::take(len as usize));
-                            match self.read_state(ino, &state, offset, &mut out, &supply) {
-                                Ok(n) => {
-                                    out.truncate(n);
-                                    Ok(out.freeze())
-                                }
-                                Err(e) => {
-                                    spare = Some(out);
-                                    Err(e)
-                                }
-                            }
-                        }
-                    }
-                };
-                match read {
+                match self.read_once(cell, offset, len, &supply, &mut spare) {
                     Ok(bytes) => break Ok(bytes),
                     Err(StoreError::Miss(_)) if wait == Wait::No => break Err(VfsError::WouldBlock),
                     Err(StoreError::Miss(missing)) => {
@@ -144,6 +125,32 @@ impl Vfs {
         })
     }
 
+    /// Reads once, without asking a replica. The buffer of an attempt that failed is left in `spare`, for the next one.
+    fn read_once(
+        &self,
+        cell: &Cell,
+        offset: u64,
+        len: u32,
+        supply: &Supply,
+        spare: &mut Option<BytesMut>,
+    ) -> Result<Bytes, StoreError> {
+        let state = cell.state.read();
+        if let Some(bytes) = self.read_shared(cell.ino, &state, offset, len, supply) {
+            return Ok(bytes);
+        }
+        let mut out = spare.take().unwrap_or_else(|| buffers::take(len as usize));
+        match self.read_state(cell.ino, &state, offset, &mut out, supply) {
+            Ok(n) => {
+                out.truncate(n);
+                Ok(out.freeze())
+            }
+            Err(e) => {
+                *spare = Some(out);
+                Err(e)
+            }
+        }
+    }
+
     /// What `len` bytes from `offset` are, when they lie in one block whose content is in memory anyway.
     fn read_shared(
         &self,
@@ -153,7 +160,11 @@ impl Vfs {
         len: u32,
         supply: &Supply,
     ) -> Option<Bytes> {
-        if state.gone || state.inline.is_some() || offset.checked_add(len.into())? > state.inode.size {
+        // Before the block is looked up, which mostly is a read of the tables.
+        if !self.blocks.has_shared(supply) || state.gone || state.inline.is_some() {
+            return None;
+        }
+        if offset.checked_add(len.into())? > state.inode.size {
             return None;
         }
         let bs = u64::from(self.blocks.block_size());
