@@ -40,8 +40,10 @@ use crate::vfs::{self, Durability, Vfs};
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Threads that fetch ahead: as many requests are under way for sequential readers. With 16 the last measurement was slower.
 const PREFETCH: usize = 8;
-/// Dirty bytes that end a transaction group before its time: in blocks that are mostly new, and in others.
-const GROUP_BYTES: (u64, u64) = (16 << 20, 256 << 20);
+/// Dirty bytes that end a transaction group before its time, in blocks that are mostly new.
+const GROUP_BYTES: u64 = 16 << 20;
+/// And in others.
+const SPARSE_GROUP_BYTES: u64 = 256 << 20;
 /// How long the last group may take at the end; what is not sealed then is sealed at the next mount.
 const LAST_SEAL: Duration = Duration::from_secs(120);
 /// How long tasks may take to end.
@@ -429,8 +431,8 @@ fn assemble(
                 sealer,
                 EngineOptions {
                     interval: config.commit_interval,
-                    bytes: GROUP_BYTES.0,
-                    most: GROUP_BYTES.1.min(config.cache_size / 8).max(GROUP_BYTES.0),
+                    bytes: GROUP_BYTES,
+                    most: SPARSE_GROUP_BYTES.min(config.cache_size / 8).max(GROUP_BYTES),
                     clock: Arc::new(wall_clock),
                 },
                 Box::new(move |sealer| checkpoints.after_seal(sealer)),

@@ -11,7 +11,7 @@ use futures::future::join_all;
 use super::Error;
 use super::state::Local;
 use crate::exit::Exit;
-use crate::format::volume::{Claim, NO_SEGMENT, Release, Volume};
+use crate::format::volume::{Claim, Release, Volume};
 use crate::ids::{Epoch, SegmentNo, VolumeId};
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{ErrorKind, FenceNote, FenceReason, Fenced, Limits, Store};
@@ -197,14 +197,10 @@ pub(super) fn overtaken(local: &Local, replica: &Store, tenures: &Tenures) -> Op
     let reason = match rival(local, there()) {
         Some(claim) => {
             let is_rival = |claim: &&Claim| rival(local, std::iter::once(*claim)).is_some();
-            let first_segment = there().filter(is_rival).map(|c| c.first_segment).min();
+            let first = there().filter(is_rival).filter_map(Claim::begins).min();
             let claim = Some(Box::new(claim.clone()));
             let epoch = claim.as_ref().map_or(tenures.highest, |c| c.epoch);
-            FenceReason::TakenOver {
-                epoch,
-                claim,
-                first_segment: first_segment.filter(|n| !unreadable && *n != NO_SEGMENT),
-            }
+            FenceReason::TakenOver { epoch, claim, first_segment: first.filter(|_| !unreadable) }
         }
         None if !local.borrowed && tenures.highest > known => {
             FenceReason::TakenOver { epoch: tenures.highest, claim: None, first_segment: None }
@@ -270,11 +266,23 @@ pub(super) fn last_tenure<'a>(
     last
 }
 
-/// Whether the last tenure may still be under way, and has to be ended by a claim before it is known where the next one begins. `own`: as
-/// for [`permit`].
-pub(super) fn ends_a_tenure(last: &LastTenure, own: &[Claim]) -> bool {
-    let released = !last.claims.is_empty() && last.claims.iter().all(|(_, release)| release.is_some());
-    last.epoch > Epoch(0) && !released && !own.iter().any(|claim| claim.epoch > last.epoch)
+impl LastTenure {
+    /// A claim of it that was not released.
+    fn open(&self) -> Option<&Claim> {
+        self.claims.iter().find(|(_, release)| release.is_none()).map(|(claim, _)| claim)
+    }
+
+    /// Whether one of `own`, as for [`permit`], came behind it.
+    fn is_ended_by(&self, own: &[Claim]) -> bool {
+        own.iter().any(|claim| claim.epoch > self.epoch)
+    }
+
+    /// Whether it may still be under way, and has to be ended by a claim before it is known where the next one begins. `own`: as for
+    /// [`permit`].
+    pub(super) fn may_go_on(&self, own: &[Claim]) -> bool {
+        let unreadable = self.epoch > Epoch(0) && self.claims.is_empty();
+        !self.is_ended_by(own) && (self.open().is_some() || unreadable)
+    }
 }
 
 /// Whether a machine without a state of its own may write; answers what a person should know. `own` are the claims that
@@ -293,11 +301,8 @@ pub(super) fn permit(
     takeover: bool,
 ) -> Result<Vec<String>, Error> {
     let mut warnings = Vec::new();
-    let decided = own.iter().any(|claim| claim.epoch > last.epoch);
-    let open = last.claims.iter().find(|(_, release)| release.is_none()).map(|(claim, _)| claim);
-    let unreadable = last.epoch > Epoch(0) && last.claims.is_empty();
-    if !decided && (open.is_some() || unreadable) {
-        let who = open.map_or_else(
+    if last.may_go_on(own) {
+        let who = last.open().map_or_else(
             || format!("epoch {} was claimed by somebody (the claim cannot be read)", last.epoch),
             |c| {
                 let since = when(c.claimed_at);
@@ -326,7 +331,7 @@ pub(super) fn permit(
     let releases: Vec<_> = last.claims.iter().filter_map(|(_, release)| release.as_ref()).collect();
     let released = !releases.is_empty() && releases.len() == last.claims.len();
     let newest = releases.iter().map(|r| r.last_segment).max().unwrap_or_default();
-    if decided && without.is_empty() {
+    if last.is_ended_by(own) && without.is_empty() {
         return Ok(warnings);
     }
     if without.is_empty() {

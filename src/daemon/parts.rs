@@ -404,7 +404,7 @@ async fn take_over(
         }
         let warnings = open::permit(&last, &own, &without, loaded.last_segment, takeover)?;
         let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
-        let ends = open::ends_a_tenure(&last, &own);
+        let ends = last.may_go_on(&own);
         let first = if ends { NO_SEGMENT } else { loaded.last_segment.next() };
         let intended = intend(&mut local, highest, first)?;
         state.intend(&intended)?;

@@ -29,7 +29,7 @@ use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::verify_whole;
 use crate::format::tables::{BlockEntry, FrameLoc, segment_key, table};
-use crate::format::volume::NO_SEGMENT;
+use crate::format::volume::Claim;
 use crate::ids::{BlockId, Epoch, SegmentNo, VolumeId};
 use crate::journal::Journal;
 use crate::replica::volume::{self, Found};
@@ -259,7 +259,7 @@ impl Work<'_> {
                 return None;
             }
             let claims = tenures.known.iter().map(|t| &t.claim).filter(|c| c.epoch > self.local.epoch());
-            first = claims.map(|c| c.first_segment).filter(|n| *n != NO_SEGMENT).chain(first).min();
+            first = claims.filter_map(Claim::begins).chain(first).min();
         }
         first
     }
@@ -267,10 +267,8 @@ impl Work<'_> {
     /// The last segment that this state and the volume have in common, as far as that is known.
     fn fork(&self, warnings: &mut Vec<String>) -> Result<SegmentNo, Error> {
         let newest = sealed_mark(self.journal)?.segment;
-        if let Some(first) = self.local.fenced.as_ref().and_then(|note| note.first_segment) {
-            return Ok(SegmentNo(first.0.saturating_sub(1)).min(newest));
-        }
-        if let Some(first) = self.others_begin() {
+        let noted = self.local.fenced.as_ref().and_then(|note| note.first_segment);
+        if let Some(first) = noted.or_else(|| self.others_begin()) {
             return Ok(SegmentNo(first.0.saturating_sub(1)).min(newest));
         }
         let mut least: Option<SegmentNo> = None;

@@ -106,6 +106,12 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// Where this writer's branch begins; `None` when the claim only ends the tenure before it.
+    #[must_use]
+    pub fn begins(&self) -> Option<SegmentNo> {
+        (self.first_segment != NO_SEGMENT).then_some(self.first_segment)
+    }
+
     /// The object's bytes.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         json::encode(CLAIM, self)

@@ -16,7 +16,7 @@ use super::ship_plan::true_cursor;
 use super::store::{ObjectInfo, Store};
 use super::volume::{self, Found, VolumeError};
 use crate::format::names::{CHECKPOINTS, EPOCHS, ObjectName, SEGMENTS};
-use crate::format::volume::{Claim, NO_SEGMENT, Volume};
+use crate::format::volume::{Claim, Volume};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Who we are: what must stand on every replica before we write segments there.
@@ -185,7 +185,7 @@ async fn put_claims(replica: &Replica, identity: &Identity, there: &[Epoch]) -> 
         match volume::put_claim(store, claim).await {
             Ok(()) => {}
             Err(VolumeError::Held { claim, replica }) if ours => {
-                let first_segment = Some(claim.first_segment).filter(|first| *first != NO_SEGMENT);
+                let first_segment = claim.begins();
                 let reason = FenceReason::TakenOver { epoch: claim.epoch, claim: Some(claim), first_segment };
                 return Err(AttachError::Fenced(Box::new(Fenced { replica, reason })));
             }

@@ -16,7 +16,7 @@ use super::roster::Roster;
 use super::shared::Replica;
 use super::volume::{self, VolumeError};
 use crate::format::names::{EPOCHS, ObjectName};
-use crate::format::volume::{Claim, NO_SEGMENT, Release};
+use crate::format::volume::{Claim, Release};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Wait after a look that failed.
@@ -209,21 +209,20 @@ pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epochs: &
     epochs.sort_unstable();
     let epoch = epochs.last().copied().unwrap_or_default();
     // The first segments of later claims are hardly ever lower, but it is not impossible.
-    let mut first_segment = (epochs.len() <= READ_CLAIMS).then_some(NO_SEGMENT);
+    let (mut first, mut all_read) = (None, epochs.len() <= READ_CLAIMS);
     let mut newest = None;
     for epoch in epochs.into_iter().rev().take(READ_CLAIMS).rev() {
         match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
             Ok(claim) => {
-                first_segment = first_segment.map(|first| first.min(claim.first_segment));
+                first = first.into_iter().chain(claim.begins()).min();
                 newest = Some(Box::new(claim));
             }
             Err(e @ VolumeError::WrongVolume { .. }) => return e.into(),
-            Err(_) => first_segment = None,
+            Err(_) => all_read = false,
         }
     }
     let claim = newest.filter(|c| c.epoch == epoch);
-    let first_segment = first_segment.filter(|first| *first != NO_SEGMENT);
-    let reason = FenceReason::TakenOver { epoch, claim, first_segment };
+    let reason = FenceReason::TakenOver { epoch, claim, first_segment: first.filter(|_| all_read) };
     AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason }))
 }
 

@@ -149,19 +149,19 @@ fn look_at(
             .findings
             .about(Kind::ReplicaObject, None, || format!("{} is damaged: {}", damage.object, damage.why));
     }
-    // Several segments are under way at a time, and may arrive in any order.
-    let to_be_sent = ground.map(|g| cursor(g.input, store)).transpose()?.map(SegmentNo::next);
-    if let Some(lost) = &loaded.lost
-        && to_be_sent.is_some_and(|from| lost.from >= from)
-    {
-        reporter.note(format!(
-            "replica {name} has some of segments {} to {} and lacks others, which are still to be sent",
-            lost.from, lost.upto
-        ));
-    } else if let Some(lost) = &loaded.lost {
-        checked.findings.about(Kind::ReplicaVolume, None, || {
-            format!("segments {} to {} cannot be restored: {}", lost.from, lost.upto, lost.why)
-        });
+    if let Some(lost) = &loaded.lost {
+        // Several segments are under way at a time, and may arrive in any order.
+        let cursor = ground.map(|g| cursor(g.input, store)).transpose()?;
+        if cursor.is_some_and(|cursor| lost.from > cursor) {
+            reporter.note(format!(
+                "replica {name} has some of segments {} to {} and lacks others, which are still to be sent",
+                lost.from, lost.upto
+            ));
+        } else {
+            checked.findings.about(Kind::ReplicaVolume, None, || {
+                format!("segments {} to {} cannot be restored: {}", lost.from, lost.upto, lost.why)
+            });
+        }
     }
     if ground.is_none() {
         reporter.totals(checked.totals);
