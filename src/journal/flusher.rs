@@ -45,6 +45,11 @@ pub(super) fn run(shared: &Arc<Shared>) {
 fn serve(s: &Shared) {
     loop {
         let mut p = s.pending.lock();
+        if s.tail.is_short() && !p.stop {
+            drop(p);
+            s.tail.stock();
+            continue;
+        }
         // After a failure for want of space wait for the tick: the disk does not empty itself at once.
         if !p.stop && (p.buf.len() < FLUSH_AT || p.full.is_some()) {
             s.flush_wanted.wait_for(&mut p, TICK);
@@ -123,6 +128,9 @@ fn flush(s: &Shared, Flush { writer, spare }: &mut Flush) -> Result<(), JournalE
     };
     (s.data_sync)(mark).map_err(|e| JournalError::Poisoned(format!("syncing block data failed: {e}")))?;
     writer.append(&mut buf, first, last)?;
+    if s.tail.is_short() {
+        s.flush_wanted.notify_one();
+    }
     {
         let mut p = s.pending.lock();
         s.durable.store(last.0, SeqCst);

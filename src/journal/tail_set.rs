@@ -8,17 +8,25 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use parking_lot::Mutex;
 
-use super::disk::Disk;
+use super::disk::{Disk, free_space};
 use super::error::JournalError;
 use super::tail::{self, Found, GROUP, GroupReader, HEADER};
 use crate::format::record::Record;
 use crate::ids::Lsn;
 
 const SPARES: usize = 2;
+/// When so much of a file is used, the next one should be at hand.
+const STOCK_FROM: u64 = 8;
+/// So many times its length must be free on the disk for a file to be made ahead.
+const STOCK_FREE: u64 = 8;
+/// Whole pieces of this length are written: into a part of a page that is not in its memory the kernel would have to read the rest.
+const PAGE: usize = 4096;
+/// A buffer for pages is kept up to this size.
+const KEPT: usize = 1 << 20;
 
 /// One file of the tail.
 #[derive(Debug)]
@@ -64,6 +72,8 @@ pub(super) struct TailSet {
     disk: Disk,
     file_size: u64,
     files: Mutex<Files>,
+    /// The next file would have to be made while somebody waits for a sync.
+    short: AtomicBool,
 }
 
 impl TailSet {
@@ -80,6 +90,7 @@ impl TailSet {
             disk: disk.clone(),
             file_size: file_size.max(64 << 10),
             files: Mutex::new(Files { live, spares: Vec::new() }),
+            short: AtomicBool::new(false),
         })
     }
 
@@ -123,6 +134,30 @@ impl TailSet {
             };
             drop(files);
             done.map_err(|e| JournalError::io("retire", &file.path, e))?;
+        }
+    }
+
+    /// Whether [`TailSet::stock`] should be called soon.
+    pub(super) fn is_short(&self) -> bool {
+        self.short.load(SeqCst)
+    }
+
+    /// Makes a spare file, so that the next one needs only a header and its name. That it cannot be made now is no failure.
+    pub(super) fn stock(&self) {
+        self.short.store(false, SeqCst);
+        // On a disk that is filling up it would only be in the way.
+        let roomy = free_space(&self.dir).is_ok_and(|free| free >= STOCK_FREE * self.file_size);
+        if !roomy || !self.files.lock().spares.is_empty() {
+            return;
+        }
+        let spare = self.dir.join(format!("spare-{:016x}-new", self.newest_seq()));
+        match self.disk.create_zeroed(&spare, self.file_size) {
+            Ok(_) => self.files.lock().spares.push(spare),
+            Err(e) => {
+                log::debug!("{} is not made ahead: {e}", spare.display());
+                // Best effort: give back what the attempt took.
+                fs::remove_file(&spare).ok();
+            }
         }
     }
 
@@ -212,10 +247,52 @@ fn list(
     Ok(live)
 }
 
+/// The file that is being written.
+struct Current {
+    entry: Arc<TailFile>,
+    file: File,
+    /// Where the next group begins.
+    at: u64,
+    /// The last page so far, up to there.
+    page: Vec<u8>,
+    /// Pages that are written, whole.
+    image: Vec<u8>,
+    /// Enough of it is used that the next one was asked for.
+    stocked: bool,
+}
+
+impl Current {
+    fn new(entry: Arc<TailFile>, file: File) -> Self {
+        Self { entry, file, at: HEADER, page: Vec::new(), image: Vec::new(), stocked: false }
+    }
+
+    /// Writes `bytes` where the next group begins. What stands before them in the page is written once more, and zeros behind them.
+    fn write(&mut self, disk: &Disk, bytes: &[u8]) -> std::io::Result<()> {
+        let from = self.at - self.page.len() as u64;
+        self.image.clear();
+        self.image.extend_from_slice(&self.page);
+        self.image.extend_from_slice(bytes);
+        let len = self.image.len().next_multiple_of(PAGE) as u64;
+        self.image.resize(len.min(self.entry.size - from) as usize, 0);
+        disk.write(&self.file, &self.entry.path, from, &self.image)
+    }
+
+    /// The `len` bytes that were just written stay.
+    fn advance(&mut self, len: usize) {
+        let end = self.page.len() + len;
+        self.page.clear();
+        self.page.extend_from_slice(&self.image[end / PAGE * PAGE..end]);
+        self.at += len as u64;
+        if self.image.capacity() > KEPT {
+            self.image = Vec::new();
+        }
+    }
+}
+
 /// Appends groups; only the flusher holds one.
 pub(super) struct Writer {
     set: Arc<TailSet>,
-    current: Option<(Arc<TailFile>, File, u64)>,
+    current: Option<Current>,
     next_seq: u64,
 }
 
@@ -235,23 +312,23 @@ impl Writer {
         let need = (len as u64).next_multiple_of(8) + GROUP as u64;
         let (entry, file) = self.set.prepare(self.next_seq, first, need)?;
         self.next_seq += 1;
-        self.current = Some((entry, file, HEADER));
+        self.current = Some(Current::new(entry, file));
         Ok(())
     }
 
     /// Whether the current file can take a group of `len` bytes (header included) and its confirmation.
     pub(super) fn fits(&self, len: usize) -> bool {
         let need = (len as u64).next_multiple_of(8) + GROUP as u64;
-        self.current.as_ref().is_some_and(|(file, _, at)| at + need <= file.size)
+        self.current.as_ref().is_some_and(|c| c.at + need <= c.entry.size)
     }
 
     /// Writes and syncs one group, then confirms it. `buf` begins with room for the header. After an error nothing
     /// may be appended any more.
     pub(super) fn append(&mut self, buf: &mut Vec<u8>, first: Lsn, last: Lsn) -> Result<(), JournalError> {
-        let Some((entry, file, at)) = &mut self.current else {
+        let Some(current) = &mut self.current else {
             return Err(JournalError::Poisoned("a group was appended before there was a tail file".into()));
         };
-        let disk = &self.set.disk;
+        let (disk, entry) = (&self.set.disk, Arc::clone(&current.entry));
         tail::seal_group(buf, entry.seq, first, last);
         // ENOSPC inside a preallocated file leaves an unknown state: never passed on as "full".
         let fail = |what, e: std::io::Error| JournalError::Io {
@@ -259,12 +336,16 @@ impl Writer {
             path: entry.path.clone(),
             source: Arc::new(e),
         };
-        disk.write(file, &entry.path, *at, buf).map_err(|e| fail("write to", e))?;
-        disk.sync(file, &entry.path).map_err(|e| fail("sync", e))?;
-        *at += buf.len() as u64;
+        current.write(disk, buf).map_err(|e| fail("write to", e))?;
+        disk.sync(&current.file, &entry.path).map_err(|e| fail("sync", e))?;
+        current.advance(buf.len());
         let confirm = tail::confirmation(entry.seq, last);
-        disk.write(file, &entry.path, *at, &confirm).map_err(|e| fail("write to", e))?;
+        current.write(disk, &confirm).map_err(|e| fail("write to", e))?;
         entry.set_last(last);
+        if !current.stocked && current.at >= entry.size / STOCK_FROM {
+            current.stocked = true;
+            self.set.short.store(self.set.files.lock().spares.is_empty(), SeqCst);
+        }
         Ok(())
     }
 }

@@ -5,6 +5,8 @@ use super::*;
 
 fn tail_files(dir: &Path) -> Vec<PathBuf> {
     let mut all: Vec<_> = fs::read_dir(dir.join("tail")).unwrap().map(|e| e.unwrap().path()).collect();
+    // Spare files are nobody's.
+    all.retain(|file| file.extension().is_some_and(|e| e == "tail"));
     all.sort();
     all
 }
