@@ -9,6 +9,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::replica::direct::{self, Aligned};
+
 /// A change about to be made to a file.
 #[derive(Debug)]
 #[allow(dead_code, reason = "only probes of tests look inside, and none at everything")]
@@ -40,6 +42,17 @@ pub(super) struct Disk {
 }
 
 const ZEROS: usize = 1 << 20;
+/// Writes `size` zeros with `write`, which gets bytes and where they belong.
+fn fill(size: u64, mut write: impl FnMut(&[u8], u64) -> io::Result<()>) -> io::Result<()> {
+    let zeros = vec![0u8; ZEROS.min(size as usize)];
+    let mut at = 0;
+    while at < size {
+        let n = (size - at).min(zeros.len() as u64);
+        write(&zeros[..n as usize], at)?;
+        at += n;
+    }
+    Ok(())
+}
 
 impl Disk {
     /// A disk whose changes a probe sees first.
@@ -55,15 +68,19 @@ impl Disk {
     /// Creates (or empties) a file and fills it with `size` written zeros, synced: later writes inside need no metadata.
     pub(super) fn create_zeroed(&self, path: &Path, size: u64) -> io::Result<File> {
         self.ask(&Act::Create(path, size))?;
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        let zeros = vec![0u8; ZEROS.min(size as usize)];
-        let mut at = 0;
-        while at < size {
-            let n = (size - at).min(zeros.len() as u64);
-            file.write_all_at(&zeros[..n as usize], at)?;
-            at += n;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = options.clone().create(true).truncate(true).mode(0o600).open(path)?;
+        // Past the kernel's memory, where that goes: pages of zeros would only be in the way.
+        let past = direct::open(path, &mut options).and_then(|past| {
+            let mut buffer = Aligned::new(ZEROS);
+            fill(size, |zeros, at| buffer.write(&past, zeros, at))
+        });
+        match past {
+            Err(e) if direct::is_refused(&e) => fill(size, |zeros, at| file.write_all_at(zeros, at))?,
+            done => done?,
         }
+        file.set_len(size)?;
         file.sync_all()?;
         Ok(file)
     }
