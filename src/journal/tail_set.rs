@@ -26,7 +26,7 @@ const STOCK_FREE: u64 = 8;
 /// Whole pieces of this length are written: into a part of a page that is not in its memory the kernel would have to read the rest.
 const PAGE: usize = 4096;
 /// A buffer for pages is kept up to this size.
-const KEPT: usize = 1 << 20;
+const KEPT: usize = 2 << 20;
 
 /// One file of the tail.
 #[derive(Debug)]
