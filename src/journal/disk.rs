@@ -42,6 +42,7 @@ pub(super) struct Disk {
 }
 
 const ZEROS: usize = 1 << 20;
+
 /// Writes `size` zeros with `write`, which gets bytes and where they belong.
 fn fill(size: u64, mut write: impl FnMut(&[u8], u64) -> io::Result<()>) -> io::Result<()> {
     let zeros = vec![0u8; ZEROS.min(size as usize)];
