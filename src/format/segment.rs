@@ -291,11 +291,14 @@ pub fn parse_footer(tail: &[u8], object_len: u64) -> Result<Footer, FormatError>
     }
     let version = u16::from_le_bytes([bytes[320], bytes[321]]);
     // The only field that no hash covers. A later version may end in another shape, but where our header is repeated it is ours.
-    if version != VERSION && parse_header(&bytes[..HEADER_LEN]).is_err() {
-        return Err(FormatError::newer(WHAT, version, VERSION));
+    if version != VERSION {
+        return Err(match parse_header(&bytes[..HEADER_LEN]) {
+            Ok(_) => bad("damaged"),
+            Err(_) => FormatError::newer(WHAT, version, VERSION),
+        });
     }
     let hash = blake3::hash(&bytes[..288]);
-    if version != VERSION || *hash.as_bytes() != bytes[288..320] {
+    if *hash.as_bytes() != bytes[288..320] {
         return Err(bad("damaged"));
     }
     let header = parse_header(&bytes[..HEADER_LEN])?;

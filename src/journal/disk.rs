@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::replica::direct::{self, Aligned};
+use crate::replica::direct;
 
 /// A change about to be made to a file.
 #[derive(Debug)]
@@ -41,20 +41,6 @@ pub(super) struct Disk {
     probe: Option<Arc<dyn Probe>>,
 }
 
-const ZEROS: usize = 1 << 20;
-
-/// Writes `size` zeros with `write`, which gets bytes and where they belong.
-fn fill(size: u64, mut write: impl FnMut(&[u8], u64) -> io::Result<()>) -> io::Result<()> {
-    let zeros = vec![0u8; ZEROS.min(size as usize)];
-    let mut at = 0;
-    while at < size {
-        let n = (size - at).min(zeros.len() as u64);
-        write(&zeros[..n as usize], at)?;
-        at += n;
-    }
-    Ok(())
-}
-
 impl Disk {
     /// A disk whose changes a probe sees first.
     #[cfg(test)]
@@ -69,20 +55,9 @@ impl Disk {
     /// Creates (or empties) a file and fills it with `size` written zeros, synced: later writes inside need no metadata.
     pub(super) fn create_zeroed(&self, path: &Path, size: u64) -> io::Result<File> {
         self.ask(&Act::Create(path, size))?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        let file = options.clone().create(true).truncate(true).mode(0o600).open(path)?;
-        // Past the kernel's memory, where that goes: pages of zeros would only be in the way.
-        let past = direct::open(path, &mut options).and_then(|past| {
-            let mut buffer = Aligned::new(ZEROS);
-            fill(size, |zeros, at| buffer.write(&past, zeros, at))
-        });
-        match past {
-            Err(e) if direct::is_refused(&e) => fill(size, |zeros, at| file.write_all_at(zeros, at))?,
-            done => done?,
-        }
-        file.set_len(size)?;
-        file.sync_all()?;
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        direct::write(path, &vec![0; size as usize])?;
         Ok(file)
     }
 

@@ -72,7 +72,7 @@ pub(super) struct TailSet {
     disk: Disk,
     file_size: u64,
     files: Mutex<Files>,
-    /// The next file would have to be made while somebody waits for a sync.
+    /// The next file is to be made, if none is at hand: else that would happen while somebody waits for a sync.
     short: AtomicBool,
 }
 
@@ -344,7 +344,7 @@ impl Writer {
         entry.set_last(last);
         if !current.stocked && current.at >= entry.size / STOCK_FROM {
             current.stocked = true;
-            self.set.short.store(self.set.files.lock().spares.is_empty(), SeqCst);
+            self.set.short.store(true, SeqCst);
         }
         Ok(())
     }

@@ -2,8 +2,7 @@
 //!
 //! Owns opening, killing, losing and closing it, and what replicas hold. Knows nothing of files.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
