@@ -76,7 +76,16 @@ impl Running {
     /// Unmounts a read-only mount, so that the main thread mounts it again, writable.
     pub async fn reopen(self: &Arc<Self>) -> Result<(), String> {
         self.reopen.store(true, Ordering::Relaxed);
-        self.unmount().await.inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
+        let unmounted = either(self.unmount(), self.wait_closed()).await;
+        unmounted.map(drop).inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
+    }
+
+    /// Unmounts and returns when everything is closed: what came of that; or why it is still mounted.
+    pub async fn unmount_and_close(self: &Arc<Self>) -> Result<Closed, String> {
+        match either(self.unmount(), self.wait_closed()).await? {
+            Some(closed) => Ok(closed),
+            None => Ok(self.wait_closed().await),
+        }
     }
 
     /// Whether somebody can still use what was mounted.
@@ -124,6 +133,20 @@ impl Running {
         // The sender lives in self, so that there is always an answer.
         let closed = closed.wait_for(Option::is_some).await;
         closed.ok().and_then(|c| c.clone()).unwrap_or(Ok(()))
+    }
+}
+
+/// Waits for an unmount, or for everything to be closed, whose outcome is answered then. The call that unmounts returns when the kernel
+/// has given up all that it knew of the files, which takes seconds for a million: by then all may be closed, and nobody may be
+/// left to answer.
+async fn either<T>(
+    unmount: impl Future<Output = Result<(), String>>,
+    closed: impl Future<Output = T>,
+) -> Result<Option<T>, String> {
+    tokio::select! {
+        biased;
+        unmounted = unmount => unmounted.map(|()| None),
+        closed = closed => Ok(Some(closed)),
     }
 }
 
@@ -341,5 +364,19 @@ impl Started {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unmount_that_the_kernel_takes_its_time_for_is_over_when_all_is_closed() {
+        let never = std::future::pending::<Result<(), String>>;
+        assert_eq!(either(never(), async { 7 }).await, Ok(Some(7)));
+        assert_eq!(either(async { Ok(()) }, std::future::pending::<i32>()).await, Ok(None));
+        let busy = async { Err("in use".to_owned()) };
+        assert_eq!(either(busy, std::future::pending::<i32>()).await, Err("in use".to_owned()));
     }
 }
