@@ -71,5 +71,7 @@ pub mod replica;
 
 pub mod format;
 pub mod trace;
+pub mod priority;
+pub mod direct;
 pub mod exit;
 pub mod ids;

@@ -14,7 +14,7 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 19] = [
+const ORDER: [&str; 21] = [
     "cli",
     "daemon",
     "config",
@@ -32,6 +32,8 @@ const ORDER: [&str; 19] = [
     "replica",
     "format",
     "trace",
+    "priority",
+    "direct",
     "exit",
     "ids",
 ];

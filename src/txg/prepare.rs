@@ -16,6 +16,7 @@ use crate::format::codec::FormatError;
 use crate::format::frame::{FrameEncoder, Packed};
 use crate::format::tables::BlockEntry;
 use crate::ids::BlockHash;
+use crate::priority;
 
 /// Bytes of content prepared at a time; twice as much is in memory.
 const BATCH: u64 = 4 << 20;
@@ -98,7 +99,10 @@ impl Preparer {
         if bytes >= ALONE {
             for encoder in self.encoders.iter().take(blocks.len()) {
                 let (next, all, packed) = (Arc::clone(&next), blocks.clone(), Arc::clone(packed));
-                let work = move || self.work(&all, &next, encoder, &packed);
+                let work = move || {
+                    priority::give_way();
+                    self.work(&all, &next, encoder, &packed)
+                };
                 // Without threads it is done here.
                 let Ok(worker) =
                     thread::Builder::new().name("mirrorfs-seal".into()).spawn_scoped(scope, work)
