@@ -18,8 +18,8 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use super::space::Disk;
+use crate::direct::{self, ALIGN, Aligned};
 use crate::ids::Lsn;
-use crate::replica::direct::{self, ALIGN, Aligned};
 use crate::trace::{self, Stage};
 
 /// The mark of what an earlier process left.

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::replica::direct;
+use crate::direct;
 
 /// A change about to be made to a file.
 #[derive(Debug)]

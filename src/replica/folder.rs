@@ -20,8 +20,8 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
 };
 
-use super::direct;
 use super::error::{Classed, ErrorKind};
+use crate::direct;
 
 /// A folder that holds a replica.
 #[derive(Clone, Debug)]

@@ -5,7 +5,6 @@
 mod attach;
 mod contract;
 mod digest;
-pub mod direct;
 mod error;
 pub mod fault;
 mod fence;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::contract::Staged;
-use super::direct;
 use super::error::{ErrorKind, StoreError};
 use super::health;
 use super::shared::{Damage, DamageKind, Replica};
 use super::shelf::Shelf;
+use crate::direct;
 use crate::format::codec::FormatError;
 use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder};
 use crate::format::segment::{self, FOOTER_LEN, SegmentHash};

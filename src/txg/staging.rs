@@ -18,13 +18,14 @@ use tokio::sync::watch;
 use crate::cache::space::Admission;
 use crate::cache::store::scan_table;
 use crate::cache::{BlockStore, is_full};
+use crate::direct;
 use crate::format::codec::FormatError;
 use crate::format::local::SegmentValue;
 use crate::format::names::ObjectName;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
-use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind, direct};
+use crate::replica::{Backlog, Outbox, Shelf, Staged, StagedKind};
 
 /// Why the staging area cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,7 @@
-//! Reading and writing past the kernel's cache: the aligned memory that it takes, and a segment's whole file, in the staging area or in a
-//! replica's folder.
+//! Reading and writing past the kernel's cache: the aligned memory that it takes, and whole files.
 //!
-//! What is staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
+//! Knows not what the files are: staged segments and those in a replica's folder, the slots of clean blocks, the journal's tail. What is
+//! staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
 //! the kernel's cache it would cost a copy, and push out what applications read. Where a filesystem cannot do without the cache, it is used.
 
 use std::fs::{File, OpenOptions};
