@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -39,9 +39,11 @@ pub struct Setup {
     pub space_wait: Duration,
 }
 
-/// Answers misses from the replica's folder; fails as often as it is told.
+/// Answers misses as a mount's reader does, from what is staged, else from the replica's folder; fails as often as it is told.
 pub struct Source {
     folder: PathBuf,
+    /// Blocks count as sealed a moment before their segment is on the replica.
+    staging: Mutex<Weak<Staging>>,
     /// Of 1000 fetches so many fail.
     pub failing: AtomicU32,
     state: AtomicU64,
@@ -57,7 +59,11 @@ impl Source {
             what: entry.hash.to_string(),
             detail: e.to_string(),
         };
-        let file = fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let staged = self.staging.lock().unwrap().upgrade().and_then(|s| s.file_of(&entry.loc));
+        // What is no longer staged was shipped before.
+        let file = staged.and_then(|path| fs::File::open(path).ok());
+        let shipped = || fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let file = file.unwrap_or_else(shipped);
         let mut stored = vec![0; entry.loc.stored_len as usize];
         file.read_exact_at(&mut stored, entry.loc.offset).map_err(|e| lost(&e))?;
         frame::decode_entry(&stored, entry).map_err(|e| lost(&e))
@@ -217,6 +223,7 @@ impl World {
         fs::create_dir(&replica).unwrap();
         let source = Source {
             folder: replica,
+            staging: Mutex::default(),
             failing: AtomicU32::new(0),
             state: AtomicU64::new(1),
             fetched: AtomicU64::new(0),
@@ -272,6 +279,7 @@ impl World {
         slots.set(Arc::clone(blocks.slots())).ok().unwrap();
         blocks.set_source(Arc::clone(&self.source) as _);
         let staging = Staging::open(&state.join("staging"), &journal, Arc::clone(&blocks)).unwrap();
+        *self.source.staging.lock().unwrap() = Arc::downgrade(&staging);
         let mark = journal.get(&local_key(SEALED_MARK)).unwrap();
         let mark = mark.map_or(SealedMark::default(), |v| SealedMark::decode(&v).unwrap());
         assert!(mark.segment >= self.replay.last, "a segment was shipped before it was registered durably");
