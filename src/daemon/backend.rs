@@ -261,10 +261,11 @@ impl Backend for Control {
         async move {
             let running = Arc::clone(&self.0);
             running.wait_for_all(request.wait);
-            let closed = running.unmount_and_close().await.map_err(|e| {
+            running.unmount().await.map_err(|e| {
                 running.wait_for_all(false);
                 Failure::new(Exit::InUse, e)
             })?;
+            let closed = running.wait_closed().await;
             closed.map_err(|(exit, message)| Failure::new(exit, message))?;
             Ok(self.status_now())
         }

@@ -76,16 +76,7 @@ impl Running {
     /// Unmounts a read-only mount, so that the main thread mounts it again, writable.
     pub async fn reopen(self: &Arc<Self>) -> Result<(), String> {
         self.reopen.store(true, Ordering::Relaxed);
-        let unmounted = either(self.unmount(), self.wait_closed()).await;
-        unmounted.map(drop).inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
-    }
-
-    /// Unmounts and returns when everything is closed: what came of that; or why it is still mounted.
-    pub async fn unmount_and_close(self: &Arc<Self>) -> Result<Closed, String> {
-        match either(self.unmount(), self.wait_closed()).await? {
-            Some(closed) => Ok(closed),
-            None => Ok(self.wait_closed().await),
-        }
+        self.unmount().await.inspect_err(|_| self.reopen.store(false, Ordering::Relaxed))
     }
 
     /// Whether somebody can still use what was mounted.
@@ -124,7 +115,8 @@ impl Running {
             }),
             None => Ok(()),
         };
-        tokio::task::spawn_blocking(unmount).await.map_err(|e| e.to_string())?
+        let call = async { tokio::task::spawn_blocking(unmount).await.map_err(|e| e.to_string())? };
+        unmounted(call, self.wait_closed()).await
     }
 
     /// Returns when everything is closed and the process is about to end.
@@ -136,17 +128,16 @@ impl Running {
     }
 }
 
-/// Waits for an unmount, or for everything to be closed, whose outcome is answered then. The call that unmounts returns when the kernel
-/// has given up all that it knew of the files, which takes seconds for a million: by then all may be closed, and nobody may be
-/// left to answer.
-async fn either<T>(
-    unmount: impl Future<Output = Result<(), String>>,
+/// Waits for the call that unmounts, or until everything is closed. The call returns when the kernel has given up all that it knew of
+/// the files, which takes seconds for a million: by then all may be closed, and nobody may be left to answer.
+async fn unmounted<T>(
+    call: impl Future<Output = Result<(), String>>,
     closed: impl Future<Output = T>,
-) -> Result<Option<T>, String> {
+) -> Result<(), String> {
     tokio::select! {
         biased;
-        unmounted = unmount => unmounted.map(|()| None),
-        closed = closed => Ok(Some(closed)),
+        done = call => done,
+        _ = closed => Ok(()),
     }
 }
 
@@ -374,9 +365,9 @@ mod tests {
     #[tokio::test]
     async fn an_unmount_that_the_kernel_takes_its_time_for_is_over_when_all_is_closed() {
         let never = std::future::pending::<Result<(), String>>;
-        assert_eq!(either(never(), async { 7 }).await, Ok(Some(7)));
-        assert_eq!(either(async { Ok(()) }, std::future::pending::<i32>()).await, Ok(None));
+        assert_eq!(unmounted(never(), async { 7 }).await, Ok(()));
+        assert_eq!(unmounted(async { Ok(()) }, std::future::pending::<i32>()).await, Ok(()));
         let busy = async { Err("in use".to_owned()) };
-        assert_eq!(either(busy, std::future::pending::<i32>()).await, Err("in use".to_owned()));
+        assert_eq!(unmounted(busy, std::future::pending::<i32>()).await, Err("in use".to_owned()));
     }
 }

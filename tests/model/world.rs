@@ -61,9 +61,8 @@ impl Source {
         };
         let staged = self.staging.lock().unwrap().upgrade().and_then(|s| s.file_of(&entry.loc));
         // What is no longer staged was shipped before.
-        let file = staged.and_then(|path| fs::File::open(path).ok());
         let shipped = || fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let file = file.unwrap_or_else(shipped);
+        let file = staged.and_then(|path| fs::File::open(path).ok()).unwrap_or_else(shipped);
         let mut stored = vec![0; entry.loc.stored_len as usize];
         file.read_exact_at(&mut stored, entry.loc.offset).map_err(|e| lost(&e))?;
         frame::decode_entry(&stored, entry).map_err(|e| lost(&e))
