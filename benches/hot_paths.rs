@@ -79,7 +79,7 @@ fn header() -> SegmentHeader {
 // ---- seal -------------------------------------------------------------------------------------------------------------
 
 /// What the sealer does with each block: hash, compress, append.
-fn pack(encoder: &mut FrameEncoder, blocks: &[Vec<u8>]) -> Vec<u8> {
+fn pack(encoder: &mut FrameEncoder, blocks: &[Vec<u8>]) -> Bytes {
     let mut segment = SegmentBuilder::new(header());
     for (i, raw) in blocks.iter().enumerate() {
         let hash = BlockHash::of(raw);

@@ -6,8 +6,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+
+use bytes::Bytes;
 
 /// Addresses, offsets and lengths are multiples of this; enough for every disk there is.
 pub const ALIGN: usize = 4096;
@@ -60,7 +63,7 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 /// False when the filesystem cannot.
 fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
     let written = open(path, OpenOptions::new().write(true).create(true).truncate(true))
-        .and_then(|file| Aligned::new(PIECE).write(&file, bytes, 0).map(|()| file));
+        .and_then(|file| write_all(&file, bytes).map(|()| file));
     let file = match written {
         Err(e) if is_refused(&e) => return Ok(false),
         other => other?,
@@ -68,6 +71,23 @@ fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
     file.set_len(bytes.len() as u64)?;
     file.sync_all()?;
     Ok(true)
+}
+
+/// Writes `bytes` at the beginning of a file, padded with zeros to whole pages; only what is not aligned is copied.
+fn write_all(file: &File, bytes: &[u8]) -> io::Result<()> {
+    let straight = match bytes.as_ptr().addr().is_multiple_of(ALIGN) {
+        true => bytes.len() / ALIGN * ALIGN,
+        false => 0,
+    };
+    let (straight, rest) = bytes.split_at(straight);
+    file.write_all_at(straight, 0)?;
+    match rest {
+        [] => Ok(()),
+        rest => {
+            let mut buffer = Aligned::new(rest.len().next_multiple_of(ALIGN).min(PIECE));
+            buffer.write(file, rest, straight.len() as u64)
+        }
+    }
 }
 
 /// Opens a file that is read and written past the cache.
@@ -115,6 +135,45 @@ impl Aligned {
     }
 }
 
+/// Bytes that are put together to be written by [`write`], which need not copy them then, unless there are more than were expected.
+pub struct Gathered {
+    memory: Vec<u8>,
+    start: usize,
+}
+
+impl Gathered {
+    /// None yet, with memory for `expected` bytes.
+    #[must_use]
+    pub fn new(expected: usize) -> Self {
+        if expected < LEAST {
+            return Self { memory: Vec::with_capacity(expected), start: 0 };
+        }
+        let mut memory: Vec<u8> = Vec::with_capacity(expected + ALIGN);
+        let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
+        memory.resize(start, 0);
+        Self { memory, start }
+    }
+
+    /// Appends.
+    pub fn extend_from_slice(&mut self, bytes: &[u8]) {
+        self.memory.extend_from_slice(bytes);
+    }
+
+    /// The bytes, in the memory where they are.
+    #[must_use]
+    pub fn into_bytes(self) -> Bytes {
+        Bytes::from(self.memory).split_off(self.start)
+    }
+}
+
+impl Deref for Gathered {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +187,21 @@ mod tests {
             write(&path, &bytes).unwrap();
             assert!(std::fs::read(&path).unwrap() == bytes, "{len}");
             assert!(read(&path).unwrap() == bytes, "{len}");
+        }
+        for expected in [0, LEAST - 1, LEAST, 2 * LEAST] {
+            for len in [0, 1, LEAST - 1, LEAST, LEAST + 12345] {
+                let bytes: Vec<u8> = (0..len).map(|i| (i * 11 % 253) as u8).collect();
+                let mut gathered = Gathered::new(expected);
+                bytes.chunks(100_000).for_each(|piece| gathered.extend_from_slice(piece));
+                assert!(*gathered == *bytes, "{expected}, {len}");
+                let gathered = gathered.into_bytes();
+                assert!(gathered == bytes, "{expected}, {len}");
+                if expected >= len.max(LEAST) {
+                    assert!(gathered.as_ptr().addr().is_multiple_of(ALIGN), "{expected}, {len}");
+                }
+                write(&path, &gathered).unwrap();
+                assert!(std::fs::read(&path).unwrap() == bytes, "{expected}, {len}");
+            }
         }
         assert_eq!(read(&dir.path().join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
         let there = create(&path, &[7; LEAST]).unwrap_err();

@@ -178,7 +178,7 @@ fn first_segment(zstd_frame: &[u8]) -> (Vec<u8>, Vec<(BlockId, BlockEntry)>) {
     }
     let small = Record { lsn: Lsn(299), ops: vec![Op::put(volume_key("label"), &b"photos"[..])] };
     b.push(&small).unwrap();
-    (b.finish(None).unwrap().0, index)
+    (b.finish(None).unwrap().0.to_vec(), index)
 }
 
 #[test]

@@ -159,6 +159,11 @@ impl Content {
         out
     }
 
+    /// The block's content, when all of it lies in the slot.
+    pub fn read_whole(&self) -> Option<io::Result<Vec<u8>>> {
+        self.valid.covers(0, self.len).then(|| self.slot.read_new(self.len))
+    }
+
     /// Appends the block's persistent form.
     fn encode(&self) -> Bytes {
         let mut out = Vec::with_capacity(32);

@@ -38,7 +38,7 @@ pub(super) struct TailFile {
     last: AtomicU64,
     /// Where it lies.
     pub(super) path: PathBuf,
-    size: u64,
+    pub(super) size: u64,
 }
 
 impl TailFile {

@@ -108,7 +108,7 @@ mod tests {
             builder.push_index(BlockId(i as u64 + 1), entry).unwrap();
             blocks.push((entry, raw));
         }
-        (builder.finish(Some(Lsn(1))).unwrap().0, blocks)
+        (builder.finish(Some(Lsn(1))).unwrap().0.to_vec(), blocks)
     }
 
     fn mended(copies: &[Vec<u8>], len: usize, cache: &[(BlockEntry, Vec<u8>)]) -> Option<Bytes> {

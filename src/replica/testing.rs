@@ -46,7 +46,7 @@ pub fn segment(number: u64, epoch: u32, blocks: &[Vec<u8>]) -> (Vec<u8>, Vec<Blo
         builder.push_index(BlockId(number * 1000 + i as u64 + 1), entry).unwrap();
         entries.push(entry);
     }
-    (builder.finish(Some(Lsn(number))).unwrap().0, entries)
+    (builder.finish(Some(Lsn(number))).unwrap().0.to_vec(), entries)
 }
 
 /// Staged objects as files.

@@ -152,7 +152,7 @@ impl World {
             self.number = header.number;
             self.hash = summary.hash;
             self.hashes.insert(self.number, self.hash);
-            self.put_all(&self.segment(self.number), bytes).await;
+            self.put_all(&self.segment(self.number), bytes.to_vec()).await;
         }
         if commit {
             self.commits.insert(self.number, (self.lsn, tables(&self.live)));

@@ -131,6 +131,8 @@ struct Draft<'scope, 'env> {
     first: SegmentNo,
     current: SegmentBuilder,
     done: Drafted,
+    /// Bytes of content that are still to come at most.
+    rest: u64,
 }
 
 impl Draft<'_, '_> {
@@ -152,28 +154,37 @@ impl Draft<'_, '_> {
         let next = SegmentBuilder::new(self.header(number.next(), SegmentHash::default()));
         let (bytes, summary) = std::mem::replace(&mut self.current, next).finish(commit)?;
         self.done.push((number, summary));
-        self.writers.write(number, bytes.into(), last)?;
-        self.current = SegmentBuilder::new(self.header(number.next(), summary.hash));
+        self.writers.write(number, bytes, last)?;
+        self.begin(self.header(number.next(), summary.hash));
         Ok(())
     }
 
-    /// Whether the current segment is large enough, when at most `rest` bytes of content are still to come.
-    fn is_full(&self, rest: u64) -> bool {
+    fn begin(&mut self, header: SegmentHeader) {
+        let content = match self.rest {
+            rest if rest <= self.target + self.target / REST => rest,
+            _ => self.target,
+        };
+        // An eighth for the index, and for the block that goes beyond the target.
+        let expected = usize::try_from(content + content / 8).unwrap_or(0);
+        self.current = SegmentBuilder::expecting(header, expected);
+    }
+
+    /// Whether the current segment is large enough.
+    fn is_full(&self) -> bool {
         let size = self.current.size();
-        size >= self.target && rest > self.target / REST || size >= self.target + self.target / REST
+        size >= self.target && self.rest > self.target / REST || size >= self.target + self.target / REST
     }
 
     /// Whether the current segment, when it is closed, ends a group of content only.
-    fn is_early(&self, rest: u64) -> bool {
-        rest > self.target / REST && self.done.len() + 1 >= EARLY
+    fn is_early(&self) -> bool {
+        self.rest > self.target / REST && self.done.len() + 1 >= EARLY
     }
 
     /// What was closed so far is a group of its own; another one begins. Answers its segments, whose files are durable.
     fn split(&mut self) -> Result<Drafted, SealError> {
         self.writers.finish()?;
         self.first = self.current.header().number;
-        let header = self.header(self.first, self.current.header().previous);
-        self.current = SegmentBuilder::new(header);
+        self.begin(self.header(self.first, self.current.header().previous));
         Ok(std::mem::take(&mut self.done))
     }
 }
@@ -365,6 +376,7 @@ impl Sealer {
                 first,
                 current: SegmentBuilder::new(header),
                 done: Vec::new(),
+                rest: 0,
             };
             let filled = self.fill(&mut draft, cut, cut_at, &preparer);
             // Also after a failure: nobody writes any more when the files are removed.
@@ -392,7 +404,8 @@ impl Sealer {
         // A group of content only, made when this cut was tried before, holds them.
         let wanted = cut.frozen.iter().filter(|b| !just_tried(b.id) && !b.is_sealed());
         let wanted: Vec<_> = wanted.cloned().collect();
-        let mut rest: u64 = wanted.iter().map(|b| u64::from(b.len())).sum();
+        draft.rest = wanted.iter().map(|b| u64::from(b.len())).sum();
+        draft.begin(*draft.current.header());
         thread::scope(|scope| {
             let mut batches = batches(wanted).into_iter();
             let mut start = || batches.next().map(|batch| preparer.start(scope, batch, &packed));
@@ -402,13 +415,13 @@ impl Sealer {
                 // Prepared while these are written.
                 ready = start();
                 for (block, prepared) in batch {
-                    rest = rest.saturating_sub(u64::from(block.len()));
+                    draft.rest = draft.rest.saturating_sub(u64::from(block.len()));
                     self.append(draft, &block, prepared, preparer, &mut fresh, &mut sealed)?;
-                    if !draft.is_full(rest) {
+                    if !draft.is_full() {
                         continue;
                     }
                     // Without an earlier commit there is no state that could stay as it is.
-                    match draft.is_early(rest) && self.committed.0 > 0 {
+                    match draft.is_early() && self.committed.0 > 0 {
                         true => self.early(draft, &mut sealed, cut_at)?,
                         false => draft.close(None, false)?,
                     }
@@ -421,7 +434,7 @@ impl Sealer {
             let ops: Vec<Op> = record.ops.into_iter().filter(is_shipped).collect();
             if !ops.is_empty() {
                 draft.current.push(&Record { lsn: record.lsn, ops })?;
-                if draft.is_full(0) {
+                if draft.is_full() {
                     draft.close(None, false)?;
                 }
             }

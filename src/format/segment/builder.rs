@@ -2,10 +2,13 @@
 //!
 //! Owns the order of sections and the sums of the footer. Knows no file: the caller stores the bytes.
 
+use bytes::Bytes;
+
 use super::{
     END, FOOTER_LEN, Footer, HEADER_LEN, INDEX_ENTRY_LEN, MAX_LEN, MAX_META, SegmentHash, SegmentHeader,
     WHAT, check_entry,
 };
+use crate::direct::Gathered;
 use crate::format::codec::{Decoder, FormatError};
 use crate::format::frame::{FrameHeader, Packed, pack};
 use crate::format::record::Record;
@@ -29,7 +32,7 @@ pub struct SegmentSummary {
 /// Collects frames, index entries and records of one segment.
 pub struct SegmentBuilder {
     header: SegmentHeader,
-    out: Vec<u8>,
+    out: Gathered,
     frames: u32,
     frames_raw: u64,
     records: Vec<u8>,
@@ -42,9 +45,17 @@ impl SegmentBuilder {
     /// An empty segment.
     #[must_use]
     pub fn new(header: SegmentHeader) -> Self {
+        Self::expecting(header, 0)
+    }
+
+    /// An empty segment that will have some `expected` bytes: memory for them is taken at once.
+    #[must_use]
+    pub fn expecting(header: SegmentHeader, expected: usize) -> Self {
+        let mut out = Gathered::new(expected.max(HEADER_LEN));
+        out.extend_from_slice(&header.encode());
         Self {
             header,
-            out: header.encode().to_vec(),
+            out,
             frames: 0,
             frames_raw: 0,
             records: Vec::new(),
@@ -155,7 +166,7 @@ impl SegmentBuilder {
     }
 
     /// The object's bytes. `commit` makes it the last segment of its transaction group, complete up to that LSN.
-    pub fn finish(mut self, commit: Option<Lsn>) -> Result<(Vec<u8>, SegmentSummary), FormatError> {
+    pub fn finish(mut self, commit: Option<Lsn>) -> Result<(Bytes, SegmentSummary), FormatError> {
         let last = self.lsns.map_or(Lsn(0), |(_, last)| last);
         if commit.is_some_and(|commit| commit.0 == 0 || commit < last) {
             return Err(FormatError::new(WHAT, format!("a commit below its last record {last}")));
@@ -167,14 +178,16 @@ impl SegmentBuilder {
         self.out.extend_from_slice(&records);
         self.index.sort_by_key(|(id, _)| *id);
         self.index.dedup();
+        let mut index = Vec::with_capacity(self.index.len() * INDEX_ENTRY_LEN);
         for (i, (id, entry)) in self.index.iter().enumerate() {
             if i > 0 && self.index[i - 1].0 == *id {
                 return Err(FormatError::new(WHAT, format!("block {id} has two entries")));
             }
-            self.out.extend_from_slice(&id.0.to_le_bytes());
-            entry.encode_into(&mut self.out);
+            index.extend_from_slice(&id.0.to_le_bytes());
+            entry.encode_into(&mut index);
         }
-        let index_len = (self.index.len() * INDEX_ENTRY_LEN) as u64;
+        self.out.extend_from_slice(&index);
+        let index_len = index.len() as u64;
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.out[..HEADER_LEN]);
         hasher.update(&self.out[meta_start..]);
@@ -201,6 +214,6 @@ impl SegmentBuilder {
         footer.hash.0.copy_from_slice(&bytes[288..320]);
         self.out.extend_from_slice(&bytes);
         let summary = SegmentSummary { len: self.out.len() as u64, hash: footer.hash, footer };
-        Ok((self.out, summary))
+        Ok((self.out.into_bytes(), summary))
     }
 }

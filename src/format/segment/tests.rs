@@ -54,7 +54,7 @@ fn sample(blocks: usize, records: usize, commit: Option<Lsn>) -> (Vec<u8>, Segme
     let (bytes, summary) = b.finish(commit).unwrap();
     assert_eq!(bytes.len() as u64, summary.len);
     assert!(summary.len <= most);
-    (bytes, SegmentMeta { footer: summary.footer, index, records })
+    (bytes.to_vec(), SegmentMeta { footer: summary.footer, index, records })
 }
 
 #[test]

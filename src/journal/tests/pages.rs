@@ -67,9 +67,9 @@ fn the_next_file_is_made_ahead() {
         // More than an eighth of a file.
         (0..4).for_each(|n| put_bytes(&j, &mut model, format!("{round}-{n}"), vec![1; 10 << 10]));
         let until = Instant::now() + Duration::from_secs(60);
-        let is_spare =
-            |e: io::Result<fs::DirEntry>| e.unwrap().file_name().to_string_lossy().starts_with("spare-");
-        while !fs::read_dir(dir.path().join("tail")).unwrap().any(is_spare) {
+        // Its name is there before it is complete.
+        let tail = &j.shared.tail;
+        while tail.bytes() == tail.files().iter().map(|file| file.size).sum::<u64>() {
             assert!(Instant::now() < until, "no spare file");
             std::thread::sleep(Duration::from_millis(5));
         }
