@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -343,7 +344,15 @@ fn a_replica_that_is_down() {
     assert_eq!(fs::read(to.join("f")).unwrap(), Content::new(1).take(300_000));
 }
 
+/// Starts a command that minds Ctrl-C, also where this test itself runs in the background of a shell, which has it ignored.
 fn start(command: &mut Command) -> Child {
+    let mind = || {
+        // SAFETY: async-signal-safe, as what runs between fork and exec has to be.
+        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+        Ok(())
+    };
+    // SAFETY: as above; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(mind) };
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
