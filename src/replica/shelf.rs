@@ -1,10 +1,11 @@
 //! Segments in memory on their way to several replicas: sealed or read once, sent to all of them.
 //!
-//! Owns a bounded number of bytes that somebody may want next; those sent last stay longest. Holds only what was checked, or was
-//! never out of memory. Knows no file and no replica.
+//! Owns a bounded number of bytes that somebody may want next; those sent last stay longest. What had to go is still found as long as it
+//! is being sent, since then it is in memory all the same. Holds only what was checked, or was never out of memory. Knows no file and no
+//! replica.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -27,7 +28,7 @@ type Key = (SegmentNo, Epoch);
 struct Place {
     key: Key,
     len: u64,
-    bytes: Arc<OnceCell<Bytes>>,
+    bytes: Arc<OnceCell<Arc<Bytes>>>,
     /// Whether somebody has asked for it.
     taken: bool,
 }
@@ -37,8 +38,19 @@ struct Place {
 pub struct Shelf {
     /// Least recently wanted first.
     places: Mutex<VecDeque<Place>>,
+    /// What was given to somebody, while anybody has it.
+    lent: Mutex<HashMap<Key, Weak<Bytes>>>,
     /// When a segment was taken last.
     taken_at: Mutex<Option<Instant>>,
+}
+
+/// Bytes in somebody's hands.
+struct Lent(Arc<Bytes>);
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 impl Shelf {
@@ -48,7 +60,7 @@ impl Shelf {
         let mut places = self.places.lock();
         places.retain(|p| p.key != key);
         if make_room(&mut places, len) {
-            let bytes = Arc::new(OnceCell::new_with(Some(digest::once(bytes))));
+            let bytes = Arc::new(OnceCell::new_with(Some(Arc::new(digest::once(bytes)))));
             places.push_back(Place { key, len, bytes, taken: false });
         }
     }
@@ -66,6 +78,12 @@ impl Shelf {
         let bytes = {
             let mut places = self.places.lock();
             let found = places.iter().position(|p| p.key == key).and_then(|at| places.remove(at));
+            if found.is_none()
+                && let Some(lent) = self.lent.lock().get(&key).and_then(Weak::upgrade)
+            {
+                *self.taken_at.lock() = Some(Instant::now());
+                return Ok(Bytes::from_owner(Lent(lent)));
+            }
             let place = found.unwrap_or_else(|| {
                 while !make_room(&mut places, len) {
                     places.pop_front();
@@ -77,12 +95,19 @@ impl Shelf {
             *self.taken_at.lock() = Some(Instant::now());
             bytes
         };
-        let read = async { read.await.map(digest::once) };
-        let got = bytes.get_or_try_init(|| read).await.cloned();
-        if got.is_err() {
-            self.places.lock().retain(|p| p.key != key || !Arc::ptr_eq(&p.bytes, &bytes));
+        let read = async { read.await.map(|bytes| Arc::new(digest::once(bytes))) };
+        match bytes.get_or_try_init(|| read).await {
+            Ok(got) => {
+                let mut lent = self.lent.lock();
+                lent.retain(|_, bytes| bytes.strong_count() > 0);
+                lent.insert(key, Arc::downgrade(got));
+                Ok(Bytes::from_owner(Lent(Arc::clone(got))))
+            }
+            Err(e) => {
+                self.places.lock().retain(|p| p.key != key || !Arc::ptr_eq(&p.bytes, &bytes));
+                Err(e)
+            }
         }
-        got
     }
 
     /// Whether more than half of the room is taken by segments that wait for being sent, although some are just being sent: who waits a
@@ -97,6 +122,7 @@ impl Shelf {
     /// Takes away what nobody will want any more.
     pub fn forget(&self, segments: &[Key]) {
         self.places.lock().retain(|p| !segments.contains(&p.key));
+        self.lent.lock().retain(|key, _| !segments.contains(key));
     }
 
     /// Bytes kept here.
@@ -176,6 +202,32 @@ mod tests {
             assert_eq!(get(n).await.is_ok(), kept, "{n}");
         }
         assert!(!shelf.is_crowded(Instant::now()), "all are being sent");
+    }
+
+    #[tokio::test]
+    async fn what_is_being_sent_is_found_without_a_place() {
+        let shelf = Shelf::default();
+        let get = |n: u64, read: bool| {
+            shelf.get(SegmentNo(n), Epoch(1), 16 << 20, async move {
+                if read { Ok(segment(n)) } else { Err("not here") }
+            })
+        };
+        let sent = get(1, true).await.unwrap();
+        for n in 2..=5 {
+            get(n, true).await.unwrap();
+        }
+        assert_eq!(shelf.bytes(), 64 << 20);
+        let again = get(1, false).await.unwrap();
+        assert_eq!((again.as_ptr(), again.len()), (sent.as_ptr(), sent.len()), "the same memory");
+        drop(sent);
+        drop(get(1, false).await.unwrap());
+        drop(again);
+        assert_eq!(get(1, false).await, Err("not here"), "nobody has it any more");
+        // Another segment may have the number of one that was given up.
+        let sent = get(6, true).await.unwrap();
+        shelf.forget(&[(SegmentNo(6), Epoch(1))]);
+        assert_eq!(get(6, false).await, Err("not here"));
+        drop(sent);
     }
 
     #[tokio::test]
