@@ -4,6 +4,8 @@
 //! staged is sent from memory as a rule, and read from disk only by a replica that lags; what a replica has is hardly read at all. In
 //! the kernel's cache it would cost a copy, and push out what applications read. Where a filesystem cannot do without the cache, it is used.
 
+pub mod passing;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::Deref;

@@ -16,10 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use rustix::buffer::spare_capacity;
 
 use super::space::Disk;
-use crate::direct::{self, ALIGN, Aligned};
+use crate::direct::{self, ALIGN, Aligned, passing};
 use crate::ids::Lsn;
 use crate::trace::{self, Stage};
 
@@ -269,32 +268,34 @@ impl Slot {
         Ok(())
     }
 
-    /// The first `len` bytes of the slot, as [`Slot::read`] gives them, in memory that nobody had to clear before.
+    /// The first `len` bytes of the slot, as [`Slot::read`] gives them; they do not stay in the kernel's cache for that.
     pub fn read_new(&self, len: u32) -> io::Result<Vec<u8>> {
-        let len = len as usize;
-        let mut out = Vec::with_capacity(len);
-        let offset = self.file.offset(self.index);
-        while out.len() < len {
-            let at = offset + out.len() as u64;
-            let read = || rustix::io::pread(&self.file.file, spare_capacity(&mut out), at);
-            match trace::stage(Stage::Blocks, read) {
-                Ok(0) => break,
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        // More may have been read where there was room for it, or less.
-        out.resize(len, 0);
-        Ok(out)
+        trace::stage(Stage::Blocks, || {
+            passing::read(&self.file.file, len as usize, self.file.offset(self.index))
+        })
     }
 
     /// Writes `data` at byte `at` of the slot.
     pub fn write(&self, at: u32, data: &[u8]) -> io::Result<()> {
+        self.write_by(at, data, |file, offset| file.write_all_at(data, offset))
+    }
+
+    /// As [`Slot::write`], for what the mount's own cache has, too: much at a time does not stay in that of the slots.
+    pub fn write_passing(&self, at: u32, data: &[u8]) -> io::Result<()> {
+        self.write_by(at, data, |file, offset| passing::write(file, data, offset))
+    }
+
+    fn write_by(
+        &self,
+        at: u32,
+        data: &[u8],
+        write: impl FnOnce(&File, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
         debug_assert!(at as usize + data.len() <= self.file.block_size as usize);
         #[cfg(test)]
         self.file.pretend()?;
         let offset = self.file.offset(self.index) + u64::from(at);
-        trace::stage(Stage::Blocks, || self.file.file.write_all_at(data, offset))
+        trace::stage(Stage::Blocks, || write(&self.file.file, offset))
     }
 
     /// Writes all of a clean block, which need not outlast a crash, past the kernel's cache: who reads it has it in memory besides.
