@@ -124,9 +124,16 @@ impl Content {
         self.mark = self.slot.mark();
     }
 
-    /// Writes into the slot; what a failure leaves of it counts as changed, but not as valid.
+    /// Writes what an application gave into the slot; what a failure leaves of it counts as changed, but not as valid.
     pub(super) fn put(&mut self, start: u32, data: &[u8]) -> io::Result<()> {
         let written = self.slot.write_passing(start, data);
+        self.changed(start, start + data.len() as u32);
+        written
+    }
+
+    /// As [`Content::put`], for what did not come from an application just now.
+    pub(super) fn copy(&mut self, start: u32, data: &[u8]) -> io::Result<()> {
+        let written = self.slot.write(start, data);
         self.changed(start, start + data.len() as u32);
         written
     }
@@ -383,7 +390,7 @@ impl DirtyBlock {
         let len = c.len;
         let gaps: Vec<(u32, u32)> = c.valid.pieces(0, len).filter(|p| !p.2).map(|p| (p.0, p.1)).collect();
         for (s, e) in gaps {
-            c.put(s, &full[s as usize..e as usize])?;
+            c.copy(s, &full[s as usize..e as usize])?;
         }
         let before = c.valid.bytes();
         c.valid.insert(0, len);

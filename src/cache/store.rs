@@ -435,7 +435,7 @@ impl BlockStore {
                         if s < e {
                             buf.resize((e - s) as usize, 0);
                             o.slot.read(s, &mut buf)?;
-                            content.put(s, &buf)?;
+                            content.copy(s, &buf)?;
                             content.valid.insert(s, e);
                         }
                     }

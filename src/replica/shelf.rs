@@ -59,6 +59,7 @@ impl Shelf {
         let (key, len) = ((number, epoch), bytes.len() as u64);
         let mut places = self.places.lock();
         places.retain(|p| p.key != key);
+        self.lent.lock().remove(&key);
         if make_room(&mut places, len) {
             let bytes = Arc::new(OnceCell::new_with(Some(Arc::new(digest::once(bytes)))));
             places.push_back(Place { key, len, bytes, taken: false });
