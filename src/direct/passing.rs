@@ -36,7 +36,7 @@ fn version_of(release: &str) -> Option<(u32, u32)> {
 
 /// Whether the answer says that it cannot be had here; then it is not tried again.
 fn is_refused(e: Errno, usable: &AtomicBool) -> bool {
-    let refused = matches!(e, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL);
+    let refused = e == Errno::NOSYS || super::is_refused(&e.into());
     if refused {
         usable.store(false, Ordering::Relaxed);
     }

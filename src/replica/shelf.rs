@@ -78,11 +78,11 @@ impl Shelf {
         let key = (number, epoch);
         let bytes = {
             let mut places = self.places.lock();
+            *self.taken_at.lock() = Some(Instant::now());
             let found = places.iter().position(|p| p.key == key).and_then(|at| places.remove(at));
             if found.is_none()
                 && let Some(lent) = self.lent.lock().get(&key).and_then(Weak::upgrade)
             {
-                *self.taken_at.lock() = Some(Instant::now());
                 return Ok(Bytes::from_owner(Lent(lent)));
             }
             let place = found.unwrap_or_else(|| {
@@ -93,7 +93,6 @@ impl Shelf {
             });
             let bytes = Arc::clone(&place.bytes);
             places.push_back(Place { taken: true, ..place });
-            *self.taken_at.lock() = Some(Instant::now());
             bytes
         };
         let read = async { read.await.map(|bytes| Arc::new(digest::once(bytes))) };

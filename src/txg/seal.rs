@@ -155,6 +155,9 @@ impl Draft<'_, '_> {
         let (bytes, summary) = std::mem::replace(&mut self.current, next).finish(commit)?;
         self.done.push((number, summary));
         self.writers.write(number, bytes, last)?;
+        if commit.is_some() {
+            self.first = number.next();
+        }
         self.begin(self.header(number.next(), summary.hash));
         Ok(())
     }
@@ -180,11 +183,9 @@ impl Draft<'_, '_> {
         self.rest > self.target / REST && self.done.len() + 1 >= EARLY
     }
 
-    /// What was closed so far is a group of its own; another one begins. Answers its segments, whose files are durable.
+    /// The group that was closed with a commit: its segments, whose files are durable.
     fn split(&mut self) -> Result<Drafted, SealError> {
         self.writers.finish()?;
-        self.first = self.current.header().number;
-        self.begin(self.header(self.first, self.current.header().previous));
         Ok(std::mem::take(&mut self.done))
     }
 }
