@@ -28,11 +28,13 @@ pub enum Exit {
     NotMounted = 9,
     /// The volume was written by a newer mirrorfs than this one.
     TooNew = 10,
+    /// The daemon died again and again; its mount stays dead until somebody mounts or unmounts.
+    Crashed = 11,
 }
 
 impl Exit {
     /// All codes, in order.
-    pub const ALL: [Exit; 11] = [
+    pub const ALL: [Exit; 12] = [
         Exit::Done,
         Exit::Failure,
         Exit::Usage,
@@ -44,6 +46,7 @@ impl Exit {
         Exit::TimedOut,
         Exit::NotMounted,
         Exit::TooNew,
+        Exit::Crashed,
     ];
 
     /// The number given to the operating system.
@@ -73,6 +76,7 @@ impl Exit {
             Exit::TimedOut => "time ran out (work goes on in the background)",
             Exit::NotMounted => "not mounted there, or the daemon does not answer",
             Exit::TooNew => "volume written by a newer mirrorfs",
+            Exit::Crashed => "the daemon died again and again",
         }
     }
 }

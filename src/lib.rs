@@ -52,6 +52,7 @@
 //! In reading order; imports go downwards only (`tests/tidy.rs` holds them to it).
 
 pub mod cli;
+pub mod guardian;
 pub mod daemon;
 pub mod config;
 pub mod control;

@@ -103,8 +103,9 @@ impl Drop for Place {
         for state in self.states() {
             let pid = fs::read_to_string(state.join("LOCK")).unwrap_or_default();
             // Only while it holds the lock is that process our daemon.
-            if let (Ok(pid), true) = (pid.trim().parse(), state.join("control.sock").exists()) {
-                kill(pid, libc::SIGKILL);
+            let pid = pid.lines().next().and_then(|pid| pid.trim().parse().ok());
+            if let (Some(pid), true) = (pid, state.join("control.sock").exists()) {
+                kill_with_guardian(pid);
             }
             if std::thread::panicking() {
                 println!("--- {} ---", state.join("daemon.log").display());
@@ -132,13 +133,18 @@ fn wait_gone(pid: i32) {
     wait_until(LIMIT, "the daemon ends", || !runs(pid));
 }
 
-/// Kills a daemon and, before it, the guardian that would take its dead mount away.
+/// The parent of a process; 0 for none.
+fn parent(pid: i32) -> i32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after = stat.rsplit(") ").next().unwrap_or_default();
+    after.split(' ').nth(1).and_then(|pid| pid.parse().ok()).unwrap_or(0)
+}
+
+/// Kills a daemon and, before it, the guardian that would start it again.
 fn kill_with_guardian(pid: i32) {
-    let children = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flat_map(|task| {
-        let children = fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
-        children.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<i32>>()
-    });
-    for guardian in children {
+    let guardian = parent(pid);
+    let line = fs::read(format!("/proc/{guardian}/cmdline")).unwrap_or_default();
+    if String::from_utf8_lossy(&line).contains("--ready-on-stdout") {
         kill(guardian, libc::SIGKILL);
     }
     kill(pid, libc::SIGKILL);
@@ -383,7 +389,7 @@ fn a_mount_that_cannot_be_says_why_and_leaves_nothing() {
     // Interrupted while it waits for the replica, in three ways.
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGKILL] {
         let mut waiting = start(&mut p.command(&p.mounting(&[])));
-        wait_until(LIMIT, "the daemon has been started", || processes_with(word).len() == 2);
+        wait_until(LIMIT, "the daemon has been started", || processes_with(word).len() == 3);
         std::thread::sleep(Duration::from_millis(300));
         kill(waiting.id().try_into().unwrap(), signal);
         let code = waiting.wait().unwrap().code();

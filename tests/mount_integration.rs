@@ -20,72 +20,8 @@ fn kill(pid: u32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid.try_into().unwrap(), signal) }, 0);
 }
 
-/// The guardian of a daemon.
-fn guardian(daemon: u32) -> u32 {
-    let children = |task: PathBuf| fs::read_to_string(task.join("children")).unwrap_or_default();
-    let tasks = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
-    let all: String = tasks.map(|task| children(task.unwrap().path())).collect();
-    let guards = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|b| *b == 0).nth(1) == Some(b"guard")
-    };
-    all.split_whitespace().map(|pid| pid.parse().unwrap()).find(guards).expect("there is no guardian")
-}
-
 fn sh(script: &str) -> Ran {
     run(Command::new("sh").args(["-euc", script]), LIMIT)
-}
-
-// --- the daemon dies -----------------------------------------------------------------------------------------------------
-
-#[test]
-fn a_daemon_that_dies_leaves_no_dead_mount() {
-    let Some(mut volume) = Volume::new("integration: death") else { return };
-    volume.folder("a");
-    for signal in [libc::SIGKILL, libc::SIGABRT] {
-        let mut m = volume.mount();
-        let mut file = File::create(m.path("open")).unwrap();
-        file.write_all(b"synced").unwrap();
-        file.sync_all().unwrap();
-        kill(m.pid(), signal);
-        m.wait_end();
-        // Also while somebody has a file open there.
-        wait_until(LIMIT, "the dead mount is taken away", || !is_mounted(m.root()));
-        assert_eq!(fs::read_dir(m.root()).unwrap().count(), 0, "the empty directory is there again");
-        drop(file);
-        let again = volume.mount();
-        assert_eq!(fs::read(again.path("open")).unwrap(), b"synced");
-        again.unmount();
-    }
-}
-
-#[test]
-fn a_guardian_touches_nothing_but_its_own_dead_mount() {
-    let Some(mut volume) = Volume::new("integration: guardian") else { return };
-    volume.folder("a");
-    let mut m = volume.mount();
-    let guardian = guardian(m.pid());
-    // Not in the way of what ends a daemon in good order.
-    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-        kill(guardian, signal);
-    }
-    kill(guardian, libc::SIGSTOP);
-    kill(m.pid(), libc::SIGKILL);
-    m.wait_end();
-    assert!(is_mounted(m.root()));
-    // Another daemon takes the place before the guardian comes to look.
-    let new = volume.mount();
-    fs::write(new.path("f"), "new").unwrap();
-    kill(guardian, libc::SIGCONT);
-    // In a container nobody may care for orphans: a zombie has ended, too.
-    let gone = || {
-        let stat = fs::read_to_string(format!("/proc/{guardian}/stat")).unwrap_or_default();
-        stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with(['Z', 'X']))
-    };
-    wait_until(LIMIT, "the guardian ends", gone);
-    assert_eq!(fs::read(new.path("f")).unwrap(), b"new");
-    assert!(is_mounted(new.root()));
-    new.unmount();
 }
 
 // --- signals -------------------------------------------------------------------------------------------------------------

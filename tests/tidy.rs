@@ -14,8 +14,9 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 21] = [
+const ORDER: [&str; 22] = [
     "cli",
+    "guardian",
     "daemon",
     "config",
     "control",

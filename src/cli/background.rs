@@ -1,13 +1,12 @@
-//! The daemon's process in the background: how it is started, and how it says that the mount is live or cannot be.
+//! The guardian's process in the background: how it is started, and how the command learns whether the mount is live.
 //!
 //! The program starts itself again rather than forking, because a fork of a process with threads is a trap. The child's
-//! standard output is a pipe to the parent; the child takes it away from everyone else, writes one line of JSON, and
-//! closes it. A child that dies before has its last words read from the log.
+//! standard output is a pipe to the parent; the child takes it away from everyone else, writes one line of JSON
+//! ([`Line`]), and closes it. If the child dies before that, its last words are read from the log.
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,6 +18,7 @@ use super::{CommandError, output};
 use crate::config::state;
 use crate::daemon::ReadyInfo;
 use crate::exit::Exit;
+use crate::guardian::Line;
 
 /// Name of the log in the state folder.
 pub(super) const LOG: &str = "daemon.log";
@@ -28,13 +28,6 @@ const LOG_LIMIT: u64 = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Lines of the log shown when the daemon died without a word.
 const LAST_WORDS: usize = 10;
-
-#[derive(Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Line {
-    Ready(ReadyInfo),
-    Failed { exit: Exit, message: String },
-}
 
 /// Starts this program again with the same arguments, in the background, and waits for its report. When it fails and
 /// the state folder was `made` for it, that is taken away again with the log in it, which is shown instead.
@@ -153,77 +146,11 @@ fn last_lines(path: &Path, begin: u64) -> std::io::Result<String> {
     Ok(lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n"))
 }
 
-/// The child's way to report. Nothing else can write to it, and no further child inherits it.
-#[derive(Debug)]
-pub(super) struct Report {
-    pipe: File,
-}
-
-impl Report {
-    /// Takes standard output for itself, sends everyone else's output to standard error (the log), and leaves the
-    /// terminal's session.
-    pub fn take() -> Result<Report, CommandError> {
-        let failed = |error: std::io::Error| {
-            CommandError::new(Exit::Failure, format!("cannot run in the background: {error}"))
-        };
-        let pipe: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned().map_err(failed)?;
-        // SAFETY: both descriptors are open for the whole of the process; dup2 replaces the first atomically.
-        if unsafe { libc::dup2(std::io::stderr().as_raw_fd(), libc::STDOUT_FILENO) } < 0 {
-            return Err(failed(std::io::Error::last_os_error()));
-        }
-        // SAFETY: setsid has no preconditions. It fails for the leader of a group, which a started child is not; then
-        // there is nothing lost but the separation from the terminal.
-        if unsafe { libc::setsid() } < 0 {
-            log::debug!("cannot leave the session: {}", std::io::Error::last_os_error());
-        }
-        end_with_parent(true);
-        Ok(Report { pipe: pipe.into() })
-    }
-
-    /// The mount is live.
-    pub fn ready(self, info: &ReadyInfo) {
-        end_with_parent(false);
-        self.send(&Line::Ready(info.clone()));
-    }
-
-    /// It cannot be.
-    pub fn failed(self, exit: Exit, message: &str) {
-        self.send(&Line::Failed { exit, message: message.to_owned() });
-    }
-
-    fn send(mut self, line: &Line) {
-        let text = serde_json::to_string(line).unwrap_or_default() + "\n";
-        // The command that waited may have been interrupted; the mount stays.
-        if let Err(error) = self.pipe.write_all(text.as_bytes()) {
-            log::debug!("nobody waits for the report: {error}");
-        }
-    }
-}
-
-/// Whether this process is asked to end when the one that started it does. It should be until the mount is live: one
-/// that appears after the command was killed would surprise.
-fn end_with_parent(on: bool) {
-    let signal = if on { libc::SIGTERM } else { 0 };
-    // SAFETY: this option takes a number and touches no memory.
-    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) } != 0 {
-        log::debug!("cannot follow the parent's end: {}", std::io::Error::last_os_error());
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Write;
 
-    #[test]
-    fn the_report_s_line_comes_back() {
-        let line = Line::Failed { exit: Exit::InUse, message: "a\nb".into() };
-        let text = serde_json::to_string(&line).unwrap();
-        assert!(!text.contains('\n'));
-        match serde_json::from_str(&text).unwrap() {
-            Line::Failed { exit, message } => assert_eq!((exit, message.as_str()), (Exit::InUse, "a\nb")),
-            Line::Ready(info) => panic!("{info:?}"),
-        }
-    }
+    use super::*;
 
     #[test]
     fn the_last_words_are_those_of_this_start() {

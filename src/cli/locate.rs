@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::CommandError;
+use super::{CommandError, human};
 use crate::config::Env;
 use crate::control::mounts::{self, Mount};
-use crate::control::{Client, Entry, Registry};
+use crate::control::{Client, Entry, Registry, Then};
+use crate::daemon::last_crash;
 use crate::exit::Exit;
+use crate::replica::unix_now;
 
 /// A live mount of mirrorfs.
 #[derive(Clone, Debug)]
@@ -43,17 +45,33 @@ impl Located {
         else {
             return error;
         };
-        let mountpoint = self.mountpoint.display();
-        CommandError::new(
-            Exit::NotMounted,
-            format!(
-                "the daemon of {mountpoint} (process {}) has died, see {}; mount again to go on, or remove the dead \
-                 mount with: mirrorfs umount {mountpoint}",
-                entry.pid,
-                entry.state.join(super::background::LOG).display()
-            ),
-        )
+        CommandError::new(Exit::NotMounted, death(&self.mountpoint, entry, unix_now()))
     }
+}
+
+/// What is known of a daemon's death, that nothing synced is lost, and what to do.
+fn death(mountpoint: &Path, entry: &Entry, now: f64) -> String {
+    let shown = mountpoint.display();
+    let log = entry.state.join(super::background::LOG);
+    let note = last_crash(&entry.state).filter(|note| note.pid == entry.pid);
+    let (how, advice) = match &note {
+        Some(note) => {
+            let advice = match note.then {
+                Then::Restarts => "It is being started again; if that does not succeed, mount again",
+                Then::Stays => "It is not started again (no_restart): mount again to go on",
+                Then::GaveUp => "It died too often and is not started again: mount again to go on",
+            };
+            (format!(" {} ago: {}", human::seconds(now - note.at), note.how), advice)
+        }
+        None => (String::new(), "Mount again to go on"),
+    };
+    format!(
+        "the daemon of {shown} (process {}) has died{how}. Everything that was fsynced is safe in {}. {advice}, or remove \
+         the dead mount with: mirrorfs umount {shown}. See {}",
+        entry.pid,
+        entry.state.display(),
+        log.display()
+    )
 }
 
 /// Whether a process runs. One that has ended but whose parent has not noticed has let go of everything.
@@ -67,7 +85,12 @@ pub(super) fn alive(pid: u32) -> bool {
 /// Every mount of mirrorfs that the kernel has, in the order they were made.
 pub(super) fn all() -> Result<Vec<Located>, CommandError> {
     let registry = Registry::of_user();
-    Ok(read_mounts()?.iter().filter(|m| m.is_mirrorfs()).map(|m| located(m, &registry)).collect())
+    let mounts = read_mounts()?;
+    // A guardian's placeholder counts when no volume lies on it.
+    let shown = |m: &&Mount| {
+        m.is_mirrorfs() || m.is_placeholder() && mounts::at(&mounts, &m.mountpoint) == Some(*m)
+    };
+    Ok(mounts.iter().filter(shown).map(|m| located(m, &registry)).collect())
 }
 
 /// The mount at `given`, or around it when `within` is set.
@@ -76,7 +99,7 @@ pub(super) fn find(given: &Path, within: bool) -> Result<Located, CommandError> 
     let mounts = read_mounts()?;
     let mount = candidates(&env.cwd.join(given))
         .filter_map(|path| if within { mounts::around(&mounts, &path) } else { mounts::at(&mounts, &path) })
-        .find(|mount| mount.is_mirrorfs());
+        .find(|mount| mount.is_mirrorfs() || mount.is_placeholder());
     match mount {
         Some(mount) => Ok(located(mount, &Registry::of_user())),
         None => Err(CommandError::new(
@@ -161,7 +184,7 @@ mod tests {
         }
         assert!(!alive(pid));
         let error = located(pid).explain(CommandError::new(Exit::NotMounted, "refused"));
-        assert!(error.message.contains("has died, see /s/daemon.log; mount again"), "{error}");
+        assert!(error.message.contains("has died. Everything that was fsynced is safe in /s. Mount again"), "{error}");
         let error = located(pid).explain(CommandError::new(Exit::TimedOut, "late"));
         assert_eq!(error.message, "late");
         child.wait().unwrap();

@@ -16,7 +16,6 @@ mod args;
 mod background;
 mod bench;
 mod fsck;
-mod guard;
 mod helper;
 mod human;
 mod init;
@@ -68,8 +67,6 @@ enum Command {
     Salvage(salvage::Args),
     Bench(bench::Args),
     Version(version::Args),
-    #[command(hide = true)]
-    Guard(guard::Args),
 }
 
 /// Why a command did not do what it was asked, and the code it ends with.
@@ -166,7 +163,10 @@ fn finish(outcome: Outcome) -> Exit {
     match outcome {
         Ok(()) => Exit::Done,
         Err(error) => {
-            output::note(&format!("mirrorfs: {error}"));
+            // Empty: another process has said it.
+            if !error.message.is_empty() {
+                output::note(&format!("mirrorfs: {error}"));
+            }
             error.exit
         }
     }
@@ -194,7 +194,6 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Salvage(args) => salvage::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
-        Command::Guard(args) => guard::run(&args),
     }
 }
 

@@ -4,11 +4,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use super::args::{self, ReplicaArgs, VolumeArgs};
-use super::background::{self, Report};
+use super::background;
 use super::{CommandError, Outcome, mountpoint, output};
 use crate::config::{Config, Env, Raw, layer, state};
 use crate::daemon::{self, MountArgs, Ready, ReadyInfo};
 use crate::exit::Exit;
+use crate::guardian::{self, Guarded, Report};
 
 /// Mount a volume
 ///
@@ -101,9 +102,29 @@ pub(super) struct Args {
     #[arg(long, hide = true)]
     quiet: bool,
 
-    /// Set by the command that starts the background process
+    /// Leave the mount dead when its daemon dies, instead of starting it again [env: MIRRORFS_NO_RESTART]
+    #[arg(long)]
+    no_restart: bool,
+
+    /// Set by the command that starts the guardian in the background
     #[arg(long, hide = true)]
     ready_on_stdout: bool,
+
+    /// Set by the guardian for the daemon
+    #[arg(long, hide = true)]
+    guarded: bool,
+
+    /// Set by the guardian: what relative paths are relative to
+    #[arg(long, hide = true, value_name = "DIR")]
+    cwd: Option<PathBuf>,
+
+    /// Set by the guardian when an earlier daemon has died
+    #[arg(long, hide = true)]
+    restarted: bool,
+
+    /// Without a guardian, for tests of the daemon itself
+    #[arg(long, hide = true)]
+    unguarded: bool,
 }
 
 impl Args {
@@ -128,6 +149,7 @@ impl Args {
         }
         args::set(&mut raw.flags, "read_only", self.read_only.then_some("true"));
         args::set(&mut raw.flags, "allow_other", self.allow_other.then_some("true"));
+        args::set(&mut raw.flags, "no_restart", self.no_restart.then_some("true"));
         Ok(raw)
     }
 
@@ -140,7 +162,16 @@ impl Args {
             let message = "MIRRORFS_OPTIONS: takeover must be given on the command line, when it is needed";
             return Err(CommandError::new(Exit::Usage, message));
         }
-        Ok(self.takeover || listed)
+        // It was meant for the first start.
+        Ok((self.takeover || listed) && !self.restarted)
+    }
+
+    fn env(&self) -> Result<Env, CommandError> {
+        let mut env = Env::current()?;
+        if let Some(cwd) = &self.cwd {
+            env.cwd.clone_from(cwd);
+        }
+        Ok(env)
     }
 }
 
@@ -161,29 +192,71 @@ pub(super) fn check_only(arguments: &[OsString]) -> Exit {
 }
 
 pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
-    if args.ready_on_stdout {
-        return run_in_background(&args, arguments);
+    if args.guarded {
+        return run_daemon(&args, arguments);
     }
-    let Prepared { config, checked, made, takeover } = prepare(&args, arguments)?;
+    if args.ready_on_stdout {
+        return run_guardian_in_background(&args, arguments);
+    }
+    let Prepared { config, checked, made, takeover, cwd } = prepare(&args, arguments)?;
     if let Some(warning) = &checked.warning {
         output::note(&format!("mirrorfs: warning: {warning}"));
     }
     let mountpoint = checked.path.clone();
-    if args.foreground {
+    if !args.foreground {
+        let info = background::start(arguments, &config.state, made.as_deref())?;
+        return if args.quiet { Ok(()) } else { output::print(&announce(&info, &mountpoint)) };
+    }
+    let state = config.state.clone();
+    let outcome = if args.unguarded {
         let ready: Ready = Box::new(move |outcome| {
             if let Ok(info) = outcome {
                 output::note(&announce(&info, &mountpoint));
             }
         });
-        let state = config.state.clone();
-        let outcome = daemon::run(config, MountArgs { mountpoint: checked.path, takeover, log: None }, ready);
-        if let (Err(_), Some(made)) = (&outcome, made) {
-            state::discard(&state, &made);
-        }
-        return Ok(outcome?);
+        let mount = MountArgs { mountpoint: checked.path, takeover, log: None, replaces: false };
+        daemon::run(config, mount, ready).map_err(CommandError::from)
+    } else {
+        let guarded = guarded(&config, &checked.path, cwd, arguments, Way::Foreground);
+        guard(guarded, |line| {
+            if let Ok(info) = line {
+                output::note(&announce(info, &mountpoint));
+            }
+        })
+    };
+    if let (Err(_), Some(made)) = (&outcome, made) {
+        state::discard(&state, &made);
     }
-    let info = background::start(arguments, &config.state, made.as_deref())?;
-    if args.quiet { Ok(()) } else { output::print(&announce(&info, &mountpoint)) }
+    outcome
+}
+
+/// How the guardian runs.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Foreground,
+    Background,
+}
+
+fn guarded(
+    config: &Config,
+    mountpoint: &std::path::Path,
+    cwd: PathBuf,
+    arguments: &[OsString],
+    way: Way,
+) -> Guarded {
+    Guarded {
+        arguments: arguments.iter().skip(1).filter(|a| *a != "--ready-on-stdout").cloned().collect(),
+        cwd,
+        mountpoint: mountpoint.to_owned(),
+        state: config.state.clone(),
+        log: (way == Way::Background).then(|| config.state.join(background::LOG)),
+        tied: way == Way::Foreground,
+        restart: !config.mount.no_restart,
+    }
+}
+
+fn guard(guarded: Guarded, ready: impl FnOnce(Result<&ReadyInfo, (Exit, &str)>)) -> Outcome {
+    guardian::run(guarded, ready).map_err(|(exit, message)| CommandError::new(exit, message))
 }
 
 /// What can be checked is checked.
@@ -193,41 +266,68 @@ struct Prepared {
     /// What was made for the state folder: it goes away again when there will be no mount.
     made: Option<PathBuf>,
     takeover: bool,
+    /// What relative paths were relative to.
+    cwd: PathBuf,
 }
 
 fn prepare(args: &Args, arguments: &[OsString]) -> Result<Prepared, CommandError> {
-    let env = Env::current()?;
+    let env = args.env()?;
     let takeover = args.takeover(&env, arguments)?;
     let config = Config::load(&args.raw(&env)?, &env)?;
-    let checked = mountpoint::check(&args.mountpoint, &env.cwd, &config)?;
+    let check = if args.guarded { mountpoint::check_for_daemon } else { mountpoint::check };
+    let checked = check(&args.mountpoint, &env.cwd, &config)?;
     mountpoint::check_fuse()?;
     let made = state::create(&config.state).map_err(|error| {
         let message = format!("cannot create the state folder {}: {error}", config.state.display());
         CommandError::new(Exit::Failure, message)
     })?;
-    Ok(Prepared { config, checked, made, takeover })
+    Ok(Prepared { config, checked, made, takeover, cwd: env.cwd })
 }
 
-/// The process that [`background::start`] started: reports once on what was its standard output, then serves.
-fn run_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
-    let report = Report::take()?;
-    let Prepared { config, checked, takeover, .. } = match prepare(args, arguments) {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            report.failed(error.exit, &error.message);
-            return Err(error);
-        }
-    };
-    // Not to keep another filesystem busy. All paths are absolute by now.
-    if let Err(error) = std::env::set_current_dir("/") {
-        log::warn!("cannot leave the working directory: {error}");
-    }
+/// The process that [`background::start`] started: reports once on what was its standard output, and guards.
+fn run_guardian_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
+    let report = take_report(Way::Background)?;
+    let (prepared, report) = prepare_or_report(args, arguments, report)?;
+    let Prepared { config, checked, cwd, .. } = prepared;
+    guard(guarded(&config, &checked.path, cwd, arguments, Way::Background), |line| match line {
+        Ok(info) => report.ready(info),
+        Err((exit, message)) => report.failed(exit, message),
+    })
+}
+
+/// The process that the guardian started: reports once on what was its standard output, and serves.
+fn run_daemon(args: &Args, arguments: &[OsString]) -> Outcome {
+    let way = if args.foreground { Way::Foreground } else { Way::Background };
+    let report = take_report(Way::Foreground)?;
+    let (prepared, report) = prepare_or_report(args, arguments, report)?;
+    let Prepared { config, checked, takeover, .. } = prepared;
     let ready: Ready = Box::new(move |outcome| match outcome {
         Ok(info) => report.ready(&info),
         Err(error) => report.failed(error.exit_code(), &error.to_string()),
     });
-    let log = Some(config.state.join(background::LOG));
-    Ok(daemon::run(config, MountArgs { mountpoint: checked.path, takeover, log }, ready)?)
+    let log = (way == Way::Background).then(|| config.state.join(background::LOG));
+    let mount = MountArgs { mountpoint: checked.path, takeover, log, replaces: args.restarted };
+    Ok(daemon::run(config, mount, ready)?)
+}
+
+/// A guardian in the background ends with the command that started it, until the mount is live.
+fn take_report(way: Way) -> Result<Report, CommandError> {
+    let failed = |error| CommandError::new(Exit::Failure, format!("cannot run in the background: {error}"));
+    Report::take(way == Way::Background).map_err(failed)
+}
+
+fn prepare_or_report(
+    args: &Args,
+    arguments: &[OsString],
+    report: Report,
+) -> Result<(Prepared, Report), CommandError> {
+    match prepare(args, arguments) {
+        Ok(prepared) => Ok((prepared, report)),
+        Err(error) => {
+            report.failed(error.exit, &error.message);
+            Err(error)
+        }
+    }
 }
 
 fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {

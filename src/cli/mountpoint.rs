@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::CommandError;
 use crate::config::{Config, real_path};
@@ -13,6 +13,10 @@ use crate::replica::Place;
 
 /// A mount that is dead says so at once.
 const ANSWER: Duration = Duration::from_secs(5);
+/// A guardian whose mount is gone lets go of the mountpoint within this time.
+const GUARDIAN_ENDS: Duration = Duration::from_secs(10);
+/// How often to look.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// A mountpoint that passed all checks.
 #[derive(Debug, PartialEq)]
@@ -25,10 +29,36 @@ pub(super) struct Checked {
 
 /// Checks `given`, relative to `cwd`, against the system and the volume's own folders.
 pub(super) fn check(given: &Path, cwd: &Path, config: &Config) -> Result<Checked, CommandError> {
-    let mounts = mounts::all().map_err(|error| {
-        CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}"))
-    })?;
-    check_against(&cwd.join(given), config, &mounts)
+    let given = cwd.join(given);
+    wait_for_guardian(&given)?;
+    check_for_daemon(&given, cwd, config)
+}
+
+/// The same for a daemon, whose own guardian may hold the place.
+pub(super) fn check_for_daemon(given: &Path, cwd: &Path, config: &Config) -> Result<Checked, CommandError> {
+    check_against(&cwd.join(given), config, &read_mounts()?)
+}
+
+fn read_mounts() -> Result<Vec<Mount>, CommandError> {
+    mounts::all()
+        .map_err(|error| CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}")))
+}
+
+/// Waits for the guardian of an earlier mount at `path` to let go of it, if one holds the place.
+fn wait_for_guardian(path: &Path) -> Result<(), CommandError> {
+    let begin = Instant::now();
+    while mounts::at(&read_mounts()?, path).is_some_and(Mount::is_placeholder) && !is_dead(path) {
+        if begin.elapsed() > GUARDIAN_ENDS {
+            let shown = path.display();
+            let message = format!(
+                "the mountpoint {shown} is busy: its daemon is being started again; wait for it (see: mirrorfs status \
+                 {shown}), or end that with: mirrorfs umount {shown}"
+            );
+            return Err(CommandError::new(Exit::InUse, message));
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
 }
 
 fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Checked, CommandError> {
@@ -46,10 +76,10 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
             .map_err(|error| usage(format!("cannot use the mountpoint {shown}: {error}")))?,
         Err(error) => return Err(usage(format!("cannot use the mountpoint {shown}: {error}"))),
     };
-    if let Some(mount) = mounts::at(mounts, &path) {
-        return if mount.is_mirrorfs() {
+    if let Some(mount) = mounts::at(mounts, &path).filter(|m| !m.is_placeholder() || is_dead(&path)) {
+        return if mount.is_mirrorfs() || mount.is_placeholder() {
             if is_dead(&path) {
-                let warning = format!("takes away what a daemon that has died left mounted on {shown}");
+                let warning = format!("replaces the dead mount that a daemon that has died left on {shown}");
                 return Ok(Checked { path, warning: Some(warning) });
             }
             let message = format!(
@@ -63,6 +93,9 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
                 mount.fstype
             )))
         };
+    }
+    if mounts::at(mounts, &path).is_some_and(Mount::is_placeholder) {
+        return Ok(Checked { path, warning: None });
     }
     if !path.is_dir() {
         return Err(usage(format!("the mountpoint {shown} is not a directory")));

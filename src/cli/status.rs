@@ -107,7 +107,11 @@ fn show(status: &Status, now: f64) -> String {
             format!("{} of {}, {ratio}", human::size(cache.used_bytes), human::size(cache.limit_bytes)),
         ),
     ];
-    let head: Vec<Vec<String>> = head.into_iter().map(|(k, v)| vec![k.to_owned(), v]).collect();
+    let crash = status.last_crash.as_ref().map(|crash| {
+        let ago = human::seconds(now - crash.at);
+        ("last crash", format!("{ago} ago: the daemon died: {}; everything that was fsynced is there", crash.how))
+    });
+    let head: Vec<Vec<String>> = head.into_iter().chain(crash).map(|(k, v)| vec![k.to_owned(), v]).collect();
     let titles = ["REPLICA", "STATE", "CURSOR", "BEHIND", "SENT", "RATE", "URL"];
     let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(status.replicas.iter().map(row));

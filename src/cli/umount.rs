@@ -10,6 +10,7 @@ use super::locate::{self, Located, alive};
 use super::mountpoint::is_dead;
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, output, runtime, sync};
+use crate::control::mounts::{self, Mount};
 use crate::control::{Replicas, ShutdownRequest, Status, SyncRequest};
 use crate::exit::Exit;
 use crate::ids::Epoch;
@@ -38,6 +39,7 @@ pub(super) fn run(args: &Args) -> Outcome {
     let error = match runtime()?.block_on(ask(&located, args.wait)) {
         Ok(status) => {
             wait_for_end(status.pid);
+            wait_for_guardian(&located.mountpoint);
             output::print(&report(&status))?;
             return if args.wait { require_all(&status) } else { Ok(()) };
         }
@@ -134,9 +136,22 @@ fn wait_for_end(pid: u32) {
     }
 }
 
+/// Waits until a user's guardian has let go of the mountpoint, too.
+fn wait_for_guardian(mountpoint: &Path) {
+    let begin = Instant::now();
+    let held = || mounts::all().is_ok_and(|all| mounts::at(&all, mountpoint).is_some_and(Mount::is_placeholder));
+    while held() && begin.elapsed() < ENDING {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Takes away the mount of a daemon that has died. Lazily: what programs have open in it is lost anyway.
 fn remove_dead(mountpoint: &Path) -> Outcome {
     unmount(mountpoint, true)?;
+    // What an older kernel has stacked, and a guardian's placeholder.
+    if let Err(error) = crate::fuse::remove_dead(mountpoint) {
+        log::debug!("a dead mount below {} stays: {error}", mountpoint.display());
+    }
     output::print(&format!(
         "unmounted {}, whose daemon was gone; what it had not sent is kept in its state folder for the next mount",
         mountpoint.display()

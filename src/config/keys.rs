@@ -22,7 +22,7 @@ pub const VOLUME_KEYS: [&str; 14] = [
 ];
 
 /// Keys of the table `[mount]`.
-pub const MOUNT_KEYS: [&str; 14] = [
+pub const MOUNT_KEYS: [&str; 15] = [
     "allow_other",
     "nosuid",
     "nodev",
@@ -37,6 +37,7 @@ pub const MOUNT_KEYS: [&str; 14] = [
     "noacl",
     "fsname",
     "low_latency",
+    "no_restart",
 ];
 
 /// Keys that hold tables.

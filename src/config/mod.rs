@@ -118,6 +118,8 @@ pub struct MountOptions {
     pub noacl: bool,
     /// Whether processors are kept awake in bursts of requests.
     pub low_latency: LowLatency,
+    /// A daemon that has died is not started again; its mount stays dead.
+    pub no_restart: bool,
 }
 
 /// When idle processors are kept from sleeping while requests come in bursts: each request then takes much less time, and the idle
@@ -309,6 +311,7 @@ impl Config {
                 nodiratime: merged.get("nodiratime", false, yes_or_no)?,
                 noacl: merged.get("noacl", false, yes_or_no)?,
                 low_latency: merged.get("low_latency", LowLatency::Auto, low_latency)?,
+                no_restart: merged.get("no_restart", false, yes_or_no)?,
             },
         };
         config.check_state()?;

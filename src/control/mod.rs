@@ -16,6 +16,7 @@ pub use registry::{Entry, Registration, Registry};
 pub use replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 pub use server::{SOCKET, Server};
 pub use types::{
+    CrashNote, Then,
     Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,
     SyncRequest, reason,
 };

@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 /// The type under which mirrorfs is mounted.
 pub const FSTYPE: &str = "fuse.mirrorfs";
 
+/// The type of what a user's guardian holds a mountpoint with.
+const PLACEHOLDER: &str = "fuse.mirrorfs-guard";
+
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -21,6 +24,12 @@ pub struct Mount {
 }
 
 impl Mount {
+    /// Whether a user's guardian holds the place with it.
+    #[must_use]
+    pub fn is_placeholder(&self) -> bool {
+        self.fstype == PLACEHOLDER
+    }
+
     /// Whether it is one of ours.
     #[must_use]
     pub fn is_mirrorfs(&self) -> bool {

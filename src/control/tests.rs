@@ -34,6 +34,7 @@ pub(crate) fn sample_status() -> Status {
         read_only: None,
         fenced: None,
         sealing_error: None,
+        last_crash: None,
         ops: Vec::new(),
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),

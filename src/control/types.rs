@@ -53,11 +53,39 @@ pub struct Status {
     /// Why the last attempt to seal failed, when it did; it is tried again.
     #[serde(default)]
     pub sealing_error: Option<String>,
+    /// The last death of a daemon of this volume on this machine.
+    #[serde(default)]
+    pub last_crash: Option<CrashNote>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
     /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
     #[serde(default)]
     pub ops: Vec<OpFigures>,
+}
+
+/// What the guardian does after the death.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// Starts a new daemon.
+    Restarts,
+    /// Nothing, because it was told so (`--no-restart`).
+    Stays,
+    /// Nothing more, because the daemon died too often.
+    GaveUp,
+}
+
+/// One death of a daemon.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct CrashNote {
+    /// Seconds since 1970.
+    pub at: f64,
+    /// Its process.
+    pub pid: u32,
+    /// In words: "killed by signal 9 (SIGKILL)".
+    pub how: String,
+    /// What follows.
+    pub then: Then,
 }
 
 /// The local block cache at one moment.

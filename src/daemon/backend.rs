@@ -10,6 +10,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::crash::last_crash;
 use super::serve::Running;
 use super::tenure::Tenure;
 use crate::control::{
@@ -65,6 +66,7 @@ impl Control {
             read_only: r.core.vfs.read_only(),
             fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
+            last_crash: last_crash(r.core.state.path()),
             replicas: r.core.fleet.statuses(),
             ops: trace::figures(),
         }

@@ -6,6 +6,7 @@ mod backend;
 mod catalog;
 mod checkpoints;
 mod core;
+mod crash;
 mod fleet;
 mod fsck;
 mod members;
@@ -21,6 +22,7 @@ mod state;
 mod tenure;
 
 pub use self::core::{Core, CoreOptions, MOUNTED_READ_ONLY, StoreMaker};
+pub use crash::{last_crash, last_mount, note_crash};
 pub use fleet::Fleet;
 pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
 
@@ -81,6 +83,8 @@ pub struct MountArgs {
     pub takeover: bool,
     /// The file that standard error goes to; opened anew at SIGHUP.
     pub log: Option<PathBuf>,
+    /// Only take the place of a dead mount. When that is gone, somebody has unmounted it: then mount nothing.
+    pub replaces: bool,
 }
 
 /// A volume that was just created.

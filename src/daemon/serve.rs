@@ -163,6 +163,7 @@ pub(super) fn run(
     while started.serve(runtime)? == Ended::ToReopen {
         log::info!("mounting again, writable");
         config.read_only = false;
+        let mount = &MountArgs { replaces: false, ..mount.clone() };
         started = start(&config, mount, runtime, signals.clone()).or_else(|e| {
             log::error!("cannot be mounted writable: {e}; mounting read-only again");
             config.read_only = true;
@@ -209,7 +210,7 @@ fn start(
             return Err(e);
         }
     };
-    core.state.note_mounted(session.device());
+    core.state.note_mounted(session.identity());
     let entry = Entry {
         mountpoint: session.mountpoint().to_owned(),
         state: core.state().to_owned(),
@@ -249,7 +250,6 @@ fn attach(
         dev: !config.mount.nodev,
         noexec: config.mount.noexec,
         noatime: config.mount.noatime,
-        guarded: true,
         nosymfollow: config.mount.nosymfollow,
         sync: config.mount.sync,
         dirsync: config.mount.dirsync,
@@ -258,6 +258,7 @@ fn attach(
         nodiratime: config.mount.nodiratime,
         acl,
         low_latency: config.mount.low_latency.wanted(),
+        replaces: mount.replaces,
         ..fuse::MountOptions::default()
     };
     let server = {
@@ -277,6 +278,7 @@ fn attach(
     .map_err(|e| {
         let exit = match &e {
             fuse::MountError::Mountpoint { .. } => Exit::Usage,
+            fuse::MountError::Unmounted(_) => Exit::NotMounted,
             _ => Exit::Failure,
         };
         Error::new(exit, e.to_string())

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::Error;
 use crate::exit::Exit;
 use crate::format::volume::{Claim, Volume};
-use crate::fuse::mountinfo;
+use crate::fuse::{MountIdentity, mountinfo};
 use crate::ids::Epoch;
 use crate::replica::FenceNote;
 
@@ -77,23 +77,27 @@ pub(super) struct StateDir {
 
 /// What the holder of a lock has noted in it.
 #[derive(Debug, Default, PartialEq)]
-struct Holder {
+pub(super) struct Holder {
     /// Its process.
-    pid: Option<u32>,
-    /// The device number of its mount, as `major:minor`.
-    mounted: Option<String>,
+    pub pid: Option<u32>,
+    /// Its mount.
+    pub mounted: Option<MountIdentity>,
     /// Its mount is gone, and it is about to end.
     ending: bool,
 }
 
 impl Holder {
-    fn parse(text: &str) -> Self {
+    pub fn parse(text: &str) -> Self {
         let mut lines = text.lines();
         let pid = lines.next().and_then(|line| line.trim().parse().ok());
         let (mut mounted, mut ending) = (None, false);
         for line in lines {
             match line.split_once(' ') {
-                Some(("mounted", device)) => mounted = Some(device.to_owned()),
+                Some(("mounted", mount)) => {
+                    let (device, unique) = mount.split_once(' ').unwrap_or((mount, "0"));
+                    let unique = unique.trim().parse().unwrap_or(0);
+                    mounted = Some(MountIdentity { device: device.to_owned(), unique });
+                }
                 _ => ending |= line == "ending",
             }
         }
@@ -104,7 +108,7 @@ impl Holder {
     fn patience(&self, device_is_mounted: impl FnOnce(&str) -> bool) -> Duration {
         match &self.mounted {
             _ if self.ending => ENDING,
-            Some(device) if !device_is_mounted(device) => UNNOTICED,
+            Some(mount) if !device_is_mounted(&mount.device) => UNNOTICED,
             _ => Duration::ZERO,
         }
     }
@@ -120,7 +124,7 @@ fn in_use(dir: &Path, holder: &Holder) -> Error {
     let by = holder.pid.map_or_else(String::new, |pid| format!(" (process {pid})"));
     let advice = match (&holder.mounted, holder.ending) {
         (_, true) => "it is still ending; try again later",
-        (Some(device), _) if !holder.device_is_mounted(device) => {
+        (Some(mount), _) if !holder.device_is_mounted(&mount.device) => {
             "its mount was detached while programs use it; end them (see: fuser -v), or ask it to end with SIGTERM"
         }
         _ => "unmount that one first (see: mirrorfs status)",
@@ -191,9 +195,9 @@ impl StateDir {
         Ok(Ok(state))
     }
 
-    /// Notes the mount's device number, so that others can tell whether it is still there.
-    pub fn note_mounted(&self, device: &str) {
-        self.note_or_warn(&format!("mounted {device}\n"));
+    /// Notes the mount, so that others can tell whether it is still there.
+    pub fn note_mounted(&self, mount: &MountIdentity) {
+        self.note_or_warn(&format!("mounted {} {}\n", mount.device, mount.unique));
     }
 
     /// Notes that the mount is gone and the lock will be free soon.
@@ -370,6 +374,10 @@ mod tests {
     use super::*;
     use crate::format::volume::testing::{self, volume};
 
+    fn mount(device: &str, unique: u64) -> MountIdentity {
+        MountIdentity { device: device.into(), unique }
+    }
+
     #[test]
     fn one_daemon_per_state() {
         let dir = tempfile::tempdir().unwrap();
@@ -384,7 +392,7 @@ mod tests {
     #[test]
     fn only_a_holder_without_its_mount_is_waited_for() {
         let holder = Holder::parse("77\nmounted 0:45\n");
-        assert_eq!(holder, Holder { pid: Some(77), mounted: Some("0:45".into()), ending: false });
+        assert_eq!(holder, Holder { pid: Some(77), mounted: Some(mount("0:45", 0)), ending: false });
         assert_eq!(holder.patience(|device| device == "0:45"), Duration::ZERO);
         assert_eq!(holder.patience(|_| false), UNNOTICED);
         assert_eq!(Holder::parse("77\nending\n").patience(|_| true), ENDING);
@@ -398,7 +406,7 @@ mod tests {
     async fn a_lock_about_to_be_freed_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let first = StateDir::lock(dir.path()).unwrap();
-        first.note_mounted("0:999999");
+        first.note_mounted(&mount("0:999999", 7));
         first.note_ending();
         let begin = Instant::now();
         let waiting = tokio::spawn({

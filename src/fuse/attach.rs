@@ -10,18 +10,21 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::apart;
-use super::mountinfo::{FSTYPE, is_fuse, is_mirrorfs, mount_at};
+use super::identity::DeadMount;
+use super::mountinfo::{FSTYPE, SUBTYPE, is_fuse, is_mirrorfs, is_placeholder, mount_at};
+use super::replace::{self, Detached};
 use super::{MountError, MountOptions};
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
+/// More dead mounts than crashes leave in one place.
+const MOST_DEAD: usize = 20;
 /// Where it is looked for beside the path: mount(8) may call us without any.
 const USUAL: [&str; 4] = ["/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin"];
 
@@ -33,29 +36,55 @@ pub fn helper() -> Option<PathBuf> {
     folders.map(|folder| folder.join(HELPER)).find(|file| file.is_file())
 }
 
-/// Makes sure that `mountpoint` is a directory that can be mounted on, and answers its canonical path. What a killed
-/// daemon of ours left mounted there is detached first.
-pub(super) fn check(mountpoint: &Path) -> Result<PathBuf, MountError> {
+/// A directory to mount on.
+#[derive(Debug)]
+pub(super) struct Target {
+    /// Canonical.
+    pub path: PathBuf,
+    /// What a killed daemon of ours left there. The new mount takes its place.
+    pub dead: Option<DeadMount>,
+    /// A dead mount of ours is there, or a guardian's placeholder.
+    pub is_held: bool,
+}
+
+/// Makes sure that `mountpoint` is a directory that can be mounted on.
+pub(super) fn check(mountpoint: &Path) -> Result<Target, MountError> {
     let bad = |why: String| MountError::Mountpoint { path: mountpoint.to_owned(), why };
     let path = match mountpoint.canonicalize() {
         Ok(path) => path,
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => detach_dead(mountpoint)?,
+        // A dead mount, of which the kernel remembers nothing.
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+            std::path::absolute(mountpoint).map_err(|e| bad(e.to_string()))?
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(bad("does not exist; create the directory first".into()));
         }
         Err(e) => return Err(bad(e.to_string())),
     };
-    let path = if is_gone(&path) { detach_dead(&path)? } else { path };
+    if let Some(dead) = DeadMount::at(&path).map_err(|e| bad(e.to_string()))? {
+        return Ok(Target { path, dead: Some(dead), is_held: true });
+    }
+    let there = mount_at(&path);
+    if matches!(&there, Ok(Some(there)) if is_placeholder(there)) {
+        return Ok(Target { path, dead: None, is_held: true });
+    }
+    if is_gone(&path) {
+        let why = "is busy: a FUSE filesystem whose server is gone is mounted there; unmount it first \
+                   (umount -l, or fusermount3 -uz)";
+        return Err(bad(why.into()));
+    }
+    if let Ok(Some(there)) = there
+        && is_fuse(&there)
+    {
+        return Err(bad(format!(
+            "is busy: {} ({}) is mounted there; unmount it first or take another directory",
+            there.source, there.fstype
+        )));
+    }
     if !path.metadata().map_err(|e| bad(e.to_string()))?.is_dir() {
         return Err(bad("is not a directory".into()));
     }
-    match mount_at(&path) {
-        Ok(Some(there)) if is_fuse(&there) => Err(bad(format!(
-            "is busy: {} ({}) is mounted there; unmount it first or take another directory",
-            there.source, there.fstype
-        ))),
-        _ => Ok(path),
-    }
+    Ok(Target { path, dead: None, is_held: false })
 }
 
 /// Whether a FUSE filesystem is mounted there that nobody serves any more. Does not ask for attributes, which the
@@ -67,23 +96,19 @@ pub fn is_gone(path: &Path) -> bool {
     matches!(rustix::fs::statfs(path), Err(Errno::NOTCONN | Errno::CONNABORTED))
 }
 
-/// Detaches the mount of a daemon that is no more; answers the canonical path of what is below.
-fn detach_dead(mountpoint: &Path) -> Result<PathBuf, MountError> {
-    let bad = |why: String| MountError::Mountpoint { path: mountpoint.to_owned(), why };
-    let path = std::path::absolute(mountpoint).map_err(|e| bad(e.to_string()))?;
-    let ours = matches!(mount_at(&path), Ok(Some(there)) if is_mirrorfs(&there));
-    if !ours {
-        let why = "is busy: a FUSE filesystem whose server is gone is mounted there; unmount it first \
-                   (umount -l, or fusermount3 -uz)";
-        return Err(bad(why.into()));
+/// Takes every dead mount of ours at `mountpoint` out of the tree, and a guardian's dead placeholder.
+///
+/// # Errors
+/// What the kernel or the helper says.
+pub fn remove_dead(mountpoint: &Path) -> io::Result<()> {
+    for _ in 0..MOST_DEAD {
+        let there = mount_at(mountpoint)?;
+        if !there.is_some_and(|m| is_mirrorfs(&m) || is_placeholder(&m)) || !is_gone(mountpoint) {
+            return Ok(());
+        }
+        detach(mountpoint, true)?;
     }
-    log::warn!("detaching what a daemon that is gone left mounted at {}", path.display());
-    match detach(&path, true) {
-        // Its guardian was faster.
-        Err(_) if !is_gone(&path) => {}
-        done => done.map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))?,
-    }
-    path.canonicalize().map_err(|e| bad(e.to_string()))
+    Ok(())
 }
 
 /// Whether more descriptors to the kernel's FUSE device can be had: each serving thread should have its own.
@@ -91,45 +116,95 @@ pub(super) fn can_open_device() -> bool {
     OpenOptions::new().read(true).write(true).open(DEVICE).is_ok()
 }
 
-/// Mounts at the canonical path `mountpoint` and answers the descriptor to serve.
-pub(super) fn attach(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
+/// A mount that the kernel has made.
+pub(super) struct Attached {
+    /// The descriptor to serve.
+    pub device: OwnedFd,
+    /// Not in the tree yet: [`Attached::settle`] puts it there.
+    detached: Option<(Detached, DeadMount)>,
+}
+
+impl Attached {
+    fn in_place(device: OwnedFd) -> Self {
+        Self { device, detached: None }
+    }
+
+    /// Puts the mount in the place of the dead one it replaces, if it is not in the tree yet. To be called when it is served.
+    pub fn settle(detached: Option<(Detached, DeadMount)>) -> Result<(), MountError> {
+        let Some((mount, dead)) = detached else { return Ok(()) };
+        let path = dead.mountpoint();
+        match mount.take_place_of(&dead) {
+            Ok(swap) => {
+                log::info!("the mount at {} took the place of the dead one ({swap:?})", path.display());
+                Ok(())
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(MountError::Unmounted(path.to_owned())),
+            Err(e) => Err(MountError::Refused { path: path.to_owned(), why: e.to_string() }),
+        }
+    }
+
+    /// The descriptor, and what [`Attached::settle`] needs.
+    pub fn split(self) -> (OwnedFd, Option<(Detached, DeadMount)>) {
+        (self.device, self.detached)
+    }
+}
+
+/// Has the kernel make a mount for `target`.
+pub(super) fn attach(target: Target, options: &MountOptions) -> Result<Attached, MountError> {
     if !Path::new(DEVICE).exists() {
         return Err(MountError::NoFuse(format!("{DEVICE} is not there; load it with: modprobe fuse")));
     }
+    let mountpoint = &target.path;
     match OpenOptions::new().read(true).write(true).open(DEVICE) {
         Ok(device) => {
+            let made = target.dead.is_some().then(|| replace::make(options, &device));
+            match (made, target.dead) {
+                (Some(Ok(mount)), Some(dead)) => {
+                    return Ok(Attached { device: device.into(), detached: Some((mount, dead)) });
+                }
+                (Some(Err(e)), _) if !matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
+                    return Err(MountError::Refused { path: mountpoint.clone(), why: e.to_string() });
+                }
+                // Without the call that makes a detached mount: on top of the dead one.
+                _ => {}
+            }
             if mount_directly(mountpoint, options, &device)? {
-                return Ok(device.into());
+                return Ok(Attached::in_place(device.into()));
             }
         }
         // The helper may have the right to open it.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
         Err(e) => return Err(MountError::NoFuse(format!("{DEVICE} cannot be opened: {e}"))),
     }
-    mount_by_helper(mountpoint, options)
+    detach_dead_by_helper(mountpoint)?;
+    mount_by_helper(mountpoint, options, SUBTYPE).map(Attached::in_place)
+}
+
+/// Takes dead mounts of ours away, as the helper can only mount where it gets an answer. What shows then is the guardian's
+/// placeholder; without a guardian it is the folder below, until the helper has mounted.
+pub(super) fn detach_dead_by_helper(mountpoint: &Path) -> Result<(), MountError> {
+    let bad = |why: String| MountError::Mountpoint { path: mountpoint.to_owned(), why };
+    remove_dead(mountpoint).map_err(|e| bad(format!("is busy: a dead mount there cannot be detached: {e}")))
 }
 
 /// Mounts with mount(2); `false` when we have no right to.
 fn mount_directly(mountpoint: &Path, options: &MountOptions, device: &File) -> Result<bool, MountError> {
     let failed = |e: io::Error| MountError::Refused { path: mountpoint.to_owned(), why: e.to_string() };
-    let mode = mountpoint.metadata().map_err(failed)?.permissions().mode();
     // SAFETY: these calls have no preconditions.
     let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
     let mut data = format!(
         "fd={},rootmode={:o},user_id={uid},group_id={gid},default_permissions",
         device.as_raw_fd(),
-        mode & libc::S_IFMT
+        libc::S_IFDIR
     );
     if options.allow_other {
         data.push_str(",allow_other");
     }
-    if Path::new("/sys/fs/selinux").exists() {
-        for label in &options.labels {
-            // The kernel takes values with commas in quotes.
-            match label.split_once('=') {
-                Some((key, value)) => data.push_str(&format!(",{key}=\"{value}\"")),
-                None => data.push_str(&format!(",{label}")),
-            }
+    for label in options.kernel_labels() {
+        // The kernel takes values with commas in quotes.
+        match label.split_once('=') {
+            Some((key, value)) => data.push_str(&format!(",{key}=\"{value}\"")),
+            None => data.push_str(&format!(",{label}")),
         }
     }
     let text = |s: &[u8]| CString::new(s).map_err(|e| failed(e.into()));
@@ -198,10 +273,10 @@ pub fn remount(mountpoint: &Path, options: &MountOptions, atime: bool) -> io::Re
 }
 
 /// The options in the words of the helper.
-fn helper_options(options: &MountOptions) -> OsString {
+fn helper_options(options: &MountOptions, subtype: &str) -> OsString {
     // The helper takes a backslash before a comma or a backslash.
     let name = options.fsname.replace('\\', "\\\\").replace(',', "\\,");
-    let mut words = vec![format!("fsname={name}"), "subtype=mirrorfs".into(), "default_permissions".into()];
+    let mut words = vec![format!("fsname={name}"), format!("subtype={subtype}"), "default_permissions".into()];
     for (on, word) in [
         (options.allow_other, "allow_other"),
         (options.read_only, "ro"),
@@ -220,12 +295,16 @@ fn helper_options(options: &MountOptions) -> OsString {
 }
 
 /// Lets `fusermount3` mount and hand over the descriptor through a socket.
-fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
+pub(super) fn mount_by_helper(
+    mountpoint: &Path,
+    options: &MountOptions,
+    subtype: &str,
+) -> Result<OwnedFd, MountError> {
     let failed = |why: String| MountError::Refused { path: mountpoint.to_owned(), why };
     let (ours, theirs) = UnixStream::pair().map_err(|e| failed(e.to_string()))?;
     let inherited = theirs.as_raw_fd();
     let mut command = Command::new(helper().ok_or(MountError::NoHelper)?);
-    command.arg("-o").arg(helper_options(options)).arg("--").arg(mountpoint);
+    command.arg("-o").arg(helper_options(options, subtype)).arg("--").arg(mountpoint);
     command.env("_FUSE_COMMFD", inherited.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     // SAFETY: only fcntl, which may be called between fork and exec, on a descriptor that `theirs` keeps open.

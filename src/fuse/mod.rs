@@ -25,14 +25,17 @@ mod awake;
 mod convert;
 mod errno;
 mod guard;
-pub mod guardian;
+mod identity;
 pub mod mountinfo;
 mod offer;
+pub mod placeholder;
 mod pool;
+mod replace;
 mod reply;
 mod shared;
 
-pub use attach::{helper, is_gone, remount};
+pub use attach::{helper, is_gone, remount, remove_dead};
+pub use identity::{MountIdentity, Presence};
 use mountinfo::MountEntry;
 
 /// How long everything on this machine may take to be written out.
@@ -84,9 +87,15 @@ pub struct MountOptions {
     pub low_latency: bool,
     /// Threads that serve requests; at least 2.
     pub threads: usize,
-    /// A process of its own takes the mount away when this one dies ([`guardian`]). This program must then understand the
-    /// guardian's call.
-    pub guarded: bool,
+    /// Only take the place of a dead mount, or of a guardian's placeholder.
+    pub replaces: bool,
+}
+
+impl MountOptions {
+    /// The labels that this kernel takes.
+    fn kernel_labels(&self) -> &[String] {
+        if Path::new("/sys/fs/selinux").exists() { &self.labels } else { &[] }
+    }
 }
 
 impl Default for MountOptions {
@@ -109,7 +118,7 @@ impl Default for MountOptions {
             acl: true,
             low_latency: false,
             threads,
-            guarded: false,
+            replaces: false,
         }
     }
 }
@@ -131,6 +140,9 @@ pub enum MountError {
     /// We are not root, and the helper is missing.
     #[error("mounting without root needs fusermount3; install the package fuse3")]
     NoHelper,
+    /// The dead mount whose place was to be taken is gone: somebody has unmounted it meanwhile.
+    #[error("{} was unmounted while the volume was being opened", .0.display())]
+    Unmounted(PathBuf),
     /// The kernel or the helper refused.
     #[error("cannot mount at {}: {why}", path.display())]
     Refused {
@@ -146,12 +158,11 @@ pub struct Session {
     mountpoint: PathBuf,
     /// Tells whether the mount is still there; serves nothing.
     connection: OwnedFd,
-    /// Its device number, as `major:minor`; empty when the kernel's list did not show it.
-    device: String,
+    /// Its device is empty when the kernel's list did not show it.
+    identity: MountIdentity,
     /// Says once how serving ended.
     ended: Mutex<Option<mpsc::Receiver<io::Result<()>>>>,
     say: mpsc::Sender<io::Result<()>>,
-    _guardian: Option<guardian::Guardian>,
 }
 
 /// Mounts `fs` at `mountpoint` and serves it on threads of its own. When this returns the mount is live.
@@ -163,22 +174,35 @@ pub fn mount(
     mountpoint: &Path,
     options: &MountOptions,
 ) -> Result<Session, MountError> {
-    let path = attach::check(mountpoint)?;
-    let device = attach::attach(&path, options)?;
-    serve(fs, &path, device, options).map_err(|e| {
-        if let Err(e) = attach::detach(&path, true) {
+    let target = attach::check(mountpoint)?;
+    if options.replaces && !target.is_held {
+        return Err(MountError::Unmounted(target.path));
+    }
+    let path = target.path.clone();
+    let (device, detached) = attach::attach(target, options)?.split();
+    let in_tree = detached.is_none();
+    let failed = |e: io::Error| MountError::Refused { path: mountpoint.to_owned(), why: e.to_string() };
+    let begin = || {
+        let serving = serve(fs, device, options).map_err(failed)?;
+        attach::Attached::settle(detached)?;
+        Ok(serving.into_session(&path))
+    };
+    begin().inspect_err(|_| {
+        // What is not in the tree ends with its descriptor.
+        if in_tree && let Err(e) = attach::detach(&path, true) {
             log::warn!("{} stays mounted: {e}", path.display());
         }
-        MountError::Refused { path: mountpoint.to_owned(), why: e.to_string() }
     })
 }
 
-fn serve(
-    fs: Arc<dyn FileSystem>,
-    path: &Path,
-    device: OwnedFd,
-    options: &MountOptions,
-) -> io::Result<Session> {
+/// A connection to the kernel that is being served.
+struct Serving {
+    connection: OwnedFd,
+    ended: mpsc::Receiver<io::Result<()>>,
+    say: mpsc::Sender<io::Result<()>>,
+}
+
+fn serve(fs: Arc<dyn FileSystem>, device: OwnedFd, options: &MountOptions) -> io::Result<Serving> {
     let connection = device.try_clone()?;
     let threads = options.threads.max(2);
     let shared = Arc::new(shared::Shared::new(fs, threads));
@@ -194,8 +218,6 @@ fn serve(
     {
         log::debug!("requests are served as fast as processors wake by themselves: {e}");
     }
-    let entry = mountinfo::mount_at(path).ok().flatten();
-    let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
     let (say, ended) = mpsc::channel();
     let tell = say.clone();
     thread::Builder::new().name("mirrorfs-fuse".into()).spawn(move || {
@@ -203,23 +225,23 @@ fn serve(
         let outcome = outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")));
         let _ = tell.send(as_unmounted(outcome));
     })?;
-    let guardian = (options.guarded && !device.is_empty())
-        .then(|| guardian::Guardian::start(&guardian::Mounted::at(&device, path), path))
-        .transpose()
-        .unwrap_or_else(|e| {
-            let path = path.display();
-            log::warn!("no guardian: when this process is killed {path} must be unmounted by hand: {e}");
-            None
-        });
-    raise_read_ahead(&device);
-    Ok(Session {
-        mountpoint: path.to_owned(),
-        connection,
-        device,
-        ended: Mutex::new(Some(ended)),
-        say,
-        _guardian: guardian,
-    })
+    Ok(Serving { connection, ended, say })
+}
+
+impl Serving {
+    /// When the mount is in the tree, at `path`.
+    fn into_session(self, path: &Path) -> Session {
+        let entry = mountinfo::mount_at(path).ok().flatten();
+        let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
+        raise_read_ahead(&device);
+        Session {
+            mountpoint: path.to_owned(),
+            identity: MountIdentity::of(&device, path),
+            connection: self.connection,
+            ended: Mutex::new(Some(self.ended)),
+            say: self.say,
+        }
+    }
 }
 
 /// Takes `ECONNABORTED` for the end that it is: the kernel answers that instead of `ENODEV` to a thread that was just taking over a request
@@ -255,7 +277,7 @@ impl Session {
     /// Where it can be reached now: it may have been moved, or detached while in use and something else be mounted there by now.
     fn place(&self) -> Option<PathBuf> {
         let all = mountinfo::mounts().unwrap_or_default();
-        let ours = |entry: &&MountEntry| match self.device.as_str() {
+        let ours = |entry: &&MountEntry| match self.identity.device.as_str() {
             "" => entry.mountpoint == self.mountpoint,
             device => entry.device == device,
         };
@@ -353,10 +375,10 @@ impl Session {
         }
     }
 
-    /// The device number of its files, as `major:minor`; empty when not known.
+    /// What tells it from all other mounts; the device is empty when not known.
     #[must_use]
-    pub fn device(&self) -> &str {
-        &self.device
+    pub fn identity(&self) -> &MountIdentity {
+        &self.identity
     }
 
     /// Returns when the mount has ended, by [`Session::unmount`] or from outside, and no request is being served any

@@ -99,10 +99,22 @@ pub(super) fn is_fuse(entry: &MountEntry) -> bool {
 /// Our own type.
 pub(super) const FSTYPE: &str = "fuse.mirrorfs";
 
+/// What [`FSTYPE`] has after `fuse.`.
+pub(super) const SUBTYPE: &str = "mirrorfs";
+
+/// The same for what a guardian holds a mountpoint with; see [`super::placeholder`].
+pub(super) const PLACEHOLDER_SUBTYPE: &str = "mirrorfs-guard";
+
 /// Whether it is a mount of ours.
 #[must_use]
 pub fn is_mirrorfs(entry: &MountEntry) -> bool {
     entry.fstype == FSTYPE
+}
+
+/// Whether a guardian of ours holds the place with it.
+#[must_use]
+pub fn is_placeholder(entry: &MountEntry) -> bool {
+    entry.fstype.strip_prefix("fuse.") == Some(PLACEHOLDER_SUBTYPE)
 }
 
 #[cfg(test)]

@@ -144,7 +144,8 @@ impl Volume {
     pub fn command(&self, how: &How, mountpoint: &Path) -> Command {
         let mut command = mirrorfs();
         command.env("XDG_STATE_HOME", self.path("xdg")).env("MIRRORFS_LOG", log_filter());
-        command.arg("mount").arg(mountpoint).arg("--foreground");
+        // The daemon itself is our child, so that a test can kill exactly it. Guardians have tests of their own.
+        command.arg("mount").arg(mountpoint).arg("--foreground").arg("--unguarded");
         command.arg("--config").arg(self.config(&how.only));
         command.arg("--state").arg(self.path(&how.state)).args(&how.args);
         command.envs(how.vars.iter().map(|(name, value)| (name, value)));

@@ -1,0 +1,299 @@
+//! The guardian's loop: starts the daemon, passes signals on, and acts on what [`Policy`] decides.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, ChildStdout};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::policy::{Ended, MOST_DEATHS, Next, Policy};
+use super::process::{Launch, describe, guard_memory};
+use super::report::Line;
+use crate::control::{CrashNote, Then};
+use crate::daemon::{ReadyInfo, last_mount, note_crash};
+use crate::exit::Exit;
+use crate::fuse::placeholder::{Placeholder, mounts_directly};
+use crate::fuse::{MountIdentity, Presence};
+use crate::replica::unix_now;
+
+/// A dead mount answers at once.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How often a user's guardian looks whether its placeholder shows.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Variable with the number of deaths in a minute that are a crash loop, for tests that kill often.
+const TEST_DEATHS: &str = "MIRRORFS_TEST_DEATHS";
+
+fn most_deaths() -> usize {
+    let wanted = std::env::var(TEST_DEATHS).ok().and_then(|v| v.parse().ok());
+    wanted.inspect(|n| log::warn!("{n} deaths in a minute are a crash loop, because {TEST_DEATHS} is set"));
+    wanted.unwrap_or(MOST_DEATHS)
+}
+
+/// What to guard.
+#[derive(Clone, Debug)]
+pub struct Guarded {
+    /// `mount` and its arguments, without the program.
+    pub arguments: Vec<OsString>,
+    /// Working directory of the person who mounts.
+    pub cwd: PathBuf,
+    /// Where it is mounted; absolute.
+    pub mountpoint: PathBuf,
+    /// The local state folder.
+    pub state: PathBuf,
+    /// The daemon's log, if it has one of its own.
+    pub log: Option<PathBuf>,
+    /// The daemon is killed when the guardian dies: who started the guardian sees only that one.
+    pub tied: bool,
+    /// A daemon that has died is started again.
+    pub restart: bool,
+}
+
+/// Guards a mount until it is gone, or stays dead. `ready` is called once: when the mount is live, or with the reason why
+/// it cannot be (which the daemon has written to standard error, too).
+///
+/// # Errors
+/// The code to end with, and what there is to say beyond what the daemon has said; it may be empty.
+pub fn run(
+    guarded: Guarded,
+    ready: impl FnOnce(Result<&ReadyInfo, (Exit, &str)>),
+) -> Result<(), (Exit, String)> {
+    let failed = |e: std::io::Error| (Exit::Failure, format!("the guardian cannot run: {e}"));
+    let oom_score = guard_memory();
+    if let Err(e) = std::env::set_current_dir("/") {
+        log::debug!("cannot leave the working directory: {e}");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    runtime.block_on(async {
+        let mut ready = Some(ready);
+        let mut tell = |line: Result<&ReadyInfo, (Exit, &str)>| {
+            if let Some(ready) = ready.take() {
+                ready(line);
+            }
+        };
+        let outcome = match Guardian::new(guarded, oom_score) {
+            Ok(mut guardian) => guardian.watch(&mut tell).await,
+            Err(error) => Err(error),
+        };
+        if let Err((exit, message)) = &outcome {
+            tell(Err((*exit, message)));
+        }
+        outcome
+    })
+}
+
+type Tell<'a> = dyn FnMut(Result<&ReadyInfo, (Exit, &str)>) + 'a;
+
+/// The signals that are passed on to the daemon.
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+}
+
+impl Signals {
+    fn catch() -> std::io::Result<Self> {
+        let catch = |kind: SignalKind| signal(kind);
+        Ok(Self {
+            term: catch(SignalKind::terminate())?,
+            int: catch(SignalKind::interrupt())?,
+            hup: catch(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> libc::c_int {
+        tokio::select! {
+            _ = self.term.recv() => libc::SIGTERM,
+            _ = self.int.recv() => libc::SIGINT,
+            _ = self.hup.recv() => libc::SIGHUP,
+        }
+    }
+}
+
+struct Guardian {
+    guarded: Guarded,
+    launch: Launch,
+    policy: Policy,
+    signals: Signals,
+    placeholder: Option<Placeholder>,
+    /// The mount that was live last.
+    mount: Option<MountIdentity>,
+    /// A signal has asked for the end.
+    asked: bool,
+}
+
+impl Guardian {
+    fn new(guarded: Guarded, oom_score: Option<i32>) -> Result<Self, (Exit, String)> {
+        let failed = |e: std::io::Error| (Exit::Failure, format!("signals cannot be caught: {e}"));
+        let signals = Signals::catch().map_err(failed)?;
+        let placeholder = (!mounts_directly())
+            .then(|| Placeholder::mount(&guarded.mountpoint))
+            .transpose()
+            .map_err(|e| (Exit::Failure, format!("mirrorfs: {e}")))?;
+        let launch = Launch {
+            arguments: guarded.arguments.clone(),
+            cwd: guarded.cwd.clone().into_os_string(),
+            tied: guarded.tied,
+            oom_score,
+        };
+        let policy = Policy::new(guarded.restart, most_deaths());
+        Ok(Self { guarded, launch, policy, signals, placeholder, mount: None, asked: false })
+    }
+
+    /// Starts daemons until nothing is to be started any more.
+    async fn watch(&mut self, tell: &mut Tell<'_>) -> Result<(), (Exit, String)> {
+        let mut again = false;
+        loop {
+            let (pid, status) = self.live(again, tell).await?;
+            again = true;
+            if let Some(mount) = last_mount(&self.guarded.state, pid) {
+                self.mount = Some(mount);
+            }
+            let ended =
+                Ended { was_live: self.mount.is_some(), asked: self.asked, mount: self.presence().await };
+            let next = self.policy.next(ended, Instant::now());
+            let how = describe(status, self.guarded.log.as_deref());
+            match next {
+                Next::End => return as_daemon(status),
+                Next::Remove => {
+                    self.remove_dead();
+                    return as_daemon(status);
+                }
+                Next::Stay => return Err(self.stays(pid, &how, Then::Stays)),
+                Next::GiveUp => return Err(self.stays(pid, &how, Then::GaveUp)),
+                Next::Restart(pause) => {
+                    self.note(pid, &how, Then::Restarts);
+                    log::error!("the daemon (process {pid}) died: {how}; starting it again");
+                    if !self.wait(pause).await {
+                        self.remove_dead();
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts a daemon and waits for its end.
+    async fn live(&mut self, again: bool, tell: &mut Tell<'_>) -> Result<(u32, ExitStatus), (Exit, String)> {
+        let failed = |e: std::io::Error| (Exit::Failure, format!("the daemon cannot be started: {e}"));
+        let mut child = self.launch.start(again).map_err(failed)?;
+        let pid = child.id().unwrap_or(0);
+        let mut line = child.stdout.take().map(|pipe| BufReader::new(pipe).lines());
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        let mut covered = false;
+        loop {
+            tokio::select! {
+                report = next_line(&mut line), if line.is_some() => {
+                    line = None;
+                    match report {
+                        Some(Line::Ready(info)) => {
+                            covered = true;
+                            self.mount = last_mount(&self.guarded.state, pid).or(self.mount.take());
+                            if again {
+                                log::info!("the daemon lives again (process {pid})");
+                            }
+                            tell(Ok(&info));
+                        }
+                        Some(Line::Failed { exit, message }) => tell(Err((exit, &message))),
+                        None => {}
+                    }
+                }
+                signal = self.signals.next() => {
+                    self.asked |= signal != libc::SIGHUP;
+                    pass_on(&child, signal);
+                }
+                _ = look.tick(), if covered && self.placeholder.is_some() => {
+                    // Somebody unmounted the volume. What the daemon still does is nobody's business.
+                    if self.placeholder.as_ref().is_some_and(|p| !p.is_covered()) {
+                        self.placeholder = None;
+                    }
+                }
+                status = child.wait() => return Ok((pid, status.map_err(failed)?)),
+            }
+        }
+    }
+
+    /// Waits before a restart; false when somebody asks for the end meanwhile, or takes the dead mount away.
+    async fn wait(&mut self, pause: Duration) -> bool {
+        let end = tokio::time::Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(end) => break,
+                signal = self.signals.next() => {
+                    if signal != libc::SIGHUP {
+                        return false;
+                    }
+                }
+            }
+        }
+        self.presence().await == Presence::Dead
+    }
+
+    /// What became of the mount that was live last.
+    async fn presence(&self) -> Presence {
+        let Some(mount) = self.mount.clone() else { return Presence::Gone };
+        let ask = tokio::task::spawn_blocking(move || mount.presence());
+        match tokio::time::timeout(ANSWER, ask).await {
+            Ok(Ok(presence)) => presence,
+            // No answer: nobody serves it, and nobody lets go of it.
+            _ => Presence::Dead,
+        }
+    }
+
+    fn remove_dead(&self) {
+        if let Err(e) = crate::fuse::remove_dead(&self.guarded.mountpoint) {
+            log::error!("the dead mount at {} stays: {e}", self.guarded.mountpoint.display());
+        }
+    }
+
+    /// Notes a death after which the mount stays dead; returns how the guardian ends.
+    fn stays(&mut self, pid: u32, how: &str, then: Then) -> (Exit, String) {
+        self.note(pid, how, then);
+        // Unserved from now on, it still hides the folder below.
+        std::mem::forget(self.placeholder.take());
+        let (exit, why) = match then {
+            Then::GaveUp => (Exit::Crashed, "it died too often and is not started again"),
+            _ => (Exit::Failure, "it is not started again (no_restart)"),
+        };
+        let mountpoint = self.guarded.mountpoint.display();
+        let message = format!(
+            "the daemon of {mountpoint} (process {pid}) died: {how}; {why}. Everything that was fsynced is safe in {}. \
+             To go on, mount again; to remove the dead mount: mirrorfs umount {mountpoint}",
+            self.guarded.state.display()
+        );
+        (exit, message)
+    }
+
+    fn note(&self, pid: u32, how: &str, then: Then) {
+        let note = CrashNote { at: unix_now(), pid, how: how.to_owned(), then };
+        if let Err(e) = note_crash(&self.guarded.state, &note) {
+            log::warn!("the death of the daemon cannot be noted in {}: {e}", self.guarded.state.display());
+        }
+    }
+}
+
+/// The report, or `None` when the daemon ends without one.
+async fn next_line(lines: &mut Option<tokio::io::Lines<BufReader<ChildStdout>>>) -> Option<Line> {
+    let text = lines.as_mut()?.next_line().await.ok()??;
+    serde_json::from_str(&text).ok()
+}
+
+fn pass_on(child: &Child, signal: libc::c_int) {
+    let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) else { return };
+    // SAFETY: our own child, which is not reaped yet.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// The daemon has said why it ended.
+fn as_daemon(status: ExitStatus) -> Result<(), (Exit, String)> {
+    match status.code() {
+        Some(0) => Ok(()),
+        code => {
+            let exit = code.and_then(|code| u8::try_from(code).ok()).map_or(Exit::Failure, Exit::from_code);
+            Err((exit, String::new()))
+        }
+    }
+}
