@@ -5,17 +5,11 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::chown;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use rand::{Rng, SeedableRng};
 use serde_json::Value;
 use support::mount::{LIMIT, Volume, detach, is_mounted};
 use support::run::{Ran, is_root, mirrorfs, run, wait_until};
@@ -25,11 +19,10 @@ const KILLS: usize = 8;
 const CRASHED: i32 = 11;
 const NOT_MOUNTED: i32 = 9;
 
-/// A volume, a mountpoint with a marker below it, and who mounts.
+/// A volume and a mountpoint.
 struct Place {
     volume: Volume,
     config: PathBuf,
-    user: Option<(u32, u32)>,
 }
 
 impl Place {
@@ -38,26 +31,7 @@ impl Place {
         volume.folder("a");
         fs::create_dir(volume.path("m")).unwrap();
         let config = volume.config(&[]);
-        Some(Self { volume, config, user: None })
-    }
-
-    /// For a normal user, to whom everything belongs.
-    fn of_user(test: &str) -> Option<Self> {
-        let mut place = Self::new(test)?;
-        if !is_root() {
-            return Some(place);
-        }
-        let passwd = fs::read_to_string("/etc/passwd").unwrap();
-        let Some(line) = passwd.lines().find(|line| line.starts_with("tests:")) else {
-            println!("SKIP: {test}: there is no user tests (useradd tests)");
-            return None;
-        };
-        let ids: Vec<u32> = line.split(':').skip(2).take(2).map(|id| id.parse().unwrap()).collect();
-        for name in ["", "m", "replica-a", "all.toml"] {
-            chown(place.path(name), Some(ids[0]), Some(ids[1])).unwrap();
-        }
-        place.user = Some((ids[0], ids[1]));
-        Some(place)
+        Some(Self { volume, config })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -68,9 +42,6 @@ impl Place {
         let mut command = mirrorfs();
         command.args(args).current_dir(self.path("")).env("HOME", self.path(""));
         command.env("XDG_RUNTIME_DIR", self.path("")).env_remove("XDG_STATE_HOME");
-        if let Some((uid, gid)) = self.user {
-            command.uid(uid).gid(gid);
-        }
         command
     }
 
@@ -105,19 +76,6 @@ impl Place {
 
     fn log(&self) -> String {
         fs::read_to_string(self.path("state/daemon.log")).unwrap_or_default()
-    }
-
-    /// What lies in the folder below the mountpoint, seen through a bind of its parent.
-    fn below(&self) -> Vec<String> {
-        let bind = self.path("bind");
-        fs::create_dir_all(&bind).unwrap();
-        let (from, to) = (self.path(""), bind.clone());
-        let call = |args: &[&str]| Command::new(args[0]).args(&args[1..]).status().unwrap().success();
-        assert!(call(&["mount", "--bind", from.to_str().unwrap(), to.to_str().unwrap()]));
-        let names = fs::read_dir(bind.join("m")).unwrap();
-        let names = names.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        assert!(call(&["umount", to.to_str().unwrap()]));
-        names
     }
 }
 
@@ -164,104 +122,63 @@ fn kills() -> usize {
     std::env::var("MIRRORFS_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(KILLS)
 }
 
-/// What a program that writes by path has seen.
-#[derive(Default)]
-struct Written {
-    /// Names of files that were written and fsynced.
-    synced: Vec<String>,
-    failed: usize,
-    longest_outage: Duration,
-}
-
-/// Writes small files by path, fsyncs each, and goes on whatever happens.
-fn write_by_path(root: &Path, stop: &AtomicBool) -> Written {
-    let mut written = Written::default();
-    let mut last_good = Instant::now();
-    for n in 0.. {
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
-        let name = format!("f{n}");
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(root.join(&name))?;
-            file.write_all(name.as_bytes())?;
-            file.sync_all()
-        };
-        match write() {
-            Ok(()) => {
-                written.longest_outage = written.longest_outage.max(last_good.elapsed());
-                last_good = Instant::now();
-                written.synced.push(name);
-            }
-            Err(_) => {
-                written.failed += 1;
-                thread::sleep(Duration::from_millis(1));
-            }
-        }
-    }
-    written
-}
-
-/// The program of the issue: it writes by path while the daemon is killed again and again.
-fn nothing_lands_below(place: &Place) {
-    let deaths = (kills() + 5).to_string();
-    place.mount(&[], &[("MIRRORFS_TEST_DEATHS", &deaths)]).ok();
-    let seed = std::env::var("MIRRORFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7_u64);
-    println!("seed {seed}");
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let stop = Arc::new(AtomicBool::new(false));
-    let writer = {
-        let (root, stop, user) = (place.path("m"), Arc::clone(&stop), place.user);
-        thread::spawn(move || {
-            if let Some((uid, _)) = user {
-                // SAFETY: this thread alone becomes the user, for files only.
-                unsafe { libc::syscall(libc::SYS_setfsuid, uid) };
-            }
-            write_by_path(&root, &stop)
-        })
-    };
-    for _ in 0..kills() {
-        let pid = place.pid();
-        thread::sleep(Duration::from_millis(rng.random_range(0..300)));
-        kill(pid, libc::SIGKILL);
-        wait_until(LIMIT, "the daemon is gone", || !runs(pid));
-    }
-    place.pid();
-    thread::sleep(Duration::from_millis(200));
-    stop.store(true, Ordering::Relaxed);
-    let written = writer.join().unwrap();
-    println!(
-        "{} kills: {} files fsynced, {} writes failed, longest outage {:?}",
-        kills(),
-        written.synced.len(),
-        written.failed,
-        written.longest_outage
+/// Runs `by_path.py`, in which the daemon is killed again and again; `before` is what the shell does first.
+fn by_path(place: &Place, before: &str, as_user: &str) -> Ran {
+    let program = place.path("mirrorfs");
+    fs::copy(env!("CARGO_BIN_EXE_mirrorfs"), &program).unwrap();
+    fs::write(place.path("by_path.py"), include_str!("support/by_path.py")).unwrap();
+    let kills = kills();
+    let script = format!(
+        "set -eu\n{before}\nexec {as_user} python3 by_path.py ./mirrorfs m {} state {kills}",
+        place.config.display()
     );
-    assert!(written.failed > 0, "no kill was noticed: the test shows nothing");
-    assert_eq!(place.below(), Vec::<String>::new(), "written below the mountpoint");
-    let there = |name: &String| place.user.is_some() || fs::read(place.path("m").join(name)).is_ok();
-    let lost: Vec<_> = written.synced.iter().filter(|name| !there(name)).collect();
-    assert_eq!(lost, Vec::<&String>::new(), "fsynced, and lost");
-    place.run(&["umount", "m"]).ok();
-    assert!(!is_mounted(&place.path("m")));
-    wait_until(LIMIT, "all processes end", || processes_with(place.config.to_str().unwrap()).is_empty());
-    // The replica has all of it, for a user's mount, too.
-    let restored = place.volume.restore("a", "restored");
-    for name in &written.synced {
-        assert_eq!(fs::read(restored.join(name)).unwrap(), name.as_bytes(), "{name}");
-    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]).current_dir(place.path("")).env("HOME", place.path(""));
+    command.env("MIRRORFS_TEST_DEATHS", (kills + 5).to_string()).env("MIRRORFS_FREE_SPACE_RATIO", "0");
+    // Not a python that only root may run.
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.env_remove("XDG_STATE_HOME").env_remove("XDG_RUNTIME_DIR");
+    run(&mut command, LIMIT * 5)
 }
 
 #[test]
 fn a_program_that_writes_by_path_never_writes_below_the_mount() {
+    if !is_root() {
+        return println!("SKIP: needs root (as a normal user, the next test shows the same)");
+    }
     let Some(place) = Place::new("guardian: by path") else { return };
-    nothing_lands_below(&place);
+    println!("{}", by_path(&place, "", "").ok().text());
+    wait_until(LIMIT, "all processes end", || processes_with(place.config.to_str().unwrap()).is_empty());
+    let restored = place.volume.restore("a", "restored");
+    assert!(fs::read_dir(restored).unwrap().count() > 0);
 }
 
 #[test]
 fn a_user_s_program_never_writes_below_the_mount() {
-    let Some(place) = Place::of_user("guardian: user") else { return };
-    nothing_lands_below(&place);
+    const TEST: &str = "guardian: user";
+    if !is_root() {
+        return println!("SKIP: {TEST}: needs root to become a user");
+    }
+    let passwd = fs::read_to_string("/etc/passwd").unwrap();
+    let Some(line) = passwd.lines().find(|line| line.starts_with("tests:")) else {
+        return println!("SKIP: {TEST}: there is no user tests (useradd tests)");
+    };
+    let ids: Vec<u32> = line.split(':').skip(2).take(2).map(|id| id.parse().unwrap()).collect();
+    let Some(place) = Place::new(TEST) else { return };
+    fs::write(place.path("fuse.conf"), "user_allow_other\n").unwrap();
+    for name in ["", "m", "replica-a", "all.toml"] {
+        chown(place.path(name), Some(ids[0]), Some(ids[1])).unwrap();
+    }
+    // A mount namespace of its own, in which the device is open to users as it is on any desktop.
+    let device = "mknod device c 10 229 && chmod 666 device && mount --bind device /dev/fuse && \
+                  mount --bind fuse.conf /etc/fuse.conf || exit 77";
+    let user = "setpriv --reuid tests --regid tests --init-groups";
+    let ran = by_path(&place, device, user);
+    if ran.code == Some(77) {
+        return println!("SKIP: {TEST}: nobody may make the device usable here: {}", ran.stderr);
+    }
+    println!("{}", ran.ok().text());
+    wait_until(LIMIT, "all processes end", || processes_with(place.config.to_str().unwrap()).is_empty());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{CommandError, human};
 use crate::config::Env;
 use crate::control::mounts::{self, Mount};
-use crate::control::{Client, Entry, Registry, Then};
+use crate::control::{Client, Entry, Registry};
 use crate::daemon::last_crash;
 use crate::exit::Exit;
 use crate::replica::unix_now;
@@ -54,20 +54,13 @@ fn death(mountpoint: &Path, entry: &Entry, now: f64) -> String {
     let shown = mountpoint.display();
     let log = entry.state.join(super::background::LOG);
     let note = last_crash(&entry.state).filter(|note| note.pid == entry.pid);
-    let (how, advice) = match &note {
-        Some(note) => {
-            let advice = match note.then {
-                Then::Restarts => "It is being started again; if that does not succeed, mount again",
-                Then::Stays => "It is not started again (no_restart): mount again to go on",
-                Then::GaveUp => "It died too often and is not started again: mount again to go on",
-            };
-            (format!(" {} ago: {}", human::seconds(now - note.at), note.how), advice)
-        }
-        None => (String::new(), "Mount again to go on"),
+    let (how, then) = match &note {
+        Some(note) => (format!(" {} ago: {}", human::seconds(now - note.at), note.how), note.then.meaning()),
+        None => (String::new(), "Its guardian has died, too"),
     };
     format!(
-        "the daemon of {shown} (process {}) has died{how}. Everything that was fsynced is safe in {}. {advice}, or remove \
-         the dead mount with: mirrorfs umount {shown}. See {}",
+        "the daemon of {shown} (process {}) has died{how}. Everything that was fsynced is safe in {}. {then}. To \
+         go on, mount again; to remove the dead mount: mirrorfs umount {shown}. See {}",
         entry.pid,
         entry.state.display(),
         log.display()
@@ -87,9 +80,8 @@ pub(super) fn all() -> Result<Vec<Located>, CommandError> {
     let registry = Registry::of_user();
     let mounts = read_mounts()?;
     // A guardian's placeholder counts when no volume lies on it.
-    let shown = |m: &&Mount| {
-        m.is_mirrorfs() || m.is_placeholder() && mounts::at(&mounts, &m.mountpoint) == Some(*m)
-    };
+    let shown =
+        |m: &&Mount| m.is_mirrorfs() || m.is_placeholder() && mounts::at(&mounts, &m.mountpoint) == Some(*m);
     Ok(mounts.iter().filter(shown).map(|m| located(m, &registry)).collect())
 }
 
@@ -184,7 +176,7 @@ mod tests {
         }
         assert!(!alive(pid));
         let error = located(pid).explain(CommandError::new(Exit::NotMounted, "refused"));
-        assert!(error.message.contains("has died. Everything that was fsynced is safe in /s. Mount again"), "{error}");
+        assert!(error.message.contains("has died. Everything that was fsynced is safe in /s. Its guardian has died, too. To go on, mount again"), "{error}");
         let error = located(pid).explain(CommandError::new(Exit::TimedOut, "late"));
         assert_eq!(error.message, "late");
         child.wait().unwrap();

@@ -109,7 +109,10 @@ fn show(status: &Status, now: f64) -> String {
     ];
     let crash = status.last_crash.as_ref().map(|crash| {
         let ago = human::seconds(now - crash.at);
-        ("last crash", format!("{ago} ago: the daemon died: {}; everything that was fsynced is there", crash.how))
+        (
+            "last crash",
+            format!("{ago} ago: the daemon died: {}; everything that was fsynced is there", crash.how),
+        )
     });
     let head: Vec<Vec<String>> = head.into_iter().chain(crash).map(|(k, v)| vec![k.to_owned(), v]).collect();
     let titles = ["REPLICA", "STATE", "CURSOR", "BEHIND", "SENT", "RATE", "URL"];

@@ -139,7 +139,8 @@ fn wait_for_end(pid: u32) {
 /// Waits until a user's guardian has let go of the mountpoint, too.
 fn wait_for_guardian(mountpoint: &Path) {
     let begin = Instant::now();
-    let held = || mounts::all().is_ok_and(|all| mounts::at(&all, mountpoint).is_some_and(Mount::is_placeholder));
+    let held =
+        || mounts::all().is_ok_and(|all| mounts::at(&all, mountpoint).is_some_and(Mount::is_placeholder));
     while held() && begin.elapsed() < ENDING {
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -16,9 +16,8 @@ pub use registry::{Entry, Registration, Registry};
 pub use replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 pub use server::{SOCKET, Server};
 pub use types::{
-    CrashNote, Then,
-    Backend, CacheStatus, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress, SyncReplica,
-    SyncRequest, reason,
+    Backend, CacheStatus, CrashNote, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress,
+    SyncReplica, SyncRequest, Then, reason,
 };
 
 #[cfg(test)]

@@ -73,6 +73,24 @@ pub enum Then {
     Stays,
     /// Nothing more, because the daemon died too often.
     GaveUp,
+    /// Nothing, because this user cannot replace the dead mount without showing the folder below for a moment.
+    WouldShow,
+}
+
+impl Then {
+    /// A sentence for people, without its full stop.
+    #[must_use]
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Then::Restarts => "It is being started again",
+            Then::Stays => "It is not started again (no_restart)",
+            Then::GaveUp => "It died too often and is not started again",
+            Then::WouldShow => {
+                "It is not started again, because the folder below the mountpoint would show for a moment: for \
+                 automatic restarts add the line user_allow_other to /etc/fuse.conf, or mount as root"
+            }
+        }
+    }
 }
 
 /// One death of a daemon.

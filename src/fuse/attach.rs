@@ -276,7 +276,8 @@ pub fn remount(mountpoint: &Path, options: &MountOptions, atime: bool) -> io::Re
 fn helper_options(options: &MountOptions, subtype: &str) -> OsString {
     // The helper takes a backslash before a comma or a backslash.
     let name = options.fsname.replace('\\', "\\\\").replace(',', "\\,");
-    let mut words = vec![format!("fsname={name}"), format!("subtype={subtype}"), "default_permissions".into()];
+    let mut words =
+        vec![format!("fsname={name}"), format!("subtype={subtype}"), "default_permissions".into()];
     for (on, word) in [
         (options.allow_other, "allow_other"),
         (options.read_only, "ro"),

@@ -3,6 +3,9 @@
 //! The helper `fusermount3` can only mount where it gets an answer, so a dead mount must go before the next one comes. The
 //! guardian therefore mounts this filesystem first. It has a root that can be mounted on, and refuses everything else with
 //! `ENOTCONN`. So a path leads to the volume or to an error, and never to the folder below.
+//!
+//! The helper runs with root's effective user id. The kernel refuses it access to a user's FUSE mount unless that has the
+//! option `allow_other` (`fuse_allow_current_process` in Linux), which `user_allow_other` in `/etc/fuse.conf` must permit.
 
 use std::ffi::OsStr;
 use std::io;
@@ -34,6 +37,13 @@ pub fn mounts_directly() -> bool {
     effective & (1 << CAP_SYS_ADMIN) != 0
 }
 
+/// Whether `/etc/fuse.conf` lets users mount what the helper can mount on.
+#[must_use]
+pub fn is_permitted() -> bool {
+    let conf = std::fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
+    conf.lines().any(|line| line.trim() == "user_allow_other")
+}
+
 /// A placeholder that is mounted and served. Dropping it unmounts it.
 #[derive(Debug)]
 pub struct Placeholder {
@@ -49,7 +59,11 @@ impl Placeholder {
     pub fn mount(mountpoint: &Path) -> Result<Self, MountError> {
         let path = attach::check(mountpoint)?.path;
         attach::detach_dead_by_helper(&path)?;
-        let options = MountOptions { fsname: PLACEHOLDER_SUBTYPE.to_owned(), ..MountOptions::default() };
+        let options = MountOptions {
+            fsname: PLACEHOLDER_SUBTYPE.to_owned(),
+            allow_other: true,
+            ..MountOptions::default()
+        };
         let device = mount_by_helper(&path, &options, PLACEHOLDER_SUBTYPE)?;
         let failed = |e: io::Error| MountError::Refused { path: path.clone(), why: e.to_string() };
         let connection = device.try_clone().map_err(failed)?;

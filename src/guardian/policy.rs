@@ -10,8 +10,8 @@ pub(super) const MOST_DEATHS: usize = 5;
 /// See [`MOST_DEATHS`].
 const WINDOW: Duration = Duration::from_secs(60);
 /// The pause before the second restart of a series; it doubles with each further one. The first one has none.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const MOST_DOUBLINGS: u32 = 3;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const MOST_DOUBLINGS: u32 = 2;
 
 /// What is known when a daemon has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,9 @@ impl Policy {
         match self.deaths.len() {
             n if n >= self.most_deaths => Next::GiveUp,
             0 | 1 => Next::Restart(Duration::ZERO),
-            n => Next::Restart(FIRST_PAUSE * 2_u32.pow(u32::try_from(n - 2).unwrap_or(0).min(MOST_DOUBLINGS))),
+            n => {
+                Next::Restart(FIRST_PAUSE * 2_u32.pow(u32::try_from(n - 2).unwrap_or(0).min(MOST_DOUBLINGS)))
+            }
         }
     }
 }
@@ -100,7 +102,7 @@ mod tests {
     fn five_deaths_in_a_minute_are_enough() {
         let begin = Instant::now();
         let mut policy = Policy::new(true, MOST_DEATHS);
-        let pauses = [0, 250, 500, 1000].map(|ms| Next::Restart(Duration::from_millis(ms)));
+        let pauses = [0, 100, 200, 400].map(|ms| Next::Restart(Duration::from_millis(ms)));
         for (n, pause) in pauses.into_iter().enumerate() {
             assert_eq!(policy.next(DEAD, begin + Duration::from_secs(n as u64)), pause);
         }

@@ -114,10 +114,7 @@ mod tests {
     fn an_end_is_described() {
         let log = Path::new("/s/daemon.log");
         let killed = describe(ExitStatus::from_raw(libc::SIGKILL), Some(log));
-        assert_eq!(
-            killed,
-            "killed by signal 9 (SIGKILL), by a person or by the kernel for lack of memory"
-        );
+        assert_eq!(killed, "killed by signal 9 (SIGKILL), by a person or by the kernel for lack of memory");
         assert_eq!(describe(ExitStatus::from_raw(libc::SIGUSR1), None), "killed by signal 10");
         let failed = describe(ExitStatus::from_raw(101 << 8), Some(log));
         assert_eq!(failed, "ended with code 101; see /s/daemon.log");

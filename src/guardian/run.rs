@@ -15,7 +15,7 @@ use super::report::Line;
 use crate::control::{CrashNote, Then};
 use crate::daemon::{ReadyInfo, last_mount, note_crash};
 use crate::exit::Exit;
-use crate::fuse::placeholder::{Placeholder, mounts_directly};
+use crate::fuse::placeholder::{Placeholder, is_permitted, mounts_directly};
 use crate::fuse::{MountIdentity, Presence};
 use crate::replica::unix_now;
 
@@ -119,6 +119,8 @@ struct Guardian {
     policy: Policy,
     signals: Signals,
     placeholder: Option<Placeholder>,
+    /// A new mount can take the place of a dead one without showing the folder below.
+    hidden: bool,
     /// The mount that was live last.
     mount: Option<MountIdentity>,
     /// A signal has asked for the end.
@@ -129,18 +131,21 @@ impl Guardian {
     fn new(guarded: Guarded, oom_score: Option<i32>) -> Result<Self, (Exit, String)> {
         let failed = |e: std::io::Error| (Exit::Failure, format!("signals cannot be caught: {e}"));
         let signals = Signals::catch().map_err(failed)?;
-        let placeholder = (!mounts_directly())
+        let direct = mounts_directly();
+        let placeholder = (!direct && is_permitted())
             .then(|| Placeholder::mount(&guarded.mountpoint))
             .transpose()
-            .map_err(|e| (Exit::Failure, format!("mirrorfs: {e}")))?;
+            .map_err(|e| (Exit::Failure, e.to_string()))?;
         let launch = Launch {
             arguments: guarded.arguments.clone(),
             cwd: guarded.cwd.clone().into_os_string(),
             tied: guarded.tied,
             oom_score,
         };
-        let policy = Policy::new(guarded.restart, most_deaths());
-        Ok(Self { guarded, launch, policy, signals, placeholder, mount: None, asked: false })
+        // Without either the folder below would show while the helper replaces the dead mount.
+        let hidden = direct || placeholder.is_some();
+        let policy = Policy::new(guarded.restart && hidden, most_deaths());
+        Ok(Self { guarded, launch, policy, signals, placeholder, hidden, mount: None, asked: false })
     }
 
     /// Starts daemons until nothing is to be started any more.
@@ -161,6 +166,9 @@ impl Guardian {
                 Next::Remove => {
                     self.remove_dead();
                     return as_daemon(status);
+                }
+                Next::Stay if self.guarded.restart && !self.hidden => {
+                    return Err(self.stays(pid, &how, Then::WouldShow));
                 }
                 Next::Stay => return Err(self.stays(pid, &how, Then::Stays)),
                 Next::GiveUp => return Err(self.stays(pid, &how, Then::GaveUp)),
@@ -254,13 +262,11 @@ impl Guardian {
         self.note(pid, how, then);
         // Unserved from now on, it still hides the folder below.
         std::mem::forget(self.placeholder.take());
-        let (exit, why) = match then {
-            Then::GaveUp => (Exit::Crashed, "it died too often and is not started again"),
-            _ => (Exit::Failure, "it is not started again (no_restart)"),
-        };
+        let exit = if then == Then::GaveUp { Exit::Crashed } else { Exit::Failure };
+        let why = then.meaning();
         let mountpoint = self.guarded.mountpoint.display();
         let message = format!(
-            "the daemon of {mountpoint} (process {pid}) died: {how}; {why}. Everything that was fsynced is safe in {}. \
+            "the daemon of {mountpoint} (process {pid}) died: {how}. {why}. Everything that was fsynced is safe in {}. \
              To go on, mount again; to remove the dead mount: mirrorfs umount {mountpoint}",
             self.guarded.state.display()
         );
