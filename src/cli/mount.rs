@@ -122,8 +122,8 @@ pub(super) struct Args {
     #[arg(long, hide = true)]
     restarted: bool,
 
-    /// Without a guardian, for tests of the daemon itself
-    #[arg(long, hide = true)]
+    /// Without a guardian, for tests and measurements of the daemon itself
+    #[arg(long, hide = true, env = "MIRRORFS_UNGUARDED", value_parser = clap::builder::FalseyValueParser::new())]
     unguarded: bool,
 }
 
