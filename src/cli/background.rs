@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -45,6 +46,8 @@ pub(super) fn start(
     let program =
         std::env::current_exe().map_err(|error| failed("cannot tell which program this is", error))?;
     let mut child = Command::new(program)
+        // Whatever the file is called: `mount.mirrorfs` would read the arguments as those of mount(8).
+        .arg0("mirrorfs")
         .args(arguments.iter().skip(1))
         .arg("--ready-on-stdout")
         .stdin(Stdio::null())
