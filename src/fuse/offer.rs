@@ -4,6 +4,9 @@ use fuser::InitFlags;
 
 /// What is always wanted.
 ///
+/// Not `FUSE_ASYNC_DIO`: with it the kernel drops pages from its cache before an asynchronous direct write only. A page that
+/// is read in the meantime stays, older than the write, and the kernel writes it back over it later.
+///
 /// Not `FUSE_POSIX_LOCKS`, not `FUSE_FLOCK_LOCKS`: then the kernel keeps locks itself, which is all that one machine needs.
 pub(super) const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_ATOMIC_O_TRUNC)
@@ -11,7 +14,6 @@ pub(super) const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_BIG_WRITES)
     .union(InitFlags::FUSE_DO_READDIRPLUS)
     .union(InitFlags::FUSE_READDIRPLUS_AUTO)
-    .union(InitFlags::FUSE_ASYNC_DIO)
     .union(InitFlags::FUSE_WRITEBACK_CACHE)
     .union(InitFlags::FUSE_PARALLEL_DIROPS)
     .union(InitFlags::FUSE_HANDLE_KILLPRIV_V2)
