@@ -113,8 +113,10 @@ impl Filesystem for Adapter {
         let there = config.capabilities();
         self.acl &= there.contains(offer::LISTS);
         let wanted = if self.acl { offer::WANTED | offer::LISTS } else { offer::WANTED };
-        if config.add_capabilities(wanted & there).is_err() {
-            log::debug!("the kernel offers {there:?} and takes less");
+        match config.add_capabilities(wanted & there) {
+            Ok(()) if there.contains(InitFlags::FUSE_WRITEBACK_CACHE) => self.fs().caller_keeps_times(),
+            Ok(()) => {}
+            Err(_) => log::debug!("the kernel offers {there:?} and takes less"),
         }
         self.skip_opendir = there.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
         // Each answers the nearest possible value when it cannot be; that is set then.

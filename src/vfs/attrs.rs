@@ -36,7 +36,7 @@ impl Vfs {
             if let Some(perm) = set.perm {
                 self.acl_follows_mode(tx, ino, perm)?;
             }
-            apply(inode, set, now);
+            self.apply(inode, set, now);
             Ok(())
         })?;
         Ok(self.attr(ino, &inode))
@@ -49,11 +49,11 @@ impl Vfs {
             // The kernel's last word about a file that is being deleted waits, too: it goes with what deletes it.
             let waits = set.is_of_a_write() || state.inode.nlink == 0;
             if waits && state.inode.kind == FileKind::Regular {
-                apply(&mut state.inode, set, now);
+                self.apply(&mut state.inode, set, now);
                 self.mark_pending(cell, state);
             } else {
                 self.modify_cell(cell, state, |_, inode| {
-                    apply(inode, set, now);
+                    self.apply(inode, set, now);
                     Ok(())
                 })?;
             }
@@ -78,8 +78,8 @@ impl Vfs {
                 // The kernel keeps the times of files itself, and leaves them as they are then: so do we.
                 return Ok(());
             }
-            state.inode.mtime = now;
-            apply(&mut state.inode, set, now);
+            self.stamp(&mut state.inode, now);
+            self.apply(&mut state.inode, set, now);
             // With blocks given up there is something to reclaim: commit at once. So truncation by path is in order
             // with the renames around it, too.
             self.flush_cell(cell, state)?;
@@ -106,27 +106,31 @@ impl Vfs {
     pub fn usage(&self) -> Result<usage::Usage> {
         Ok(usage::read(&self.journal)?)
     }
-}
 
-fn apply(inode: &mut Inode, set: &SetAttr, now: Time) {
-    let time = |t: SetTime| match t {
-        SetTime::Now => now,
-        SetTime::At(t) => t,
-    };
-    if let Some(perm) = set.perm {
-        inode.perm = perm & 0o7777;
+    fn apply(&self, inode: &mut Inode, set: &SetAttr, now: Time) {
+        let time = |t: SetTime| match t {
+            SetTime::Now => now,
+            SetTime::At(t) => t,
+        };
+        if let Some(perm) = set.perm {
+            inode.perm = perm & 0o7777;
+        }
+        if let Some(uid) = set.uid {
+            inode.uid = uid;
+        }
+        if let Some(gid) = set.gid {
+            inode.gid = gid;
+        }
+        if let Some(t) = set.atime {
+            inode.atime = time(t);
+        }
+        if let Some(t) = set.mtime {
+            inode.mtime = time(t);
+        }
+        if let Some(ctime) = set.ctime {
+            inode.ctime = ctime;
+        } else if !self.keeps_times_of(inode) {
+            inode.ctime = now;
+        }
     }
-    if let Some(uid) = set.uid {
-        inode.uid = uid;
-    }
-    if let Some(gid) = set.gid {
-        inode.gid = gid;
-    }
-    if let Some(t) = set.atime {
-        inode.atime = time(t);
-    }
-    if let Some(t) = set.mtime {
-        inode.mtime = time(t);
-    }
-    inode.ctime = set.ctime.unwrap_or(now);
 }

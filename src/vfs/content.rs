@@ -1,6 +1,7 @@
 //! File content: read, write, truncate, holes.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -67,7 +68,9 @@ impl Vfs {
                 _ => Ok(()),
             }),
         };
-        let set = SetAttr { size: Some(0), mtime: Some(SetTime::Now), ..SetAttr::default() };
+        // Also an empty file is changed by being emptied; where the caller keeps the times, it sends that one, too.
+        let mtime = (!self.times_are_kept.load(Ordering::Acquire)).then_some(SetTime::Now);
+        let set = SetAttr { size: Some(0), mtime, ..SetAttr::default() };
         let opened = there.and_then(|()| match truncate {
             true => self.do_setattr(ino, &set, &super::types::Caller::default()).map(drop),
             false => Ok(()),
@@ -285,8 +288,7 @@ impl Vfs {
                 }
                 state.inode.size = state.inode.size.max(end);
                 if let Some(now) = now {
-                    state.inode.mtime = now;
-                    state.inode.ctime = now;
+                    self.stamp(&mut state.inode, now);
                 }
                 Ok(data.len() as u32)
             })
@@ -487,9 +489,7 @@ impl Vfs {
                 if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {
                     state.inode.size = end;
                 }
-                let now = self.now();
-                state.inode.mtime = now;
-                state.inode.ctime = now;
+                self.stamp(&mut state.inode, self.now());
                 Ok(())
             })
         })

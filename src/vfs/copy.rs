@@ -224,10 +224,8 @@ impl Vfs {
             state.extents.insert(index - first + at, *id);
             inode.blocks += u64::from(self.blocks.block_len(*id)?).div_ceil(4096) * 8;
         }
-        let now = self.now();
         inode.size = inode.size.max(at * bs + bytes);
-        inode.mtime = now;
-        inode.ctime = now;
+        self.stamp(&mut inode, self.now());
         let mut gone = Vec::new();
         let (_, lsn) = self.journal.transact::<_, VfsError>(|tx| {
             // Shared first: a block may be both taken and released.

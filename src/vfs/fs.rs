@@ -11,6 +11,10 @@ use super::types::{
 use crate::ids::Ino;
 
 impl FileSystem for Vfs {
+    fn caller_keeps_times(&self) {
+        self.times_are_kept.store(true, std::sync::atomic::Ordering::Release);
+    }
+
     fn lookup(&self, parent: Ino, name: &[u8]) -> VfsResult<Attr> {
         self.do_lookup(parent, name)
     }

@@ -100,6 +100,8 @@ pub struct Vfs {
     /// `read_only` says something.
     refusing: AtomicBool,
     /// There are, or have been, access control lists.
+    /// The caller keeps the times of regular files.
+    times_are_kept: AtomicBool,
     acls: AtomicBool,
     /// There are, or may be, extended attributes.
     xattrs: AtomicBool,
@@ -198,6 +200,7 @@ impl Vfs {
             next_ino: AtomicU64::new(next),
             reserved_ino: Mutex::new(next),
             read_only: RwLock::new(None),
+            times_are_kept: AtomicBool::new(false),
             refusing: AtomicBool::new(false),
             acls: AtomicBool::new(false),
             xattrs: AtomicBool::new(true),
@@ -262,6 +265,19 @@ impl Vfs {
     fn now(&self) -> Time {
         (self.options.clock)()
     }
+    /// Whether the caller sends the times of this inode, so that none are to be set here.
+    fn keeps_times_of(&self, inode: &Inode) -> bool {
+        inode.kind == FileKind::Regular && self.times_are_kept.load(Ordering::Acquire)
+    }
+
+    /// Notes that content was changed at `now`, unless the caller sends the time.
+    fn stamp(&self, inode: &mut Inode, now: Time) {
+        if !self.keeps_times_of(inode) {
+            inode.mtime = now;
+            inode.ctime = now;
+        }
+    }
+
 
     /// Fails when changes are refused: by order, or because the journal takes none.
     fn check_writable(&self) -> Result<()> {

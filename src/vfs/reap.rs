@@ -160,12 +160,10 @@ impl Vfs {
                 moved += super::content::units(self.blocks.block_len(id)?);
             }
         }
-        let now = self.now();
         let mut inode = state.inode.clone();
         inode.size = size;
         inode.blocks = inode.blocks.saturating_sub(moved);
-        inode.mtime = now;
-        inode.ctime = now;
+        self.stamp(&mut inode, self.now());
         let heir = Inode { nlink: 0, blocks: state.inode.blocks - inode.blocks, ..state.inode.clone() };
         if all {
             state.inline = Some(Vec::new());
