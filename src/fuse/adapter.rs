@@ -1,7 +1,7 @@
 //! The adapter: decodes a kernel request, asks the filesystem, answers.
 //!
 //! Owns what only the kernel's protocol needs: how long the kernel may believe an answer, and which requests go to a
-//! thread that may wait. Knows no rule of POSIX but the one the protocol hands to the server: when set-user-id bits fall.
+//! thread that may wait. Knows no rule of POSIX.
 //!
 //! Nothing else changes the volume while it is mounted, so the kernel may believe answers for long ([`TTL`]). It
 //! refreshes by itself what its own operations touch; where it does not, this module tells it ([`Shared::forget_attr`]).
@@ -28,6 +28,7 @@ use super::convert::{
 };
 use super::errno::errno;
 use super::offer;
+use super::privileges::Change;
 use super::reply;
 use super::shared::{Shared, may_write};
 use crate::ids::Ino;
@@ -184,13 +185,8 @@ impl Filesystem for Adapter {
                 mtime: mtime.map(set_time),
                 ctime: ctime.map(time),
             };
-            // The kernel left these bits to us (HANDLE_KILLPRIV_V2). It says who may keep them when truncating, but
-            // fuser does not pass that on: take everybody but root as unprivileged.
-            // A chown that names neither owner nor group comes as a new change time alone.
-            let only_ctime = SetAttr { ctime: set.ctime, ..SetAttr::default() };
-            let new_owner = uid.is_some() || gid.is_some() || (ctime.is_some() && set == only_ctime);
-            if set.perm.is_none() && (new_owner || (size.is_some() && req.uid() != 0)) {
-                set.perm = self.shared.fallen_privileges(ino(n));
+            if let Some(change) = Change::of_setattr(&set) {
+                set.perm = self.shared.fallen_privileges(ino(n), &caller(req), change);
             }
             reply::attr(reply, self.fs().setattr(ino(n), &set, &caller(req)));
         });
@@ -273,11 +269,11 @@ impl Filesystem for Adapter {
         self.serve("open", || {
             let truncate = flags.0 & libc::O_TRUNC != 0;
             let opened = self.fs().open(ino(n), may_write(flags), truncate).and_then(|()| {
-                let fall = truncate && req.uid() != 0;
-                if !fall {
+                if !truncate {
                     return Ok(());
                 }
-                self.shared.drop_privileges(ino(n), &caller(req)).inspect_err(|_| self.fs().release(ino(n)))
+                let dropped = self.shared.drop_privileges(ino(n), &caller(req), Change::Content);
+                dropped.inspect_err(|_| self.fs().release(ino(n)))
             });
             match opened {
                 Ok(()) => {
@@ -353,7 +349,7 @@ impl Filesystem for Adapter {
     ) {
         self.serve("write", || {
             if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
-                && let Err(e) = self.shared.drop_privileges(ino(n), &caller(req))
+                && let Err(e) = self.shared.drop_privileges(ino(n), &caller(req), Change::ContentUnprivileged)
             {
                 return reply.error(errno(&e));
             }
@@ -557,7 +553,7 @@ impl Filesystem for Adapter {
         self.serve("fallocate", || {
             let Some(how) = fallocate_mode(mode) else { return reply.error(Errno::EOPNOTSUPP) };
             let n = ino(n);
-            if let Err(e) = self.shared.drop_privileges_unless_root(n, &caller(req)) {
+            if let Err(e) = self.shared.drop_privileges(n, &caller(req), Change::Content) {
                 return reply.error(errno(&e));
             }
             let enlarges = matches!(how, Fallocate::Allocate | Fallocate::ZeroRange);
@@ -616,7 +612,7 @@ impl Filesystem for Adapter {
             // The answer has 32 bits; the kernel comes back for the rest.
             let len = len.min(u64::from(u32::MAX) & !0xfff);
             let (from, to) = (ino(source), ino(target));
-            if let Err(e) = self.shared.drop_privileges_unless_root(to, &caller(req)) {
+            if let Err(e) = self.shared.drop_privileges(to, &caller(req), Change::Content) {
                 return reply.error(errno(&e));
             }
             self.shared.enlarge(

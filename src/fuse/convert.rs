@@ -9,11 +9,6 @@ use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 use crate::vfs::acl::is_acl;
 use crate::vfs::types::{Attr, Caller, Fallocate, FileKind, RenameMode, SetTime, Time, XattrMode};
 
-/// Permission bits that make a program run with its owner's rights.
-const SET_UID: u16 = 0o4000;
-const SET_GID: u16 = 0o2000;
-const GROUP_EXECUTE: u16 = 0o0010;
-
 /// A moment as fuser takes it. Moments that `SystemTime` cannot hold become 1970.
 fn system_time(t: Time) -> SystemTime {
     let whole = Duration::from_secs(t.secs.unsigned_abs());
@@ -119,13 +114,6 @@ pub(super) fn bare_attr(ino: u64, kind: FileKind) -> FileAttr {
     }
 }
 
-/// What is left of `perm` when an unprivileged process changes the content, or anybody the owner: no set-user-id,
-/// and no set-group-id where the group may execute (elsewhere that bit means mandatory locking).
-pub(super) fn without_privileges(perm: u16) -> u16 {
-    let drop_gid = perm & GROUP_EXECUTE != 0;
-    perm & !SET_UID & if drop_gid { !SET_GID } else { !0 }
-}
-
 /// What `renameat2`'s flags ask for; `None` for a combination that is not supported.
 pub(super) fn rename_mode(flags: RenameFlags, caller: Caller) -> Option<RenameMode> {
     if flags.is_empty() {
@@ -215,13 +203,6 @@ mod tests {
         for secs in [i64::MIN, i64::MAX] {
             let _ = system_time(Time { secs, nanos: 999_999_999 });
         }
-    }
-
-    #[test]
-    fn privileges_fall_as_linux_lets_them_fall() {
-        assert_eq!(without_privileges(0o6755), 0o0755);
-        assert_eq!(without_privileges(0o2644), 0o2644);
-        assert_eq!(without_privileges(0o1777), 0o1777);
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub mod mountinfo;
 mod offer;
 pub mod placeholder;
 mod pool;
+mod privileges;
 mod replace;
 mod reply;
 mod shared;

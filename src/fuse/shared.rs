@@ -1,6 +1,6 @@
 //! What the adapter's threads share: the filesystem, the threads that may wait, who may write, the way to the kernel.
 //!
-//! Owns the knowledge of which inodes the kernel may hold unwritten pages of, and the rule by which set-user-id bits fall.
+//! Owns the knowledge of which inodes the kernel may hold unwritten pages of.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,13 +10,12 @@ use fuser::{INodeNo, Notifier, OpenAccMode, OpenFlags, ReplyEmpty};
 use parking_lot::Mutex;
 
 use super::awake::Awake;
-use super::convert::without_privileges;
 use super::guard::guarded;
 use super::pool::Pool;
 use super::reply;
 use crate::ids::Ino;
 use crate::vfs::api::{FileSystem, VfsResult};
-use crate::vfs::types::{Caller, FileKind, SetAttr, VfsError, Wait};
+use crate::vfs::types::{VfsError, Wait};
 
 /// Those who may write to an inode.
 #[derive(Default)]
@@ -200,46 +199,6 @@ impl Shared {
             log::debug!("the kernel kept its pages of inode {ino}: {e}");
         }
     }
-
-    /// As [`Shared::drop_privileges`], unless root asks.
-    pub(super) fn drop_privileges_unless_root(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
-        if caller.uid == 0 { Ok(()) } else { self.drop_privileges(ino, caller) }
-    }
-
-    /// Before a list is set: takes set-group-id from `ino` unless the caller is root or in its group, as chmod does. (The
-    /// kernel would say so in a field that fuser 0.18 does not take.)
-    pub(super) fn drop_foreign_setgid(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
-        let attr = self.fs.getattr(ino)?;
-        if attr.perm & 0o2000 == 0 || caller.uid == 0 || attr.gid == caller.gid || in_group(caller, attr.gid)
-        {
-            return Ok(());
-        }
-        let set = SetAttr { perm: Some(attr.perm & !0o2000), ..SetAttr::default() };
-        self.fs.setattr(ino, &set, caller).map(drop)
-    }
-
-    /// The permission bits to set because content or owner of `ino` change, if that changes them.
-    pub(super) fn fallen_privileges(&self, ino: Ino) -> Option<u16> {
-        let attr = self.fs.getattr(ino).ok()?;
-        let perm = without_privileges(attr.perm);
-        (perm != attr.perm && !matches!(attr.kind, FileKind::Directory | FileKind::Symlink)).then_some(perm)
-    }
-
-    /// Takes set-user-id and set-group-id from `ino`, as before a write or truncation by an unprivileged process.
-    pub(super) fn drop_privileges(&self, ino: Ino, caller: &Caller) -> Result<(), VfsError> {
-        if let Some(perm) = self.fallen_privileges(ino) {
-            self.fs.setattr(ino, &SetAttr { perm: Some(perm), ..SetAttr::default() }, caller)?;
-            self.forget_attr(ino);
-        }
-        Ok(())
-    }
-}
-
-/// Whether `gid` is among the caller's supplementary groups, as far as that can be known.
-fn in_group(caller: &Caller, gid: u32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", caller.pid)) else { return false };
-    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
-    groups.is_some_and(|g| g.split_whitespace().any(|n| n.parse() == Ok(gid)))
 }
 
 /// Whether a descriptor opened with these flags may write.

@@ -10,6 +10,7 @@ use crate::sys::*;
 pub const CASES: &[(&str, Run)] = &[
     ("privileges_on_write", privileges_on_write),
     ("privileges_on_write_by_root", privileges_on_write_by_root),
+    ("privileges_on_write_by_others", privileges_on_write_by_others),
     ("privileges_on_chown", privileges_on_chown),
     ("capabilities", capabilities),
 ];
@@ -66,40 +67,80 @@ const CHANGES: &[(&str, Change)] = &[
     ("link", |_, p| link(p, p.with_extension("l"))),
 ];
 
-fn privileges(t: &mut Case, user: bool) {
+/// Who changes a file of user and group 12345.
+struct Who {
+    name: &'static str,
+    uid: u32,
+    gid: u32,
+    groups: &'static [u32],
+    /// The capabilities that are in force; `None` for those that the user has anyway.
+    capabilities: Option<u64>,
+}
+
+const fn user(name: &'static str, uid: u32, gid: u32, groups: &'static [u32]) -> Who {
+    Who { name, uid, gid, groups, capabilities: None }
+}
+
+const FSETID: u64 = 1 << 4;
+
+const OTHERS: &[Who] = &[
+    user("owner in another group", 12_345, 12_346, &[]),
+    user("owner in the group besides", 12_345, 12_346, &[7, 12_345]),
+    user("stranger", 12_346, 12_346, &[7]),
+    user("stranger in the group", 12_346, 12_345, &[]),
+    user("stranger in the group besides", 12_346, 12_346, &[7, 12_345, 9]),
+    Who { capabilities: Some(!FSETID), ..user("root without the right", 0, 0, &[]) },
+    Who { capabilities: Some(!FSETID), ..user("root without the right, in the group", 0, 0, &[12_345]) },
+    Who { capabilities: Some(FSETID), ..user("stranger with the right", 12_346, 12_346, &[]) },
+];
+
+/// `who`: nobody but root as it is when there is none.
+fn privileges(t: &mut Case, who: Option<&Who>, modes: &[u32]) {
     drop(new_file(t.p("source")));
     fs::write(t.p("source"), [5; 4096]).unwrap();
     chmod(&t.dir, 0o777).unwrap();
     for (i, (key, change)) in CHANGES.iter().enumerate() {
-        for mode_before in [0o6777, 0o2767, 0o4777, 0o2777, 0o6666] {
+        for mode_before in modes {
             let name = format!("f{i}-{mode_before:o}");
-            let f = suid_file(t, &name, mode_before);
+            let f = suid_file(t, &name, *mode_before);
             let p = t.p(&name);
-            let done = if user {
+            let done = if let Some(who) = who {
                 // Opened by the one who writes: the right to keep the bits is looked up in him.
-                let group = 12_345;
-                as_user(12_345, group, &[], || {
+                as_user_with(who.uid, who.gid, who.groups, who.capabilities, || {
                     let f = open(&p, libc::O_RDWR)?;
                     change(&f, &p)
                 })
             } else {
                 change(&f, &p)
             };
-            t.note(&format!("{key} {mode_before:o}"), (done, mode(&p)));
+            let name = who.map_or(String::new(), |w| format!("{}: ", w.name));
+            t.note(&format!("{name}{key} {mode_before:o}"), (done, mode(&p)));
+            let _ = unlink(p.with_extension("l"));
+            unlink(&p).unwrap();
         }
     }
 }
 
+const MODES: [u32; 5] = [0o6777, 0o2767, 0o4777, 0o2777, 0o6666];
+
 fn privileges_on_write(t: &mut Case) {
-    privileges(t, true);
+    privileges(t, Some(&user("user", 12_345, 12_345, &[])), &MODES);
 }
 
 fn privileges_on_write_by_root(t: &mut Case) {
-    privileges(t, false);
+    privileges(t, None, &MODES);
+}
+
+fn privileges_on_write_by_others(t: &mut Case) {
+    for who in OTHERS {
+        // With and without the right of the group to execute, and of others, as xfstests has them.
+        privileges(t, Some(who), &[0o6777, 0o6766, 0o6676, 0o6666, 0o2666, 0o2676, 0o4666]);
+    }
 }
 
 fn privileges_on_chown(t: &mut Case) {
-    let users: [(&str, Option<&[u32]>); 2] = [("root", None), ("user", Some(&[777]))];
+    let users: [(&str, Option<&[u32]>); 3] =
+        [("root", None), ("user", Some(&[777])), ("user in no group", Some(&[]))];
     for (who, groups) in users {
         for before in [0o6755, 0o2745, 0o4711, 0o6777, 0o2777] {
             for (how, uid, gid) in
@@ -110,7 +151,7 @@ fn privileges_on_chown(t: &mut Case) {
                 let p = t.p(&name);
                 let done = match groups {
                     None => lchown(&p, uid, gid),
-                    Some(g) => as_user(12_345, 12_345, g, || lchown(&p, uid, gid)),
+                    Some(g) => as_user(12_345, own_group(g), g, || lchown(&p, uid, gid)),
                 };
                 t.note(&name, (done, mode(&p)));
             }
@@ -126,6 +167,11 @@ fn privileges_on_chown(t: &mut Case) {
         };
         t.note(&name, (done, mode(&p)));
     }
+}
+
+/// The group of a user with these groups besides: not the file's when there are none.
+fn own_group(groups: &[u32]) -> u32 {
+    if groups.is_empty() { 12_346 } else { 12_345 }
 }
 
 /// `cap_net_raw` permitted, as the kernel stores it (version 2).

@@ -239,14 +239,45 @@ pub fn nap() {
 
 /// Runs `work` on a thread that is this user.
 pub fn as_user<T: Send>(uid: u32, gid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
+    as_user_with(uid, gid, groups, None, work)
+}
+
+/// Leaves in force only those capabilities of this thread that are in `mask`.
+fn keep_capabilities(mask: u64) {
+    const VERSION_3: u32 = 0x2008_0522;
+    // Version and process; then effective, permitted and inheritable, of the low and of the high numbers.
+    let header = [VERSION_3, 0];
+    let mut sets = [0_u32; 6];
+    unsafe {
+        assert_eq!(libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()), 0);
+        sets[0] = sets[1] & mask as u32;
+        sets[3] = sets[4] & (mask >> 32) as u32;
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()), 0);
+    }
+}
+
+/// As [`as_user`], with these capabilities in force (`None`: those that the user has anyway).
+pub fn as_user_with<T: Send>(
+    uid: u32,
+    gid: u32,
+    groups: &[u32],
+    capabilities: Option<u64>,
+    work: impl FnOnce() -> T + Send,
+) -> T {
     std::thread::scope(|s| {
         s.spawn(|| {
             // The bare calls: those of the C library would change all threads.
             unsafe {
+                if capabilities.is_some() {
+                    assert_eq!(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0), 0);
+                }
                 let groups_len = groups.len();
                 assert_eq!(libc::syscall(libc::SYS_setgroups, groups_len, groups.as_ptr()), 0);
                 assert_eq!(libc::syscall(libc::SYS_setresgid, gid, gid, gid), 0);
                 assert_eq!(libc::syscall(libc::SYS_setresuid, uid, uid, uid), 0);
+            }
+            if let Some(mask) = capabilities {
+                keep_capabilities(mask);
             }
             work()
         })
