@@ -56,6 +56,10 @@ number!(
     Epoch, u32, 8
 );
 
+/// No inode and no block gets this number or a higher one: a volume that makes a million of them a second comes here in a hundred
+/// thousand years. So a higher number is damage or forgery, and no addition to a lower one wraps.
+pub const NUMBERS_END: u64 = 1 << 62;
+
 impl Ino {
     /// The root directory.
     pub const ROOT: Ino = Ino(1);

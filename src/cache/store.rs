@@ -34,7 +34,7 @@ use crate::format::tables::{
     prefix_range, table, volume_key,
 };
 use crate::ids::{BlockHash, BlockId, Lsn};
-use crate::journal::{Journal, JournalError, Tx};
+use crate::journal::{Journal, JournalError, Numbers, Tx};
 use crate::replica::{FetchError, FrameSource};
 use crate::trace::{self, Stage};
 
@@ -107,8 +107,7 @@ pub struct BlockStore {
     /// Held while they are written, so that a later change is never overtaken.
     housekeeping: Mutex<()>,
     txg: AtomicU64,
-    next_id: AtomicU64,
-    reserved_id: Mutex<u64>,
+    numbers: Numbers,
     source: OnceLock<Arc<dyn FrameSource>>,
     /// Frames of which no replica had an intact copy when they were asked for: no new block may rest on them.
     lost_frames: Mutex<HashSet<FrameLoc>>,
@@ -123,12 +122,22 @@ pub struct BlockStore {
 }
 
 pub(crate) const NEXT_BLOCK: &str = "next_block";
-const ID_STEP: u64 = 4096;
 /// Changes of the cached-block table written by one record.
 const INDEX_STEP: usize = 2000;
 
 fn decode_u64(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
+}
+
+/// The counter of block numbers, above all that are in use.
+fn open_numbers(journal: &Journal) -> Result<Numbers, JournalError> {
+    let mut highest = None;
+    for table in [table::BLOCK, table::DIRTY] {
+        let (start, end) = prefix_range(&[table]);
+        let last = journal.last_in(&start, &end)?;
+        highest = highest.max(last.and_then(|(key, _)| number_of_key(&key)));
+    }
+    Numbers::open(journal, volume_key(NEXT_BLOCK), "block", 1, highest)
 }
 
 impl BlockStore {
@@ -177,7 +186,7 @@ impl BlockStore {
         let slots = SlotFile::open(path, block_size, &live)?;
         let mut patches = patched::read(&journal, block_size)?;
         slots.advance(journal.last_lsn());
-        let next = journal.get(&volume_key(NEXT_BLOCK))?.map_or(1, |v| decode_u64(&v));
+        let numbers = open_numbers(&journal)?;
         let store = Self {
             slots: Arc::clone(&slots),
             block_size,
@@ -186,8 +195,7 @@ impl BlockStore {
             housekeeping: Mutex::new(()),
             index_changes: Mutex::new(stale.into_iter().map(|(h, _)| (h, None)).collect()),
             txg: AtomicU64::new(1),
-            next_id: AtomicU64::new(next),
-            reserved_id: Mutex::new(next),
+            numbers,
             source: OnceLock::new(),
             lost_frames: Mutex::default(),
             near: Mutex::default(),
@@ -405,23 +413,9 @@ impl BlockStore {
         self.dirty(id).filter(|b| b.is_writable(self.current_txg()))
     }
 
-    fn next_id(&self) -> Result<BlockId, StoreError> {
-        let id = self.next_id.fetch_add(1, Ordering::AcqRel);
-        let mut reserved = self.reserved_id.lock();
-        if id >= *reserved {
-            let upto = id + ID_STEP;
-            self.journal.transact::<_, JournalError>(|tx| {
-                tx.put(volume_key(NEXT_BLOCK), Bytes::copy_from_slice(&upto.to_le_bytes()));
-                Ok(())
-            })?;
-            *reserved = upto;
-        }
-        Ok(BlockId(id))
-    }
-
     /// A new dirty block, with the content of `below` up to `keep` bytes (nothing when there is none).
     pub fn create(&self, below: Option<BlockId>, keep: u32) -> Result<Arc<DirtyBlock>, StoreError> {
-        let id = self.next_id()?;
+        let id = BlockId(self.numbers.take(&self.journal)?);
         let slot = Arc::new(self.slots.allocate());
         let mut content = Content::new(slot, 0, None);
         if let Some(below) = below.filter(|_| keep > 0) {
@@ -541,7 +535,7 @@ impl BlockStore {
         }
         let key = block_refs_key(id);
         let refs = tx.get(&key)?.map_or(0, |v| decode_u64(&v));
-        tx.put(key, Bytes::copy_from_slice(&(refs + 1).to_le_bytes()));
+        tx.put(key, Bytes::copy_from_slice(&refs.saturating_add(1).to_le_bytes()));
         Ok(())
     }
 

@@ -147,7 +147,7 @@ pub(super) fn forget_unnamed(journal: &Journal, unnamed: &[BlockId]) -> Result<(
         let key = volume_key(NEXT_BLOCK);
         let next = tx.get(&key)?.and_then(|v| v[..].try_into().ok()).map_or(1, u64::from_le_bytes);
         if next <= highest.0 {
-            tx.put(key, (highest.0 + 1).to_le_bytes().to_vec());
+            tx.put(key, highest.next().0.to_le_bytes().to_vec());
         }
         Ok(())
     })?;

@@ -9,7 +9,7 @@ use super::{Input, Rows, Stop};
 use crate::format::tables::{
     BLOCKS_PER_CHUNK, Body, Extents, FileKind, INLINE_MAX, Inode, chunk_of_extent_key, table,
 };
-use crate::ids::Ino;
+use crate::ids::{Ino, NUMBERS_END};
 use crate::vfs::{NEXT_INO, SIZE_MAX, TARGET_MAX, USAGE, Usage, XATTR_NAME_MAX, XATTR_VALUE_MAX, units};
 
 /// What the extents of one inode add up to.
@@ -273,6 +273,10 @@ pub(super) fn check_next(
     if stored < least {
         findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least }), || {
             format!("the next {what} would get number {stored}, but numbers up to {} are in use", least - 1)
+        });
+    } else if stored > NUMBERS_END && least <= NUMBERS_END {
+        findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least.max(without) }), || {
+            format!("the next {what} would get number {stored}, which no volume can come to")
         });
     }
     Ok(())

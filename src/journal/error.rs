@@ -66,6 +66,9 @@ pub enum JournalError {
     /// So much was changed since a snapshot was taken that it cannot be kept.
     #[error("too much was changed meanwhile: try again when less is written")]
     Outrun,
+    /// A counter has no number left that was not given before.
+    #[error("{0}")]
+    Numbers(String),
     /// An import into a journal that already holds something.
     #[error("an import needs a fresh journal; this one is at record {last}: quarantine it first")]
     NotFresh {

@@ -26,6 +26,7 @@ mod flusher;
 mod import;
 mod kept;
 mod memtable;
+mod numbers;
 mod proof;
 mod replay;
 mod shared;
@@ -50,6 +51,7 @@ use parking_lot::Mutex;
 
 pub use brief::Form;
 pub use error::JournalError;
+pub use numbers::Numbers;
 pub use snapshot::Snapshot;
 pub use tail_set::RecordIter;
 pub use tx::Tx;

@@ -8,6 +8,7 @@
 
 mod accessed;
 pub mod acl;
+mod ancestry;
 pub mod api;
 mod attrs;
 pub mod buffers;
@@ -29,7 +30,7 @@ mod usage;
 mod xattrs;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -40,9 +41,11 @@ use self::types::{Attr, Time, VfsError};
 use crate::cache::{BlockStore, StoreError};
 use crate::format::brief;
 use crate::format::codec::FormatError;
-use crate::format::tables::{Body, Dirent, FileKind, Inode, dirent_key, inode_key, volume_key};
+use crate::format::tables::{
+    Body, Dirent, FileKind, Inode, dirent_key, inode_key, number_of_key, prefix_range, table, volume_key,
+};
 use crate::ids::{BlockId, Ino, Lsn};
-use crate::journal::{Brief, Form, Journal, JournalError, Tx};
+use crate::journal::{Brief, Form, Journal, JournalError, Numbers, Tx};
 
 pub use self::accessed::Atime;
 pub(crate) use self::content::units;
@@ -67,7 +70,6 @@ type Result<T, E = VfsError> = std::result::Result<T, E>;
 
 const SHARDS: usize = 32;
 pub(crate) const NEXT_INO: &str = "next_ino";
-const INO_STEP: u64 = 4096;
 /// How often an operation looks again when what it found by name has changed before it was locked.
 const LOOKS: u32 = 1000;
 
@@ -94,14 +96,13 @@ pub struct Vfs {
     pending: Mutex<HashMap<Ino, Arc<Cell>>>,
     /// Inodes without names that are still referenced or open.
     orphans: Mutex<HashSet<Ino>>,
-    next_ino: AtomicU64,
-    reserved_ino: Mutex<u64>,
+    numbers: Numbers,
     read_only: RwLock<Option<String>>,
     /// `read_only` says something.
     refusing: AtomicBool,
-    /// There are, or have been, access control lists.
     /// The caller keeps the times of regular files.
     times_are_kept: AtomicBool,
+    /// There are, or have been, access control lists.
     acls: AtomicBool,
     /// There are, or may be, extended attributes.
     xattrs: AtomicBool,
@@ -184,10 +185,9 @@ fn shard(ino: Ino) -> usize {
 impl Vfs {
     /// Opens the filesystem in `journal`; makes the root directory when there is none. Resumes deletions.
     pub fn open(journal: Arc<Journal>, blocks: Arc<BlockStore>, options: Options) -> Result<Arc<Self>> {
-        let next = match journal.get(&volume_key(NEXT_INO))? {
-            Some(v) => v[..].try_into().map_or(2, u64::from_le_bytes),
-            None => 2,
-        };
+        let (start, end) = prefix_range(&[table::INODE]);
+        let highest = journal.last_in(&start, &end)?.and_then(|(key, _)| number_of_key(&key));
+        let numbers = Numbers::open(&journal, volume_key(NEXT_INO), "file or directory", 2, highest)?;
         let vfs = Arc::new(Self {
             journal,
             blocks,
@@ -197,11 +197,10 @@ impl Vfs {
             references: (0..SHARDS).map(|_| Mutex::default()).collect(),
             pending: Mutex::default(),
             orphans: Mutex::default(),
-            next_ino: AtomicU64::new(next),
-            reserved_ino: Mutex::new(next),
+            numbers,
             read_only: RwLock::new(None),
-            times_are_kept: AtomicBool::new(false),
             refusing: AtomicBool::new(false),
+            times_are_kept: AtomicBool::new(false),
             acls: AtomicBool::new(false),
             xattrs: AtomicBool::new(true),
             accessed: accessed::Accessed::default(),
@@ -265,6 +264,7 @@ impl Vfs {
     fn now(&self) -> Time {
         (self.options.clock)()
     }
+
     /// Whether the caller sends the times of this inode, so that none are to be set here.
     fn keeps_times_of(&self, inode: &Inode) -> bool {
         inode.kind == FileKind::Regular && self.times_are_kept.load(Ordering::Acquire)
@@ -277,7 +277,6 @@ impl Vfs {
             inode.ctime = now;
         }
     }
-
 
     /// Fails when changes are refused: by order, or because the journal takes none.
     fn check_writable(&self) -> Result<()> {
@@ -295,17 +294,7 @@ impl Vfs {
 
     /// A number for a new inode; never inside a transaction.
     fn new_ino(&self) -> Result<Ino> {
-        let ino = self.next_ino.fetch_add(1, Ordering::AcqRel);
-        let mut reserved = self.reserved_ino.lock();
-        if ino >= *reserved {
-            let upto = ino + INO_STEP;
-            self.journal.transact::<_, VfsError>(|tx| {
-                tx.put(volume_key(NEXT_INO), upto.to_le_bytes().to_vec());
-                Ok(())
-            })?;
-            *reserved = upto;
-        }
-        Ok(Ino(ino))
+        Ok(Ino(self.numbers.take(&self.journal)?))
     }
 
     // ---- cells ---------------------------------------------------------------------------------------------------
@@ -590,9 +579,13 @@ fn tx_is_empty(tx: &Tx<'_>, dir: Ino) -> Result<bool> {
 
 /// The answer when looking again has no end: a name leads to an inode that is not there.
 fn leads_nowhere(parent: Ino, name: &[u8]) -> VfsError {
-    let text = format!("{:?} in directory {parent} leads to no inode", name.escape_ascii().to_string());
-    log::error!("local tables: {text}");
-    VfsError::Io(text)
+    damaged(&format!("{:?} in directory {parent} leads to no inode", name.escape_ascii().to_string()))
+}
+
+/// The answer where the tables contradict themselves, which is logged.
+fn damaged(text: &str) -> VfsError {
+    log::error!("local tables: {text}; check them with mirrorfs fsck");
+    VfsError::Io(text.to_owned())
 }
 
 fn check_name(name: &[u8]) -> Result<()> {

@@ -9,12 +9,12 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 
 use super::cell::{Cell, CellState};
-use super::types::VfsError;
+use super::types::{FileKind, VfsError};
 use super::{Result, Vfs, shard, usage};
 use crate::cache::store::scan_table;
 use crate::format::tables::{
-    BLOCKS_PER_CHUNK, Extents, Inode, chunk_of_extent_key, extent_key, inode_key, number_of_key, orphan_key,
-    prefix_range, table, xattr_key,
+    BLOCKS_PER_CHUNK, Extents, Inode, chunk_of_extent_key, dirent_range, extent_key, inode_key,
+    number_of_key, orphan_key, prefix_range, table, xattr_key,
 };
 use crate::ids::Ino;
 
@@ -195,8 +195,33 @@ impl Vfs {
         Ok(())
     }
 
+    /// Why an inode that is marked as deleted must stay, if so. No operation of ours leaves such a mark: it is damage or
+    /// forgery, and to follow it would delete what names lead to.
+    fn must_stay(&self, ino: Ino) -> Result<Option<String>> {
+        if ino == Ino::ROOT {
+            return Ok(Some("it is the root directory".to_owned()));
+        }
+        let inode = match self.inode(ino) {
+            Err(VfsError::Stale) => return Ok(None),
+            other => other?,
+        };
+        if inode.nlink > 0 {
+            return Ok(Some(format!("its link count is {}", inode.nlink)));
+        }
+        let (start, end) = dirent_range(ino, 0);
+        let has_names = inode.kind == FileKind::Directory && !self.journal.scan(&start, &end, 1)?.is_empty();
+        Ok(has_names.then(|| "there are names in it".to_owned()))
+    }
+
     /// Deletes one orphan, in steps.
     pub(super) fn reap(&self, ino: Ino) -> Result<()> {
+        if let Some(why) = self.must_stay(ino)? {
+            self.orphans.lock().remove(&ino);
+            log::error!(
+                "local tables: inode {ino} is marked as deleted, but {why}: it stays; check the volume with mirrorfs fsck"
+            );
+            return Ok(());
+        }
         // Somebody may use it again: then this is asked for once more when they end.
         if self.is_referenced(ino) || self.is_open(ino) {
             return Ok(());

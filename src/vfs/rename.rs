@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::ancestry::{self, Ancestry};
 use super::cell::{Cell, CellState};
 use super::names::NewInode;
 use super::types::{Caller, FileKind, RenameMode, VfsError};
 use super::{
-    LOOKS, Result, TxError, Vfs, check_name, leads_nowhere, tx_dir, tx_entry, tx_inode, tx_is_empty, usage,
+    LOOKS, Result, TxError, Vfs, check_name, damaged, leads_nowhere, tx_dir, tx_entry, tx_inode, tx_is_empty,
+    usage,
 };
 use crate::format::tables::{Dirent, Inode, dirent_key, inode_key, orphan_key};
 use crate::ids::{BlockId, Ino};
@@ -159,14 +161,20 @@ impl Work<'_, '_> {
 
     /// Refuses to move a directory below itself.
     fn check_not_below(tx: &Tx<'_>, moved: Ino, new_parent: Ino) -> Result<()> {
-        let mut at = new_parent;
-        while at != Ino::ROOT {
-            if at == moved {
-                return Err(VfsError::Invalid);
+        let above = |ino: Ino| match tx_inode(tx, ino) {
+            Ok(inode) => Ok(inode.parent),
+            Err(VfsError::Stale) => {
+                Err(damaged(&format!("directory {ino}, on the way to the root, has no inode")))
             }
-            at = tx_inode(tx, at)?.parent;
+            Err(e) => Err(e),
+        };
+        match ancestry::is_below(moved, new_parent, above)? {
+            Ancestry::Apart => Ok(()),
+            Ancestry::Below => Err(VfsError::Invalid),
+            Ancestry::Cycle(ino) => {
+                Err(damaged(&format!("no way leads from directory {ino} to the root: it is above itself")))
+            }
         }
-        Ok(())
     }
 
     /// Notes new times, and `links` more subdirectories, of a parent.

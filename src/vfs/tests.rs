@@ -3,6 +3,7 @@
 //! The operations as such are tested against a reference in `tests/model`.
 
 mod limits;
+mod tables;
 mod times;
 
 use super::api::FileSystem;
