@@ -233,7 +233,7 @@ impl World {
         }
         fs::write(
             dir.path().join("c.toml"),
-            "free_space_ratio = 0\nstate = \"s\"\n[replica.a]\nurl = \"r\"\n",
+            "free_space_ratio = 0\ncache_size = \"64MiB\"\nstate = \"s\"\n[replica.a]\nurl = \"r\"\n",
         )
         .unwrap();
         Some(Self { dir })
@@ -261,20 +261,32 @@ impl Drop for World {
 #[test]
 fn mount_8_takes_it_for_a_filesystem() {
     let Some(w) = World::new("integration: mount(8)") else { return };
-    let ran =
-        w.sh("mount -t fuse.mirrorfs c.toml m -o noatime,nodev,_netdev,nofail,x-systemd.automount").ok();
+    let ran = w
+        .sh("mount -t fuse.mirrorfs c.toml m -o noatime,nodev,_netdev,nofail,allow_other,x-systemd.automount")
+        .ok();
     assert_eq!((ran.text().as_str(), ran.stderr.as_str()), ("", ""), "a mount that works says nothing");
     let line = w.line();
     assert!(line.starts_with("fuse.mirrorfs DIR/c.toml rw,nodev,noatime,"), "{line}");
     w.sh("mountpoint -q m; df -t fuse.mirrorfs m | grep -q c.toml; echo hi > m/f").ok();
 
     // The flags change, the options that FUSE shows come back, and nothing else is touched.
-    w.sh("mount -o remount,ro m; ! touch m/no 2>/dev/null").ok();
+    let ran = w.sh("mount -o remount,ro m; ! touch m/no 2>/dev/null").ok();
+    assert_eq!(ran.stderr, "", "it was mounted with allow_other before");
     assert!(w.line().starts_with("fuse.mirrorfs DIR/c.toml ro,nodev,noatime,"), "{}", w.line());
     w.sh("mount -o remount,rw,nosuid m; touch m/yes").ok();
     assert!(w.line().starts_with("fuse.mirrorfs DIR/c.toml rw,nosuid,nodev,noatime,"), "{}", w.line());
     w.sh("exec 5>m/busy; mount -o remount,ro m").with_code(32).says(&["open for writing", "fuser -vm"]);
     w.sh("mount -o remount,cache_size=1GiB m").ok().says(&["does not change cache_size"]);
+    // What is in force already is no news, in whatever spelling it comes.
+    for same in
+        ["acl,space_wait=0.5m,fsync=local,relatime", "cache_size=65536KiB,allow_other", "replica=a=$PWD/r"]
+    {
+        let ran = w.sh(&format!("mount -o remount,{same} m")).ok();
+        assert_eq!((ran.text().as_str(), ran.stderr.as_str()), ("", ""), "{same}");
+    }
+    w.sh("mount -o remount,fsync=local,noacl,replica=$PWD/s m")
+        .ok()
+        .says(&["does not change noacl, the list of replicas: that"]);
     w.sh("exec 5>m/busy; umount m").with_code(32);
     w.sh("umount c.toml").ok();
     assert_eq!(w.line(), "");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::locate::{self, Located, alive};
 use super::{CommandError, Outcome, output, runtime};
 use crate::config::layer::{MountList, mount_list};
-use crate::config::{Env, keys};
+use crate::config::{Env, settings};
 use crate::control::Status;
 use crate::daemon::MOUNTED_READ_ONLY;
 use crate::exit::Exit;
@@ -27,25 +27,38 @@ pub(super) fn run(mountpoint: &Path, options: Vec<String>) -> Outcome {
     let list = mount_list(&[joined.join(",")], &env.cwd)?;
     let located = locate::find(mountpoint, false)?;
     let flags = flags(&list);
-    let stays: Vec<&str> = list
-        .layer
-        .values
-        .keys()
-        .filter(|key| !keys::FLAGS.contains(key) && **key != "fsname")
-        .copied()
-        .collect();
+    let stays = not_in_force(&list, &env, &located)?;
     if !flags.read_only {
         make_writable(&located)?;
     }
-    fuse::remount(&located.mountpoint, &flags, atime && !flags.noatime)
+    fuse::remount(&located.mountpoint, &flags, atime && !flags.noatime && !flags.strictatime)
         .map_err(|error| refused(&located.mountpoint, &flags, &error))?;
-    if !stays.is_empty() || !list.layer.replicas.is_empty() {
-        let stays = if stays.is_empty() { "the list of replicas".into() } else { stays.join(", ") };
+    if !stays.is_empty() {
+        let stays = stays.join(", ");
         output::note(&format!(
             "mirrorfs: a remount does not change {stays}: that takes effect at the next mount"
         ));
     }
     Ok(())
+}
+
+/// What the list asks for, of all that a remount does not change, and is not in force. mount(8) gives the whole line of fstab back, or what
+/// the kernel shows of the mount: most of it is.
+fn not_in_force(list: &MountList, env: &Env, located: &Located) -> Result<Vec<String>, CommandError> {
+    let (asked, replicas) = settings::asked_for(list, env)?;
+    if asked.is_empty() && replicas.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Of a daemon that cannot be asked nothing is known: then all is named.
+    let status = located.client().and_then(|client| Ok(runtime()?.block_on(client.status())?)).ok();
+    let in_force = status.as_ref().map(|s| s.settings.clone()).unwrap_or_default();
+    let mut stays: Vec<String> =
+        settings::not_in_force(&asked, &in_force).into_iter().map(str::to_owned).collect();
+    let works = |url: &str| status.iter().flat_map(|s| &s.replicas).any(|r| r.url == url);
+    if replicas.values().any(|url| !works(url)) {
+        stays.push("the list of replicas".to_owned());
+    }
+    Ok(stays)
 }
 
 fn flags(list: &MountList) -> fuse::MountOptions {
@@ -56,6 +69,8 @@ fn flags(list: &MountList) -> fuse::MountOptions {
         dev: !on("nodev"),
         noexec: on("noexec"),
         noatime: on("noatime"),
+        strictatime: on("strictatime"),
+        nodiratime: on("nodiratime"),
         nosymfollow: on("nosymfollow"),
         sync: on("sync"),
         dirsync: on("dirsync"),

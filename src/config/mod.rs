@@ -17,6 +17,7 @@ pub mod file;
 pub mod keys;
 pub mod layer;
 mod replicas;
+pub mod settings;
 pub mod state;
 pub mod units;
 
@@ -257,17 +258,14 @@ impl Config {
     pub fn load(raw: &Raw, env: &Env) -> Result<Config, ConfigError> {
         let merged = Merged::read(raw, env)?;
         let replicas = replicas::resolve(merged.replicas(), &merged.replica_options())?;
-        let state = match merged.text("state") {
-            Some(given) if given.text.is_empty() => {
-                return Err(ConfigError::Value {
-                    place: given.source.clone(),
-                    detail: "is empty".to_owned(),
-                });
-            }
-            Some(given) => env.cwd.join(&given.text),
-            None => state::default_dir(env, &replicas)?,
-        };
-        let config = Config {
+        let config = Config::of(&merged, merged.state(env, &replicas)?, replicas)?;
+        config.check_state()?;
+        Ok(config)
+    }
+
+    /// What the sources come to, with this state folder and these replicas.
+    fn of(merged: &Merged, state: PathBuf, replicas: Vec<ReplicaSpec>) -> Result<Config, ConfigError> {
+        Ok(Config {
             state,
             replicas,
             cache_size: merged
@@ -313,9 +311,7 @@ impl Config {
                 low_latency: merged.get("low_latency", LowLatency::Auto, low_latency)?,
                 no_restart: merged.get("no_restart", false, yes_or_no)?,
             },
-        };
-        config.check_state()?;
-        Ok(config)
+        })
     }
 
     fn check_state(&self) -> Result<(), ConfigError> {
@@ -388,6 +384,17 @@ impl Merged {
         let file = path.map(|path| file::read(&env.cwd.join(path), env)).transpose()?;
         let given = [raw.flags.clone(), options.layer, env.layer()?];
         Ok(Merged { layers: given.into_iter().chain(file).collect(), labels: options.labels })
+    }
+
+    /// The state folder that is given, or the usual one of these replicas.
+    fn state(&self, env: &Env, replicas: &[ReplicaSpec]) -> Result<PathBuf, ConfigError> {
+        match self.text("state") {
+            Some(given) if given.text.is_empty() => {
+                Err(ConfigError::Value { place: given.source.clone(), detail: "is empty".to_owned() })
+            }
+            Some(given) => Ok(env.cwd.join(&given.text)),
+            None => state::default_dir(env, replicas),
+        }
     }
 
     fn text(&self, key: &str) -> Option<&layer::Given> {

@@ -31,6 +31,7 @@ pub(crate) fn sample_status() -> Status {
         staged_segments: 3,
         cache: CacheStatus { used_bytes: 1, limit_bytes: 2, hits: 3, misses: 4, corrupt: 0 },
         fsync: "local".into(),
+        settings: [("fsync".to_owned(), "local".to_owned())].into(),
         read_only: None,
         fenced: None,
         sealing_error: None,

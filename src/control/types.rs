@@ -2,6 +2,8 @@
 //!
 //! Owns the words only; knows neither transport nor how anything is measured.
 
+use std::collections::BTreeMap;
+
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 
@@ -45,6 +47,9 @@ pub struct Status {
     pub cache: CacheStatus,
     /// What `fsync` waits for: `local`, `one`, `quorum`, `all`.
     pub fsync: String,
+    /// What the mount works with of the settings that only a new mount can change, in one spelling.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
     /// Why nobody can write; absent when one can.
     pub read_only: Option<String>,
     /// Another writer was seen: what, where and when. Nothing more is sent then.

@@ -63,6 +63,7 @@ impl Control {
                 corrupt: load(&r.core.blocks.counters.corrupt),
             },
             fsync: r.core.fsync.to_owned(),
+            settings: r.core.settings.clone(),
             read_only: r.core.vfs.read_only(),
             fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,

@@ -25,6 +25,7 @@ use super::state::StateDir;
 use super::tenure::Tenure;
 use super::{Error, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
+use crate::config::settings::Settings;
 use crate::config::{Config, Fsync};
 use crate::exit::Exit;
 use crate::format::volume::{Compression, Volume};
@@ -126,6 +127,7 @@ pub struct Core {
     /// The last sealed change when it was opened.
     pub(super) opened_at: Lsn,
     pub(super) fsync: &'static str,
+    pub(super) settings: Settings,
     pub(super) journal: Arc<Journal>,
     /// None in a read-only mount.
     pub(super) engine: Option<Arc<Engine>>,
@@ -493,6 +495,7 @@ fn assemble(
         started_at: unix_now(),
         opened_at: mark.lsn,
         fsync: fsync_name(config.fsync),
+        settings: config.settings(),
         journal,
         engine,
         reconciler,

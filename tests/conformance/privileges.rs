@@ -181,9 +181,9 @@ fn capabilities(t: &mut Case) {
     fs::write(t.p("source"), [5; 4096]).unwrap();
     chmod(&t.dir, 0o777).unwrap();
     for (i, (key, change)) in CHANGES.iter().enumerate() {
-        for user in [false, true] {
-            let name = format!("f{i}-{user}");
-            let f = suid_file(t, &name, 0o777);
+        for (user, before) in [(false, 0o777), (true, 0o777), (false, 0o6777), (true, 0o6767)] {
+            let name = format!("f{i}-{user}-{before:o}");
+            let f = suid_file(t, &name, before);
             let p = t.p(&name);
             setxattr(&p, "security.capability", &CAPS, 0).unwrap();
             let done = if user {
@@ -194,7 +194,8 @@ fn capabilities(t: &mut Case) {
             } else {
                 change(&f, &p)
             };
-            t.note(&format!("{key} user={user}"), (done, getxattr(&p, "security.capability").is_ok()));
+            let has = getxattr(&p, "security.capability").is_ok();
+            t.note(&format!("{key} user={user} {before:o}"), (done, has, mode(&p)));
         }
     }
     for (how, uid, gid) in [("gid", u32::MAX, 777), ("none", u32::MAX, u32::MAX)] {
