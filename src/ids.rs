@@ -56,8 +56,9 @@ number!(
     Epoch, u32, 8
 );
 
-/// No inode and no block gets this number or a higher one: a volume that makes a million of them a second comes here in a hundred
-/// thousand years. So a higher number is damage or forgery, and no addition to a lower one wraps.
+/// No inode and no block gets this number or a higher one: a volume that makes a million of them a
+/// second comes here in a hundred thousand years. So a higher number is damage or forgery, and no
+/// addition to a lower one wraps.
 pub const NUMBERS_END: u64 = 1 << 62;
 
 impl Ino {

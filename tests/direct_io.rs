@@ -1,4 +1,5 @@
-//! Direct writes beside readers: what a direct write has finished is seen by every later read, and stays.
+//! Direct writes beside readers: what a direct write has finished is seen by every later read, and
+//! stays.
 //!
 //! `MIRRORFS_DIRECT_ROUNDS` makes the number of writes another one.
 
@@ -51,7 +52,8 @@ impl Pages {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: nobody writes while this is borrowed, but for a mapped file, which is read as it happens to be.
+        // SAFETY: nobody writes while this is borrowed, but for a mapped file, which is read as it
+        // happens to be.
         unsafe { std::slice::from_raw_parts(self.at, self.len) }
     }
 
@@ -167,8 +169,8 @@ fn open(path: &Path, flags: i32) -> File {
     OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).unwrap()
 }
 
-/// Writes `rounds` times while others read through the cache and a mapping; answers after how many writes the next look at the
-/// file showed anything else.
+/// Writes `rounds` times while others read through the cache and a mapping; answers after how many
+/// writes the next look at the file showed anything else.
 fn stale(path: &Path, writer: &mut dyn Writer, rounds: usize) -> usize {
     let mut data = Pages::new(LEN);
     fs::write(path, [0; LEN]).unwrap();
@@ -199,8 +201,8 @@ fn stale(path: &Path, writer: &mut dyn Writer, rounds: usize) -> usize {
     })
 }
 
-/// After the readers: one byte of each page is written through the cache. The rest of the page must not be older than the last
-/// direct write.
+/// After the readers: one byte of each page is written through the cache. The rest of the page must
+/// not be older than the last direct write.
 fn is_undone(path: &Path, value: u8) -> bool {
     let cached = open(path, 0);
     for page in 0..LEN / PAGE {
@@ -242,7 +244,8 @@ fn finished_synchronous_writes_are_seen_and_stay() {
     check("direct: pwrite", Plain);
 }
 
-/// Several asynchronous writes that enlarge the file, each of a piece of its own, beside readers of the end.
+/// Several asynchronous writes that enlarge the file, each of a piece of its own, beside readers of
+/// the end.
 #[test]
 fn writes_that_enlarge_the_file_are_seen() {
     let Some(mut v) = Volume::new("direct: enlarging") else { return };

@@ -1,4 +1,5 @@
-//! What `stat` has shown of a file stays: when the kernel forgets the file, after a remount, and in a restored copy.
+//! What `stat` has shown of a file stays: when the kernel forgets the file, after a remount, and in
+//! a restored copy.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -14,8 +15,8 @@ use std::process::Command;
 
 use support::mount::{Mount, Volume};
 
-/// Files for each kind of change: a time that is set by the wrong one differs only when the clock of the kernel, which
-/// moves every few milliseconds, has not moved since the file was written.
+/// Files for each kind of change: a time that is set by the wrong one differs only when the clock
+/// of the kernel, which moves every few milliseconds, has not moved since the file was written.
 const FILES: usize = 12;
 
 type Change = fn(&Path, &File);

@@ -42,8 +42,8 @@ pub(super) fn run(mountpoint: &Path, options: Vec<String>) -> Outcome {
     Ok(())
 }
 
-/// What the list asks for, of all that a remount does not change, and is not in force. mount(8) gives the whole line of fstab back, or what
-/// the kernel shows of the mount: most of it is.
+/// What the list asks for, of all that a remount does not change, and is not in force. mount(8)
+/// gives the whole line of fstab back, or what the kernel shows of the mount: most of it is.
 fn not_in_force(list: &MountList, env: &Env, located: &Located) -> Result<Vec<String>, CommandError> {
     let (asked, replicas) = settings::asked_for(list, env)?;
     if asked.is_empty() && replicas.is_empty() {

@@ -1,4 +1,5 @@
-//! Settings in one spelling, by key: what a mount works with, and what a list of options asks for, can be compared.
+//! Settings in one spelling, by key: what a mount works with, and what a list of options asks for,
+//! can be compared.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -58,7 +59,8 @@ impl Config {
     }
 }
 
-/// What a list of options asks for of those settings, in the same spelling, and the replicas that it names: name and URL.
+/// What a list of options asks for of those settings, in the same spelling, and the replicas that
+/// it names: name and URL.
 ///
 /// # Errors
 /// What is wrong with a value.

@@ -4,8 +4,9 @@ use fuser::InitFlags;
 
 /// What is always wanted.
 ///
-/// Not `FUSE_ASYNC_DIO`: with it the kernel drops pages from its cache before an asynchronous direct write only. A page that
-/// is read in the meantime stays, older than the write, and the kernel writes it back over it later.
+/// Not `FUSE_ASYNC_DIO`: with it the kernel drops pages from its cache before an asynchronous
+/// direct write only. A page that is read in the meantime stays, older than the write, and the
+/// kernel writes it back over it later.
 ///
 /// Not `FUSE_POSIX_LOCKS`, not `FUSE_FLOCK_LOCKS`: then the kernel keeps locks itself, which is all that one machine needs.
 pub(super) const WANTED: InitFlags = InitFlags::FUSE_ASYNC_READ

@@ -1,7 +1,9 @@
-//! When the set-user-id and set-group-id bits fall, because the content or the owner of a file changes.
+//! When the set-user-id and set-group-id bits fall, because the content or the owner of a file
+//! changes.
 //!
-//! The kernel leaves this to the daemon (`FUSE_HANDLE_KILLPRIV_V2`) and marks the requests of a process that may not keep the
-//! bits. fuser 0.18 passes that mark on with WRITE only, so for the other requests the rights of the calling process are read.
+//! The kernel leaves this to the daemon (`FUSE_HANDLE_KILLPRIV_V2`) and marks the requests of a
+//! process that may not keep the bits. fuser 0.18 passes that mark on with WRITE only, so for the
+//! other requests the rights of the calling process are read.
 
 use std::fs;
 
@@ -33,7 +35,8 @@ impl Change {
     pub(super) fn of_setattr(set: &SetAttr) -> Option<Self> {
         // A chown that names neither owner nor group comes as a new change time alone.
         let only_ctime = set.ctime.is_some() && *set == SetAttr { ctime: set.ctime, ..SetAttr::default() };
-        // Before some changes of content the kernel only tells that bits are to fall: then nothing at all is to be set.
+        // Before some changes of content the kernel only tells that bits are to fall: then nothing
+        // at all is to be set.
         let nothing = *set == SetAttr::default();
         match set {
             SetAttr { perm: Some(_), .. } => None,
@@ -61,10 +64,11 @@ impl Rights {
         Self { keeps: caller.uid == 0, groups: vec![caller.gid] }
     }
 
-    /// Out of the text of `/proc/PID/status`. `same_namespace`: its capabilities count outside of its user namespace, too.
+    /// Out of the text of `/proc/PID/status`. `same_namespace`: its capabilities count outside of
+    /// its user namespace, too.
     ///
-    /// A process may act in the name of another one (overlayfs and NFS servers do): then what the text says is not about
-    /// `caller`, and only its ids count.
+    /// A process may act in the name of another one (overlayfs and NFS servers do): then what the
+    /// text says is not about `caller`, and only its ids count.
     fn parse(status: &str, caller: &Caller, same_namespace: impl FnOnce() -> bool) -> Self {
         let numbers = |key: &str| -> Vec<u32> {
             let line = status.lines().find_map(|line| line.strip_prefix(key));
@@ -93,8 +97,9 @@ impl Rights {
         })
     }
 
-    /// What is left of `perm` after `change` of a file of the group `gid`, as on ext4: no set-user-id; no set-group-id where
-    /// the group may execute, or to a process that is not in the group.
+    /// What is left of `perm` after `change` of a file of the group `gid`, as on ext4: no
+    /// set-user-id; no set-group-id where the group may execute, or to a process that is not in the
+    /// group.
     fn left_of(&self, perm: u16, gid: u32, change: Change) -> u16 {
         let keeps = self.keeps && change != Change::ContentUnprivileged;
         if keeps && change == Change::Content {
@@ -130,8 +135,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Before an access list is set: takes set-group-id from `ino` unless the caller may keep it or is in its group, as chmod
-    /// does.
+    /// Before an access list is set: takes set-group-id from `ino` unless the caller may keep it or
+    /// is in its group, as chmod does.
     pub(super) fn drop_foreign_setgid(&self, ino: Ino, caller: &Caller) -> VfsResult<()> {
         let attr = self.fs.getattr(ino)?;
         if attr.perm & SET_GID == 0 {

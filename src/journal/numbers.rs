@@ -1,4 +1,5 @@
-//! Numbers that are given once: a counter of which the journal always has a value that was not given yet.
+//! Numbers that are given once: a counter of which the journal always has a value that was not
+//! given yet.
 //!
 //! Owns how far numbers are reserved. Knows neither what is numbered nor under which key.
 
@@ -24,8 +25,9 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// The counter at `key`, which begins at `first`. `what` is numbered, and `highest` is the highest number in use. A value that
-    /// would give a number a second time is refused, not at once but when a number is wanted: what is there can be read.
+    /// The counter at `key`, which begins at `first`. `what` is numbered, and `highest` is the
+    /// highest number in use. A value that would give a number a second time is refused, not at
+    /// once but when a number is wanted: what is there can be read.
     pub fn open(
         journal: &Journal,
         key: Bytes,

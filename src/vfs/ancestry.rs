@@ -1,6 +1,7 @@
 //! The way from a directory up to the root.
 //!
-//! Pure. Healthy tables always lead to the root; damaged or forged ones may lead round in a circle, which must end, too.
+//! Pure. Healthy tables always lead to the root; damaged or forged ones may lead round in a circle,
+//! which must end, too.
 
 use super::Result;
 use crate::ids::Ino;
@@ -18,9 +19,9 @@ pub(super) enum Ancestry {
 
 /// Whether `dir` is `top` or below it; `above` gives a directory's parent.
 ///
-/// Takes memory for one number, however deep the tree is: the walk compares each directory with one that it has passed, and
-/// moves that mark up after 1, 2, 4, … steps. In a circle it meets the mark at the latest when the steps between two moves
-/// are more than the circle has directories.
+/// Takes memory for one number, however deep the tree is: the walk compares each directory with one
+/// that it has passed, and moves that mark up after 1, 2, 4, … steps. In a circle it meets the mark
+/// at the latest when the steps between two moves are more than the circle has directories.
 pub(super) fn is_below(top: Ino, dir: Ino, above: impl Fn(Ino) -> Result<Ino>) -> Result<Ancestry> {
     let (mut at, mut mark) = (dir, dir);
     let (mut steps, mut until) = (0_u64, 1_u64);

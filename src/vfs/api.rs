@@ -24,9 +24,9 @@ pub type VfsResult<T> = Result<T, VfsError>;
 /// *Waiting*: operations that take a [`Wait`] answer [`VfsError::WouldBlock`] instead of waiting for replicas or
 /// space when given [`Wait::No`]; then nothing has been changed, and the same call with [`Wait::Yes`] does it.
 pub trait FileSystem: Send + Sync {
-    /// From now on the caller keeps the modification and change times of regular files itself: it shows its own, and sends
-    /// them with [`FileSystem::setattr`]. So changes of content move no times here; a time of ours would take the place of the
-    /// one that was shown.
+    /// From now on the caller keeps the modification and change times of regular files itself: it
+    /// shows its own, and sends them with [`FileSystem::setattr`]. So changes of content move no
+    /// times here; a time of ours would take the place of the one that was shown.
     fn caller_keeps_times(&self) {}
 
     /// The inode that `name` in `parent` leads to; counts a reference.

@@ -68,7 +68,8 @@ impl Vfs {
                 _ => Ok(()),
             }),
         };
-        // Also an empty file is changed by being emptied; where the caller keeps the times, it sends that one, too.
+        // Also an empty file is changed by being emptied; where the caller keeps the times, it
+        // sends that one, too.
         let mtime = (!self.times_are_kept.load(Ordering::Acquire)).then_some(SetTime::Now);
         let set = SetAttr { size: Some(0), mtime, ..SetAttr::default() };
         let opened = there.and_then(|()| match truncate {

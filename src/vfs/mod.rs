@@ -217,8 +217,11 @@ impl Vfs {
     }
 
     fn make_root(&self) -> Result<()> {
-        if self.journal.get(&inode_key(Ino::ROOT))?.is_some() {
-            return Ok(());
+        if let Some(value) = self.journal.get(&inode_key(Ino::ROOT))? {
+            return match Inode::decode(&value)?.kind {
+                FileKind::Directory => Ok(()),
+                _ => Err(damaged("inode 1, the root, is no directory")),
+            };
         }
         // SAFETY: these two calls only read the process's credentials.
         let owner = unsafe { (libc::getuid(), libc::getgid()) };

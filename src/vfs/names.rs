@@ -97,7 +97,7 @@ impl Vfs {
             }
             let inode = self.new_inode(tx, ino, new, (parent, &dir), caller, now)?;
             if is_dir {
-                dir.nlink += 1;
+                dir.nlink = dir.nlink.checked_add(1).ok_or(VfsError::TooManyLinks)?;
             }
             dir.mtime = now;
             dir.ctime = now;

@@ -195,8 +195,8 @@ impl Vfs {
         Ok(())
     }
 
-    /// Why an inode that is marked as deleted must stay, if so. No operation of ours leaves such a mark: it is damage or
-    /// forgery, and to follow it would delete what names lead to.
+    /// Why an inode that is marked as deleted must stay, if so. No operation of ours leaves such a
+    /// mark: it is damage or forgery, and to follow it would delete what names lead to.
     fn must_stay(&self, ino: Ino) -> Result<Option<String>> {
         if ino == Ino::ROOT {
             return Ok(Some("it is the root directory".to_owned()));

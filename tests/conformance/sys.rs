@@ -245,7 +245,8 @@ pub fn as_user<T: Send>(uid: u32, gid: u32, groups: &[u32], work: impl FnOnce() 
 /// Leaves in force only those capabilities of this thread that are in `mask`.
 fn keep_capabilities(mask: u64) {
     const VERSION_3: u32 = 0x2008_0522;
-    // Version and process; then effective, permitted and inheritable, of the low and of the high numbers.
+    // Version and process; then effective, permitted and inheritable, of the low and of the high
+    // numbers.
     let header = [VERSION_3, 0];
     let mut sets = [0_u32; 6];
     unsafe {

@@ -1,4 +1,5 @@
-//! Tables that damage or an attacker made: every operation ends, and nothing that has a name is deleted.
+//! Tables that damage or an attacker made: every operation ends, and nothing that has a name is
+//! deleted.
 
 use bytes::Bytes;
 
@@ -29,6 +30,10 @@ impl Fixture {
 
     /// Stops it, and opens what it left with these changes.
     fn opened_with(self, changes: &[(Bytes, Vec<u8>)]) -> Self {
+        self.try_opened_with(changes).unwrap()
+    }
+
+    fn try_opened_with(self, changes: &[(Bytes, Vec<u8>)]) -> Result<Self> {
         self.vfs.commit().unwrap();
         self.put(changes);
         self.vfs.stop_reaper();
@@ -41,7 +46,7 @@ impl Fixture {
         };
         drop((vfs, blocks));
         let blocks = BlockStore::open(&dir.path().join("slots"), BS, 1 << 30, Arc::clone(&journal)).unwrap();
-        Self { _dir: dir, vfs: Vfs::open(journal, blocks, options).unwrap() }
+        Ok(Self { _dir: dir, vfs: Vfs::open(journal, blocks, options)? })
     }
 }
 
@@ -104,6 +109,23 @@ fn a_mark_of_deletion_deletes_nothing_that_has_names() {
     f.vfs.wait_reaped();
     assert!(f.vfs.getattr(Ino::ROOT).is_ok());
     assert_eq!(f.vfs.getattr(file), Err(VfsError::Stale));
+}
+
+#[test]
+fn a_root_that_is_no_directory_is_refused() {
+    let f = Fixture::new(1 << 30);
+    let mut root = f.vfs.load(Ino::ROOT).unwrap();
+    root.kind = FileKind::Fifo;
+    let opened = f.try_opened_with(&[(inode_key(Ino::ROOT), root.encode().to_vec())]);
+    assert!(is_io(opened.map(|_| ())));
+}
+
+#[test]
+fn a_directory_with_all_the_links_there_are_takes_no_more() {
+    let f = Fixture::new(1 << 30);
+    f.set_inode(Ino::ROOT, |i| i.nlink = u32::MAX);
+    assert_eq!(f.vfs.mkdir(Ino::ROOT, b"d", 0o755, &ME).map(|_| ()), Err(VfsError::TooManyLinks));
+    f.file(b"f", b"");
 }
 
 #[test]

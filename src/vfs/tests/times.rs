@@ -48,7 +48,8 @@ fn times_that_the_caller_keeps_are_set_by_the_caller_alone() {
         f.vfs.commit().unwrap();
         let stored = f.vfs.load(ino).unwrap();
         assert_eq!((stored.mtime, stored.ctime), expected, "kept: {kept}");
-        // What the caller sends counts, also together with a size; directories keep their own times.
+        // What the caller sends counts, also together with a size; directories keep their own
+        // times.
         let sent = SetAttr { size: Some(9), ..times };
         let attr = f.vfs.setattr(ino, &sent, &ME).unwrap();
         assert_eq!((attr.mtime, attr.ctime, attr.size), (at(7), at(8), 9));
