@@ -195,6 +195,26 @@ mod tests {
             })
             .unwrap();
         assert_eq!(path_of(&journal, Ino(501), until).unwrap(), "/.../x", "a part is better than nothing");
+        // Two directories that lie in each other.
+        let inode =
+            |parent| Inode { parent, ..Inode::new(FileKind::Directory, 0o755, (0, 0), Default::default()) };
+        journal
+            .transact::<_, JournalError>(|tx| {
+                for (dir, other, kind) in [
+                    (600, 601, FileKind::Directory),
+                    (601, 600, FileKind::Directory),
+                    (600, 602, FileKind::Regular),
+                ] {
+                    let entry = Dirent { ino: Ino(other), kind };
+                    tx.put(dirent_key(Ino(dir), other.to_string().as_bytes()), entry.encode());
+                }
+                tx.put(inode_key(Ino(600)), inode(Ino(601)).encode());
+                tx.put(inode_key(Ino(601)), inode(Ino(600)).encode());
+                Ok(())
+            })
+            .unwrap();
+        let path = path_of(&journal, Ino(602), until).unwrap();
+        assert!(path.starts_with("/.../") && path.ends_with("/601/600/602"), "{path}");
         vfs.stop_reaper();
         journal.close().unwrap();
     }
