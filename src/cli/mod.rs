@@ -19,6 +19,7 @@ mod fsck;
 mod helper;
 mod human;
 mod init;
+mod invalidate;
 mod locate;
 mod mount;
 mod mountpoint;
@@ -67,6 +68,8 @@ enum Command {
     Salvage(salvage::Args),
     Bench(bench::Args),
     Version(version::Args),
+    #[command(hide = true)]
+    Invalidate(invalidate::Args),
 }
 
 /// Why a command did not do what it was asked, and the code it ends with.
@@ -194,6 +197,7 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Salvage(args) => salvage::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Version(args) => version::run(&args),
+        Command::Invalidate(args) => invalidate::run(&args),
     }
 }
 

@@ -259,6 +259,7 @@ fn attach(
         acl,
         low_latency: config.mount.low_latency.wanted(),
         replaces: mount.replaces,
+        invalidator: true,
         ..fuse::MountOptions::default()
     };
     let server = {

@@ -133,10 +133,7 @@ impl Filesystem for Adapter {
     }
 
     fn destroy(&mut self) {
-        self.shared.reads.close();
-        self.shared.writes.close();
-        self.shared.syncs.close();
-        self.shared.awake.stop();
+        self.shared.close();
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -588,7 +585,7 @@ impl Filesystem for Adapter {
             }
             // The kernel does not write its pages before it asks, so data that only it has would be taken for a hole.
             let shared = Arc::clone(&self.shared);
-            self.shared.reads.run(move || {
+            self.shared.pulls.run(move || {
                 shared.pull_pages(ino(n));
                 reply::offset(reply, shared.fs.lseek(ino(n), offset, seek));
             });

@@ -21,7 +21,7 @@ use super::mountinfo::{FSTYPE, SUBTYPE, is_fuse, is_mirrorfs, is_placeholder, mo
 use super::replace::{self, Detached};
 use super::{MountError, MountOptions};
 
-const DEVICE: &str = "/dev/fuse";
+pub(super) const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
 /// More dead mounts than crashes leave in one place.
 const MOST_DEAD: usize = 20;

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 
 use crate::vfs::api::FileSystem;
 
+mod abort;
 mod adapter;
 mod apart;
 mod attach;
@@ -26,6 +27,7 @@ mod convert;
 mod errno;
 mod guard;
 mod identity;
+pub mod invalidator;
 pub mod mountinfo;
 mod offer;
 pub mod placeholder;
@@ -35,6 +37,7 @@ mod replace;
 mod reply;
 mod shared;
 
+pub use abort::abort_connection;
 pub use attach::{helper, is_gone, remount, remove_dead};
 pub use identity::{MountIdentity, Presence};
 use mountinfo::MountEntry;
@@ -90,6 +93,9 @@ pub struct MountOptions {
     pub threads: usize,
     /// Only take the place of a dead mount, or of a guardian's placeholder.
     pub replaces: bool,
+    /// A process of its own makes the calls that wait for our own answers ([`invalidator`]). This program must then
+    /// understand the call of that process.
+    pub invalidator: bool,
 }
 
 impl MountOptions {
@@ -120,6 +126,7 @@ impl Default for MountOptions {
             low_latency: false,
             threads,
             replaces: false,
+            invalidator: false,
         }
     }
 }
@@ -186,7 +193,7 @@ pub fn mount(
     let begin = || {
         let serving = serve(fs, device, options).map_err(failed)?;
         attach::Attached::settle(detached)?;
-        Ok(serving.into_session(&path))
+        Ok(serving.into_session(&path, options))
     };
     begin().inspect_err(|_| {
         // What is not in the tree ends with its descriptor.
@@ -198,6 +205,7 @@ pub fn mount(
 
 /// A connection to the kernel that is being served.
 struct Serving {
+    shared: Arc<shared::Shared>,
     connection: OwnedFd,
     ended: mpsc::Receiver<io::Result<()>>,
     say: mpsc::Sender<io::Result<()>>,
@@ -226,15 +234,21 @@ fn serve(fs: Arc<dyn FileSystem>, device: OwnedFd, options: &MountOptions) -> io
         let outcome = outcome.unwrap_or_else(|_| Err(io::Error::other("a serving thread panicked")));
         let _ = tell.send(as_unmounted(outcome));
     })?;
-    Ok(Serving { connection, ended, say })
+    Ok(Serving { shared, connection, ended, say })
 }
 
 impl Serving {
     /// When the mount is in the tree, at `path`.
-    fn into_session(self, path: &Path) -> Session {
+    fn into_session(self, path: &Path, options: &MountOptions) -> Session {
         let entry = mountinfo::mount_at(path).ok().flatten();
         let device = entry.filter(mountinfo::is_mirrorfs).map(|entry| entry.device).unwrap_or_default();
         raise_read_ahead(&device);
+        if options.invalidator && !device.is_empty() {
+            match invalidator::Invalidator::new(&device, path, &self.connection) {
+                Ok(invalidator) => self.shared.call_through(invalidator),
+                Err(e) => log::warn!("no invalidator; if this process is killed it may hang: {e}"),
+            }
+        }
         Session {
             mountpoint: path.to_owned(),
             identity: MountIdentity::of(&device, path),

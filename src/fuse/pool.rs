@@ -50,6 +50,17 @@ impl Pool {
     /// Runs `job` on one of the threads, behind the jobs that wait already. Runs it at once, on the calling thread,
     /// when there is no thread at all to be had, or the pool is closed.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        if let Err(job) = self.queue(Box::new(job)) {
+            guarded(self.name, job);
+        }
+    }
+
+    /// As [`Pool::run`], but never on the calling thread: returns false when there is no thread.
+    pub(super) fn try_run(&self, job: impl FnOnce() + Send + 'static) -> bool {
+        self.queue(Box::new(job)).is_ok()
+    }
+
+    fn queue(&self, job: Job) -> Result<(), Job> {
         let mut state = self.shared.state.lock();
         let start = state.idle <= state.queue.len() && state.threads < self.limit;
         if start && !state.closing {
@@ -60,12 +71,12 @@ impl Pool {
             }
         }
         if state.threads == 0 || state.closing {
-            drop(state);
-            return guarded(self.name, job);
+            return Err(job);
         }
-        state.queue.push_back((Instant::now(), Box::new(job)));
+        state.queue.push_back((Instant::now(), job));
         drop(state);
         self.shared.work.notify_one();
+        Ok(())
     }
 
     /// Lets the threads finish what waits, and returns when they have ended.
@@ -154,6 +165,7 @@ mod tests {
         pool.run(move || tell.send(1).unwrap());
         assert_eq!(told.recv_timeout(Duration::from_secs(10)).unwrap(), 1);
         pool.close();
+        assert!(!pool.try_run(|| panic!("must not run")));
         pool.run(move || again.send(2).unwrap());
         assert_eq!(told.try_recv().unwrap(), 2);
     }

@@ -2,7 +2,8 @@
 //!
 //! Owns the knowledge of which inodes the kernel may hold unwritten pages of.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -11,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::awake::Awake;
 use super::guard::guarded;
+use super::invalidator::{Invalidator, Pages};
 use super::pool::Pool;
 use super::reply;
 use crate::ids::Ino;
@@ -33,6 +35,11 @@ pub(super) struct Shared {
     pub(super) reads: Pool,
     /// Writes that wait for space, or for a block that they change in part.
     pub(super) writes: Pool,
+    /// Requests that wait until the kernel has written back pages. No other pool: those writes may need one of its threads.
+    pub(super) pulls: Pool,
+    /// Inodes whose pages are to be dropped, see [`Shared::drop_pages`].
+    drops: Pool,
+    dropping: Mutex<HashSet<Ino>>,
     /// Syncs that wait for replicas, or for which no serving thread is to spare.
     pub(super) syncs: Pool,
     /// Serving threads that are busy with a sync, and how many may be.
@@ -41,6 +48,7 @@ pub(super) struct Shared {
     /// What may be written to: only of that the kernel may hold pages that we have not seen.
     writers: Mutex<HashMap<Ino, Writers>>,
     notifier: OnceLock<Notifier>,
+    invalidator: OnceLock<Invalidator>,
     pub(super) awake: Arc<Awake>,
 }
 
@@ -51,11 +59,15 @@ impl Shared {
             fs,
             reads: Pool::new("mirrorfs-read", 48),
             writes: Pool::new("mirrorfs-write", 32),
+            pulls: Pool::new("mirrorfs-pull", 48),
+            drops: Pool::new("mirrorfs-drop", 4),
+            dropping: Mutex::default(),
             syncs: Pool::new("mirrorfs-sync", 48),
             syncing: AtomicUsize::new(0),
             may_sync: threads / 2,
             writers: Mutex::default(),
             notifier: OnceLock::new(),
+            invalidator: OnceLock::new(),
             awake: Arc::default(),
         }
     }
@@ -63,6 +75,19 @@ impl Shared {
     /// Gives it the way to the kernel, when the session is there.
     pub(super) fn connect(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
+    }
+
+    /// Has calls that wait for our own answers made by another process.
+    pub(super) fn call_through(&self, invalidator: Invalidator) {
+        let _ = self.invalidator.set(invalidator);
+    }
+
+    /// Lets all work that waits end, and its threads.
+    pub(super) fn close(&self) {
+        for pool in [&self.reads, &self.writes, &self.pulls, &self.drops, &self.syncs] {
+            pool.close();
+        }
+        self.awake.stop();
     }
 
     /// Serves a request; see [`guarded`].
@@ -97,7 +122,10 @@ impl Shared {
         }
     }
 
-    /// Makes the kernel ask again for an inode's attributes.
+    /// Makes the kernel ask again for an inode's attributes. Call this only before the answer to a request that names
+    /// the inode by an open file or a path: then the kernel holds the inode. This call looks the inode up and touches no
+    /// page, so that it waits for nothing but an inode that is being freed, and a held one is not. It needs no other
+    /// process.
     pub(super) fn forget_attr(&self, ino: Ino) {
         if let Some(notifier) = self.notifier.get()
             && let Err(e) = notifier.inval_inode(INodeNo(ino.0), -1, 0)
@@ -109,10 +137,37 @@ impl Shared {
     /// Makes the kernel hand over the pages of `ino` that it has not written yet. Waits for our own answers to its
     /// writes: never call this on a thread that serves requests.
     pub(super) fn pull_pages(&self, ino: Ino) {
-        if let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino.0), 0, 0)
-        {
-            log::debug!("the kernel kept its pages of inode {ino}: {e}");
+        self.invalidate(Pages { ino: ino.0, offset: 0, len: 0 });
+    }
+
+    /// Has the kernel drop its pages of `ino`, after writing back those that it has not written yet. Returns at once,
+    /// also on threads that serve requests. Several calls for one inode may become one.
+    #[allow(dead_code, reason = "for the handling of refused pages, which comes next")]
+    pub(super) fn drop_pages(self: &Arc<Self>, ino: Ino) {
+        if !self.dropping.lock().insert(ino) {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let taken = self.drops.try_run(move || {
+            // Before the call, so that a page which is refused from now on is dropped by another one.
+            shared.dropping.lock().remove(&ino);
+            shared.pull_pages(ino);
+        });
+        if !taken {
+            self.dropping.lock().remove(&ino);
+            log::warn!("the kernel keeps its pages of inode {ino}: no thread can be started");
+        }
+    }
+
+    /// Has the kernel write back and drop pages, by the invalidator if this mount has one.
+    fn invalidate(&self, pages: Pages) {
+        let done =
+            self.invalidator.get().and_then(|process| process.invalidate(pages)).unwrap_or_else(|| {
+                let notifier = self.notifier.get().ok_or(io::ErrorKind::NotConnected)?;
+                notifier.inval_inode(INodeNo(pages.ino), pages.offset, pages.len)
+            });
+        if let Err(e) = done {
+            log::debug!("the kernel kept its pages of inode {}: {e}", pages.ino);
         }
     }
 
@@ -167,7 +222,8 @@ impl Shared {
         match done {
             Err(VfsError::WouldBlock) => {
                 let shared = Arc::clone(self);
-                self.writes.run(move || {
+                let pool = if tail.is_some() { &self.pulls } else { &self.writes };
+                pool.run(move || {
                     let done = work(&*shared.fs, Wait::Yes);
                     shared.forget_tail(ino, tail);
                     answer(done);
@@ -193,11 +249,7 @@ impl Shared {
     fn forget_tail(&self, ino: Ino, tail: Option<(u64, u64)>) {
         let Some((from, to)) = tail else { return };
         let (Ok(start), Ok(len)) = (i64::try_from(from), i64::try_from(to - from)) else { return };
-        if let Some(notifier) = self.notifier.get()
-            && let Err(e) = notifier.inval_inode(INodeNo(ino.0), start, len)
-        {
-            log::debug!("the kernel kept its pages of inode {ino}: {e}");
-        }
+        self.invalidate(Pages { ino: ino.0, offset: start, len });
     }
 }
 

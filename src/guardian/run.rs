@@ -16,7 +16,7 @@ use crate::control::{CrashNote, Then};
 use crate::daemon::{ReadyInfo, last_mount, note_crash};
 use crate::exit::Exit;
 use crate::fuse::placeholder::{Placeholder, is_permitted, mounts_directly};
-use crate::fuse::{MountIdentity, Presence};
+use crate::fuse::{MountIdentity, Presence, abort_connection};
 use crate::replica::unix_now;
 
 /// A dead mount answers at once.
@@ -243,11 +243,20 @@ impl Guardian {
     /// What became of the mount that was live last.
     async fn presence(&self) -> Presence {
         let Some(mount) = self.mount.clone() else { return Presence::Gone };
+        let device = mount.device.clone();
         let ask = tokio::task::spawn_blocking(move || mount.presence());
         match tokio::time::timeout(ANSWER, ask).await {
             Ok(Ok(presence)) => presence,
-            // No answer: nobody serves it, and nobody lets go of it.
-            _ => Presence::Dead,
+            // No answer: nobody serves it, and something keeps the connection open. Its users would wait for ever.
+            _ => {
+                if let Err(e) = abort_connection(&device, &self.guarded.mountpoint) {
+                    log::error!(
+                        "{}: programs there may wait for ever: {e}",
+                        self.guarded.mountpoint.display()
+                    );
+                }
+                Presence::Dead
+            }
         }
     }
 
