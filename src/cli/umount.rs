@@ -13,6 +13,7 @@ use super::{CommandError, Outcome, human, output, runtime, sync};
 use crate::control::mounts::{self, Mount};
 use crate::control::{Replicas, ShutdownRequest, Status, SyncRequest};
 use crate::exit::Exit;
+use crate::fuse::Holders;
 use crate::ids::Epoch;
 
 /// A daemon that has unmounted ends within this time.
@@ -41,6 +42,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             wait_for_end(status.pid);
             wait_for_guardian(&located.mountpoint);
             output::print(&report(&status))?;
+            status.held_by.iter().for_each(|holders| output::note(&warning(holders)));
             return if args.wait { require_all(&status) } else { Ok(()) };
         }
         Err(error) => error,
@@ -86,6 +88,13 @@ async fn ask(located: &Located, wait: bool) -> Result<Status, CommandError> {
     };
     progress.finish();
     Ok(outcome?)
+}
+
+/// The mount was ended for those that still used it. All that they had written is kept.
+fn warning(holders: &Holders) -> String {
+    format!(
+        "mirrorfs: it was still mounted elsewhere and has ended there, too: {holders}; what was written there is kept"
+    )
 }
 
 /// With `--wait` it is no success when a replica has given up meanwhile.

@@ -36,6 +36,7 @@ pub(crate) fn sample_status() -> Status {
         fenced: None,
         sealing_error: None,
         last_crash: None,
+        held_by: None,
         ops: Vec::new(),
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),

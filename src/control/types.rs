@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use crate::exit::Exit;
 use crate::fsck::Report;
+use crate::fuse::Holders;
 use crate::ids::{Epoch, Lsn, ReplicaName, VolumeId};
 use crate::reconcile::ScrubStatus;
 use crate::replica::{FenceNote, ReplicaStatus};
@@ -61,6 +62,9 @@ pub struct Status {
     /// The last death of a daemon of this volume on this machine.
     #[serde(default)]
     pub last_crash: Option<CrashNote>,
+    /// Only where an unmount has ended a mount that others still used: those that did, in other mount namespaces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_by: Option<Holders>,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
     /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
@@ -292,7 +296,8 @@ pub trait Backend: Send + Sync + 'static {
         progress: watch::Sender<SyncProgress>,
     ) -> BoxFuture<'_, Result<SyncProgress, Failure>>;
 
-    /// Flushes, unmounts, seals. Answers with the last status once everything is closed and the process is about to
+    /// Flushes, unmounts, seals. A mount that is still used in another mount namespace is ended after some seconds; the
+    /// status says who used it. Answers with the last status once everything is closed and the process is about to
     /// end; with a failure when the mount is busy (then everything goes on as before) or when not all could be sealed.
     fn shutdown(&self, request: ShutdownRequest) -> BoxFuture<'_, Result<Status, Failure>>;
 

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::crash::last_crash;
 use super::serve::Running;
+use super::signals::{cut_if_held, end_if_held};
 use super::tenure::Tenure;
 use crate::control::{
     Backend, CacheStatus, Failure, FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest,
@@ -68,6 +69,7 @@ impl Control {
             fenced: r.core.tenure.as_ref().and_then(Tenure::note),
             sealing_error: progress.error,
             last_crash: last_crash(r.core.state.path()),
+            held_by: None,
             replicas: r.core.fleet.statuses(),
             ops: trace::figures(),
         }
@@ -268,9 +270,13 @@ impl Backend for Control {
                 running.wait_for_all(false);
                 Failure::new(Exit::InUse, e)
             })?;
+            // A task of its own: it goes on when the command that asked goes away.
+            let held = tokio::spawn(end_if_held(Arc::clone(&running)));
+            let held_by =
+                held.await.map_err(|e| Failure::new(Exit::Failure, format!("unmounting broke off: {e}")))?;
             let closed = running.wait_closed().await;
             closed.map_err(|(exit, message)| Failure::new(exit, message))?;
-            Ok(self.status_now())
+            Ok(Status { held_by, ..self.status_now() })
         }
         .boxed()
     }
@@ -299,7 +305,10 @@ impl Backend for Control {
             if self.0.core.engine.is_some() {
                 return Err(Failure::new(Exit::Usage, "it is mounted writable already"));
             }
-            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))
+            self.0.reopen().await.map_err(|e| Failure::new(Exit::InUse, e))?;
+            let freed = tokio::spawn(cut_if_held(Arc::clone(&self.0)));
+            let freed = freed.await.map_err(|e| Failure::new(Exit::Failure, e.to_string()))?;
+            freed.map_err(|e| Failure::new(Exit::InUse, e))
         }
         .boxed()
     }

@@ -84,9 +84,19 @@ impl Running {
         self.session.get().is_some_and(Session::is_live)
     }
 
+    /// Processes in other mount namespaces that still have what was mounted. Blocking.
+    pub fn holders(&self) -> fuse::Holders {
+        self.session.get().map_or_else(fuse::Holders::default, |session| fuse::Holders::of(session.device()))
+    }
+
     /// Takes the mount away although it is in use, after having the kernel hand over what it has not written. Blocking.
     pub fn evict(&self) -> std::io::Result<()> {
         self.session.get().map_or(Ok(()), Session::evict)
+    }
+
+    /// Ends what was mounted for those that still use it; what the kernel has not handed over is lost.
+    pub fn cut(&self) -> std::io::Result<()> {
+        self.session.get().map_or(Ok(()), Session::cut)
     }
 
     /// Has the main thread go on to the end although somebody still uses what was mounted.

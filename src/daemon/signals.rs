@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::Error;
 use super::serve::Running;
 use crate::exit::Exit;
+use crate::fuse::Holders;
 
 /// How long a mount that is in use may become free before it is taken away from its users.
 const BUSY: Duration = Duration::from_secs(10);
@@ -85,7 +86,8 @@ pub(super) async fn unmount_on_signal(running: Arc<Running>, mut signals: Signal
     loop {
         let busy = match running.unmount().await {
             Ok(()) if !running.is_live() => return,
-            Ok(()) => format!("{} is unmounted, but still in use elsewhere", running.mountpoint.display()),
+            Ok(()) if told => String::new(),
+            Ok(()) => elsewhere(&running, &holders(&running).await),
             Err(busy) => busy,
         };
         if !std::mem::replace(&mut told, true) {
@@ -99,16 +101,67 @@ pub(super) async fn unmount_on_signal(running: Arc<Running>, mut signals: Signal
             break;
         }
     }
-    // What programs have written so far is taken; what they would write from now on must fail, as nobody would keep it.
-    let evict = Arc::clone(&running);
     tokio::select! {
-        done = tokio::task::spawn_blocking(move || evict.evict()) => match done {
-            Ok(Ok(())) => log::warn!("detached while in use; programs that have files open there get errors from now on"),
-            Ok(Err(e)) => log::error!("detaching while in use: {e}"),
-            Err(e) => log::error!("detaching while in use: {e}"),
-        },
+        () = evict(&running) => {}
         () = asked_to_end(&mut signals) => log::error!("asked again: not waiting for what programs have written last"),
     }
+    stop(&running);
+}
+
+/// Waits until nobody uses what was unmounted here; after [`BUSY`] ends it as a signal does. Returns those that used it
+/// then.
+pub(super) async fn end_if_held(running: Arc<Running>) -> Option<Holders> {
+    let begin = Instant::now();
+    while running.is_live() {
+        if begin.elapsed() > BUSY {
+            let found = holders(&running).await;
+            log::warn!("{}; ending it", elsewhere(&running, &found));
+            evict(&running).await;
+            stop(&running);
+            return Some(found);
+        }
+        tokio::time::sleep(TRY_EVERY).await;
+    }
+    None
+}
+
+/// The same for a mount that nobody could write to: it ends without a word to its users, as nothing can be lost.
+pub(super) async fn cut_if_held(running: Arc<Running>) -> Result<(), String> {
+    let begin = Instant::now();
+    while running.is_live() {
+        if begin.elapsed() > BUSY {
+            let told = elsewhere(&running, &holders(&running).await);
+            log::warn!("{told}; ending it");
+            return running.cut().map_err(|e| format!("{told}, and cannot be ended there: {e}"));
+        }
+        tokio::time::sleep(TRY_EVERY).await;
+    }
+    Ok(())
+}
+
+fn elsewhere(running: &Running, holders: &Holders) -> String {
+    format!("{} is unmounted, but still mounted elsewhere: {holders}", running.mountpoint.display())
+}
+
+async fn holders(running: &Arc<Running>) -> Holders {
+    let running = Arc::clone(running);
+    tokio::task::spawn_blocking(move || running.holders()).await.unwrap_or_default()
+}
+
+/// Takes over what programs have written so far, and detaches the mount wherever it can be reached.
+async fn evict(running: &Arc<Running>) {
+    let running = Arc::clone(running);
+    match tokio::task::spawn_blocking(move || running.evict()).await {
+        Ok(Ok(())) => {
+            log::warn!("detached while in use; programs that have files open there get errors from now on")
+        }
+        Ok(Err(e)) => log::error!("detaching while in use: {e}"),
+        Err(e) => log::error!("detaching while in use: {e}"),
+    }
+}
+
+/// What programs would write from now on must fail, as nobody would keep it.
+fn stop(running: &Running) {
     running.core.vfs.set_read_only(EVICTED);
     running.stop_serving();
 }

@@ -26,6 +26,7 @@ mod awake;
 mod convert;
 mod errno;
 mod guard;
+mod holders;
 mod identity;
 pub mod invalidator;
 pub mod mountinfo;
@@ -39,6 +40,7 @@ mod shared;
 
 pub use abort::abort_connection;
 pub use attach::{helper, is_gone, remount, remove_dead};
+pub use holders::{Holder, Holders};
 pub use identity::{MountIdentity, Presence};
 use mountinfo::MountEntry;
 
@@ -377,6 +379,14 @@ impl Session {
             quiet = if attach::has_requests(&self.connection) { 0 } else { quiet + 1 };
             thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Ends the connection although somebody still uses the mount. What the kernel has not handed over yet is lost.
+    ///
+    /// # Errors
+    /// When neither root nor a control file of the connection is there.
+    pub fn cut(&self) -> io::Result<()> {
+        if self.is_live() { abort::abort_by_number(&self.identity.device) } else { Ok(()) }
     }
 
     /// Whether the mount answers a question through the kernel; also when nothing is mounted any more.
