@@ -18,6 +18,7 @@ use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder, checkpoint_s
 use crate::format::segment::SegmentHash;
 use crate::format::tables::table;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::private;
 
 #[cfg(test)]
 mod tests;
@@ -101,7 +102,7 @@ pub fn dump<E: std::fmt::Display>(
 ) -> Result<Dump, CheckpointError> {
     match fs::remove_dir_all(folder) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(folder)(e)),
-        _ => fs::create_dir_all(folder).map_err(at(folder))?,
+        _ => private::create_dir_all(folder).map_err(at(folder))?,
     }
     let mut dump = Dump { begin, folder: folder.to_owned(), parts: Vec::new(), entries: 0, raw_bytes: 0 };
     let mut part = PartBuilder::new(begin.volume, begin.lsn);
@@ -188,7 +189,7 @@ impl Dump {
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    let mut file = File::create(path).map_err(at(path))?;
+    let mut file = private::create_file(path).map_err(at(path))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(path))
 }
 

@@ -14,6 +14,8 @@ use std::path::Path;
 
 use bytes::Bytes;
 
+use crate::private;
+
 /// Addresses, offsets and lengths are multiples of this; enough for every disk there is.
 pub const ALIGN: usize = 4096;
 /// Bytes written at a time.
@@ -21,19 +23,19 @@ const PIECE: usize = 2 << 20;
 /// Shorter files are not worth it.
 pub const LEAST: usize = 1 << 20;
 
-/// Makes `path` a file of these bytes, durably (but for its name, which is its folder's).
+/// Makes `path` a file of these bytes for its owner only, durably (but for its name, which is its folder's).
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if bytes.len() >= LEAST && past_the_cache(path, bytes)? {
         return Ok(());
     }
-    let mut file = File::create(path)?;
+    let mut file = private::create_file(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
 
 /// As [`write`], for a file that must not be there yet.
 pub fn create(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    drop(OpenOptions::new().write(true).create_new(true).open(path)?);
+    drop(OpenOptions::new().write(true).create_new(true).mode(private::FILE).open(path)?);
     write(path, bytes)
 }
 
@@ -64,7 +66,7 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 
 /// False when the filesystem cannot.
 fn past_the_cache(path: &Path, bytes: &[u8]) -> io::Result<bool> {
-    let written = open(path, OpenOptions::new().write(true).create(true).truncate(true))
+    let written = open(path, OpenOptions::new().write(true).create(true).truncate(true).mode(private::FILE))
         .and_then(|file| write_all(&file, bytes).map(|()| file));
     let file = match written {
         Err(e) if is_refused(&e) => return Ok(false),

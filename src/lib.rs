@@ -74,5 +74,7 @@ pub mod format;
 pub mod trace;
 pub mod priority;
 pub mod direct;
+pub mod private;
+pub mod escape;
 pub mod exit;
 pub mod ids;

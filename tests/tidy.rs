@@ -14,7 +14,7 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 22] = [
+const ORDER: [&str; 24] = [
     "cli",
     "guardian",
     "daemon",
@@ -35,6 +35,8 @@ const ORDER: [&str; 22] = [
     "trace",
     "priority",
     "direct",
+    "private",
+    "escape",
     "exit",
     "ids",
 ];

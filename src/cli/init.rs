@@ -4,6 +4,8 @@ use super::args::{ReplicaArgs, VolumeArgs};
 use super::{Outcome, output};
 use crate::config::{Config, Env, units};
 use crate::daemon;
+use crate::private;
+use crate::replica::{Place, ReplicaSpec};
 
 /// Create a volume on all given replicas, which must be empty
 ///
@@ -36,7 +38,21 @@ pub(super) fn run(args: Args) -> Outcome {
     }
     let block = units::exact_size(info.block_size.into());
     output::print(&format!("created volume {} with blocks of {block} on", info.volume))?;
-    output::print(&output::table(&replica_rows(&config)))
+    output::print(&output::table(&replica_rows(&config)))?;
+    config.replicas.iter().for_each(warn_of_open_folder);
+    Ok(())
+}
+
+/// Tells that other users may enter the folder of a replica. The daemon tells the same at each mount.
+pub(super) fn warn_of_open_folder(replica: &ReplicaSpec) {
+    if let Place::Folder(folder) = replica.place()
+        && let Some(open) = private::Open::look(folder)
+    {
+        output::note(&format!(
+            "mirrorfs: {}",
+            open.warning(&format!("the folder of replica {}", replica.name))
+        ));
+    }
 }
 
 fn replica_rows(config: &Config) -> Vec<Vec<String>> {

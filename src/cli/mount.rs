@@ -278,7 +278,7 @@ fn prepare(args: &Args, arguments: &[OsString]) -> Result<Prepared, CommandError
     let checked = check(&args.mountpoint, &env.cwd, &config)?;
     mountpoint::check_fuse()?;
     let made = state::create(&config.state).map_err(|error| {
-        let message = format!("cannot create the state folder {}: {error}", config.state.display());
+        let message = format!("cannot use the state folder {}: {error}", config.state.display());
         CommandError::new(Exit::Failure, message)
     })?;
     Ok(Prepared { config, checked, made, takeover, cwd: env.cwd })

@@ -200,9 +200,14 @@ fn add(place: &Place, replaces: Option<ReplicaName>) -> Outcome {
     let spec = spec(&place.place, place.config.as_deref(), &place.replica_option)?;
     let located = locate::one(place.common.mountpoint.as_deref())?;
     let name = spec.name.clone();
-    let request =
-        ReplicaRequest::Attach { name: name.clone(), url: spec.url.clone(), options: spec.options, replaces };
+    let request = ReplicaRequest::Attach {
+        name: name.clone(),
+        url: spec.url.clone(),
+        options: spec.options.clone(),
+        replaces,
+    };
     let mut entries = ask(&located, &request)?;
+    super::init::warn_of_open_folder(&spec);
     if place.wait {
         let client = located.client()?;
         entries = runtime()?.block_on(filled(&client, &name)).map_err(|e| located.explain(e))?;

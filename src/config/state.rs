@@ -6,11 +6,12 @@
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::ConfigError;
 use super::layer::Env;
+use crate::private;
 use crate::replica::ReplicaSpec;
 
 /// Name of the file in a state folder that lists the replicas it was last used with, one place a line.
@@ -83,9 +84,11 @@ pub fn remembered(dir: &Path) -> Vec<ReplicaSpec> {
 }
 
 /// Creates the folder, for its owner only, with all folders above it. Answers the topmost folder that was missing.
+/// One that another user owns or may write to is refused.
 pub fn create(dir: &Path) -> std::io::Result<Option<PathBuf>> {
     let made = dir.ancestors().take_while(|folder| folder.symlink_metadata().is_err()).last();
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    private::create_dir_all(dir)?;
+    private::require_own(dir)?;
     Ok(made.map(Path::to_owned))
 }
 

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use super::catalog::Tables;
 use super::checkpoints::{Checkpoints, LEAST_LOG};
 use super::fleet::{Fleet, FleetParts, Shipping};
-use super::members::Members;
+use super::members::{self, Members};
 use super::parts::{self, Parts};
 use super::state::StateDir;
 use super::tenure::Tenure;
@@ -224,6 +224,7 @@ impl Core {
             log::warn!("cannot note the replicas in {}: {e}", config.state.display());
         }
         parts.notes.extend(members.notes(&config.replicas));
+        parts.notes.extend(runtime.block_on(members::open_to_others(&config.state, &stores)));
         let journal = Arc::clone(&parts.journal);
         assemble(config, runtime.handle(), options, state, (specs, stores, members), parts).inspect_err(
             |_| {

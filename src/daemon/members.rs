@@ -14,12 +14,24 @@ use super::Error;
 use super::state::write_durably;
 use crate::exit::Exit;
 use crate::ids::ReplicaName;
-use crate::replica::{ReplicaSpec, check_distinct};
+use crate::private;
+use crate::replica::{ReplicaSpec, Store, check_distinct};
 
 /// Name of the file in the state folder.
 pub(super) const FILE: &str = "members.json";
 /// Version of its content.
 const VERSION: u32 = 1;
+
+/// What to tell whoever mounts about folders that other users of the machine may enter: once for each mount, since they
+/// may be open on purpose.
+pub(super) async fn open_to_others(state: &Path, stores: &[Store]) -> Vec<String> {
+    let state = private::Open::look(state).map(|open| open.warning("the state folder"));
+    let replicas = futures::future::join_all(stores.iter().map(|store| async {
+        let open = store.open_to_others().await?;
+        Some(open.warning(&format!("the folder of replica {}", store.name())))
+    }));
+    state.into_iter().chain(replicas.await.into_iter().flatten()).collect()
+}
 
 /// A replica that was attached while the volume was mounted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -174,7 +174,7 @@ impl StateDir {
     }
 
     fn try_lock(dir: &Path) -> Result<Result<Self, Holder>, Error> {
-        crate::config::state::create(dir).map_err(|e| failed("make the state folder", dir, &e))?;
+        crate::config::state::create(dir).map_err(|e| failed("use the state folder", dir, &e))?;
         let path = dir.join("LOCK");
         let mut file = OpenOptions::new()
             .read(true)

@@ -22,6 +22,7 @@ use object_store::{
 
 use super::error::{Classed, ErrorKind};
 use crate::direct;
+use crate::private;
 
 /// A folder that holds a replica.
 #[derive(Clone, Debug)]
@@ -104,9 +105,9 @@ impl Folder {
         Self(Arc::new(Inner { root, opened: OnceLock::new() }))
     }
 
-    /// Makes the folder and those above it, durably.
+    /// Makes the folder and those above it, durably and for their owner only.
     pub fn prepare(root: &FsPath) -> std::io::Result<()> {
-        std::fs::create_dir_all(root)?;
+        private::create_dir_all(root)?;
         let mut dir = Some(root);
         // A few levels up is where new entries can be; syncing one that is old costs nothing.
         for _ in 0..4 {

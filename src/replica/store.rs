@@ -22,6 +22,7 @@ use super::limit::Timetable;
 use super::pace::Pace;
 use super::throttle::Throttles;
 use crate::ids::ReplicaName;
+use crate::private;
 
 /// Files above this many bytes are sent in parts.
 const SINGLE_PUT: u64 = 64 << 20;
@@ -292,6 +293,14 @@ impl Store {
             look.await?.map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })
         };
         self.call("look at folder", "", self.limits.call, look).await.map(Some)
+    }
+
+    /// Who besides its owner may enter the replica's folder, when it is one; `None` also when that cannot be told.
+    pub async fn open_to_others(&self) -> Option<private::Open> {
+        let folder = self.folder.clone()?;
+        let look = tokio::task::spawn_blocking(move || private::Open::look(&folder));
+        let look = async { Ok(look.await?) };
+        self.call("look at folder", "", self.limits.call, look).await.ok().flatten()
     }
 
     /// The object's size.
