@@ -141,8 +141,8 @@ fn watch_interrupts() -> Arc<AtomicBool> {
 
 /// What is to be looked at.
 enum Target {
-    /// A state folder that some daemon may use.
-    State(PathBuf),
+    /// A state folder that some daemon of this user may use.
+    State(PathBuf, u32),
     /// Replicas alone.
     Replicas(Vec<ReplicaSpec>),
 }
@@ -160,8 +160,8 @@ fn checked(args: &Args, cancelled: &Arc<AtomicBool>) -> Result<Report, CommandEr
     let env = Env::current()?;
     let raw = raw(args, &env)?;
     match target(args, &raw, &env)? {
-        Target::State(state) => {
-            let client = Client::new(&state);
+        Target::State(state, owner) => {
+            let client = Client::new(&state, owner);
             // A socket that a dead daemon left answers nobody.
             let lives = runtime()?.block_on(client.status()).is_ok();
             if lives { live(args, &client, cancelled) } else { at_rest(args, &raw, &env, &state, cancelled) }
@@ -202,7 +202,7 @@ fn raw(args: &Args, env: &Env) -> Result<Raw, CommandError> {
 
 fn target(args: &Args, raw: &Raw, env: &Env) -> Result<Target, CommandError> {
     if let Some(state) = &args.state {
-        return Ok(Target::State(env.cwd.join(state)));
+        return Ok(Target::State(env.cwd.join(state), me()));
     }
     let configured = args.config.is_some() || !raw.flags.replicas.is_empty();
     if let Some(mountpoint) = &args.mountpoint {
@@ -210,16 +210,14 @@ fn target(args: &Args, raw: &Raw, env: &Env) -> Result<Target, CommandError> {
     }
     if !configured {
         let located = locate::one(None)?;
-        return match &located.entry {
-            Some(entry) => Ok(Target::State(entry.state.clone())),
-            None => {
-                Err(located.client().err().unwrap_or_else(|| usage("name the state folder with --state")))
-            }
+        return match (&located.entry, located.user) {
+            (Some(entry), Some(user)) => Ok(Target::State(entry.state.clone(), user)),
+            _ => Err(located.client().err().unwrap_or_else(|| usage("name the state folder with --state"))),
         };
     }
     let config = Config::load(raw, env)?;
     if config.state.join("state.json").exists() {
-        return Ok(Target::State(config.state));
+        return Ok(Target::State(config.state, me()));
     }
     match args.replica.is_empty() {
         true => Err(CommandError::new(
@@ -239,12 +237,16 @@ fn target(args: &Args, raw: &Raw, env: &Env) -> Result<Target, CommandError> {
     }
 }
 
+fn me() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// The state of what is mounted there, or was until its daemon died.
 fn mounted(mountpoint: &Path, env: &Env) -> Result<Target, CommandError> {
     let not_there = match locate::find(mountpoint, true) {
-        Ok(located) => match located.entry {
-            Some(entry) => return Ok(Target::State(entry.state)),
-            None => usage(format!(
+        Ok(located) => match (located.entry, located.user) {
+            (Some(entry), Some(user)) => return Ok(Target::State(entry.state, user)),
+            _ => usage(format!(
                 "cannot tell which state folder {} has: name it with --state",
                 mountpoint.display()
             )),
@@ -253,9 +255,9 @@ fn mounted(mountpoint: &Path, env: &Env) -> Result<Target, CommandError> {
     };
     let path = env.cwd.join(mountpoint);
     let left = [Some(path.clone()), path.canonicalize().ok()].into_iter().flatten();
-    let left = left.filter_map(|path| Registry::of_user().find(&path)).next();
+    let left = left.filter_map(|path| Registry::of_user().find_left(&path)).next();
     match left.filter(|entry| entry.state.join("state.json").exists()) {
-        Some(entry) => Ok(Target::State(entry.state)),
+        Some(entry) => Ok(Target::State(entry.state, me())),
         None => Err(CommandError::new(
             not_there.exit,
             format!("{not_there}; name the state folder of what was mounted there with --state or --config"),

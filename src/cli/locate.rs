@@ -15,6 +15,8 @@ use crate::replica::unix_now;
 pub(super) struct Located {
     /// Where it is mounted.
     pub mountpoint: PathBuf,
+    /// Who mounted it, as the kernel noted; whose daemon may be asked.
+    pub user: Option<u32>,
     /// What the registry says of its daemon; missing when the daemon was started by another user, or its entry is lost.
     pub entry: Option<Entry>,
 }
@@ -22,16 +24,15 @@ pub(super) struct Located {
 impl Located {
     /// The daemon to ask.
     pub fn client(&self) -> Result<Client, CommandError> {
-        let entry = self.entry.as_ref().ok_or_else(|| {
-            CommandError::new(
-                Exit::NotMounted,
-                format!(
-                    "cannot tell which daemon serves {}; ask as the user who mounted it, or as root",
-                    self.mountpoint.display()
-                ),
-            )
-        })?;
-        Ok(Client::new(&entry.state))
+        let unknown = || {
+            let mountpoint = self.mountpoint.display();
+            let message = format!(
+                "cannot tell which daemon serves {mountpoint}; ask as the user who mounted it, or as root"
+            );
+            CommandError::new(Exit::NotMounted, message)
+        };
+        let entry = self.entry.as_ref().ok_or_else(unknown)?;
+        self.user.map(|user| Client::new(&entry.state, user)).ok_or_else(unknown)
     }
 
     /// Whether its daemon's process runs; `None` when it is not known which one that is.
@@ -82,7 +83,7 @@ pub(super) fn all() -> Result<Vec<Located>, CommandError> {
     // A guardian's placeholder counts when no volume lies on it.
     let shown =
         |m: &&Mount| m.is_mirrorfs() || m.is_placeholder() && mounts::at(&mounts, &m.mountpoint) == Some(*m);
-    Ok(mounts.iter().filter(shown).map(|m| located(m, &registry)).collect())
+    Ok(mounts.iter().filter(shown).map(|m| located(m, &mounts, &registry)).collect())
 }
 
 /// The mount at `given`, or around it when `within` is set.
@@ -93,7 +94,7 @@ pub(super) fn find(given: &Path, within: bool) -> Result<Located, CommandError> 
         .filter_map(|path| if within { mounts::around(&mounts, &path) } else { mounts::at(&mounts, &path) })
         .find(|mount| mount.is_mirrorfs() || mount.is_placeholder());
     match mount {
-        Some(mount) => Ok(located(mount, &Registry::of_user())),
+        Some(mount) => Ok(located(mount, &mounts, &Registry::of_user())),
         None => Err(CommandError::new(
             Exit::NotMounted,
             format!("no mirrorfs volume is mounted on {}; see all with: mirrorfs status", given.display()),
@@ -123,8 +124,8 @@ pub(super) fn one(given: Option<&Path>) -> Result<Located, CommandError> {
     }
 }
 
-fn located(mount: &Mount, registry: &Registry) -> Located {
-    Located { mountpoint: mount.mountpoint.clone(), entry: registry.find(&mount.mountpoint) }
+fn located(mount: &Mount, all: &[Mount], registry: &Registry) -> Located {
+    Located { mountpoint: mount.mountpoint.clone(), user: mount.user, entry: registry.find(mount, all) }
 }
 
 fn read_mounts() -> Result<Vec<Mount>, CommandError> {
@@ -165,6 +166,7 @@ mod tests {
         let pid = child.id();
         let located = |pid| Located {
             mountpoint: "/m".into(),
+            user: Some(0),
             entry: Some(Entry { mountpoint: "/m".into(), state: "/s".into(), pid }),
         };
         assert_eq!(located(pid).daemon_lives(), Some(true));

@@ -226,6 +226,7 @@ mod tests {
             mountpoint: mountpoint.clone(),
             fstype: fstype.into(),
             source: "x".into(),
+            user: None,
         };
         assert_eq!(
             refuse(&world, "m", &[mount("ext4")]),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -33,6 +33,11 @@ const CHECK: Duration = Duration::from_secs(24 * 3600);
 /// The longest silence within a sync; the server sends a sign of life every two seconds.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// Memory that an answer may take: that of a check with all its findings is the longest.
+const LONGEST_ANSWER: usize = 256 << 20;
+/// The same of one line of a sync's progress.
+const LONGEST_LINE: usize = 1 << 20;
+
 /// Why a question was not answered.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -43,6 +48,19 @@ pub enum ClientError {
         socket: PathBuf,
         /// What the system said.
         error: std::io::Error,
+    },
+    /// Another user listens there, who may have put the socket in the daemon's place. Nothing was sent.
+    #[error(
+        "{} is served by user {peer}, not by user {owner} whose volume it is, and was asked nothing; see who runs \
+         it with: fuser -v {}", socket.display(), socket.display()
+    )]
+    Stranger {
+        /// The socket tried.
+        socket: PathBuf,
+        /// Who listens.
+        peer: u32,
+        /// Who should.
+        owner: u32,
     },
     /// The daemon took the question and did not answer in time or not in full.
     #[error("the daemon does not answer as it should: {detail}; see daemon.log in its state folder")]
@@ -60,7 +78,9 @@ impl ClientError {
     #[must_use]
     pub fn exit_code(&self) -> Exit {
         match self {
-            ClientError::NoDaemon { .. } | ClientError::Broken { .. } => Exit::NotMounted,
+            ClientError::NoDaemon { .. } | ClientError::Stranger { .. } | ClientError::Broken { .. } => {
+                Exit::NotMounted
+            }
             ClientError::Failed(failure) => failure.exit,
         }
     }
@@ -70,13 +90,14 @@ impl ClientError {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    owner: u32,
 }
 
 impl Client {
-    /// For the daemon that uses the state folder `state`; nothing is sent yet.
+    /// For the daemon of user `owner` that uses the state folder `state`; nothing is sent yet.
     #[must_use]
-    pub fn new(state: &Path) -> Client {
-        Client { socket: state.join(SOCKET) }
+    pub fn new(state: &Path, owner: u32) -> Client {
+        Client { socket: state.join(SOCKET), owner }
     }
 
     /// The state of things.
@@ -149,6 +170,7 @@ impl Client {
             }
             let frame = within(SILENCE, async { response.frame().await.transpose().map_err(broken) }).await?;
             match frame {
+                Some(_) if buffer.len() > LONGEST_LINE => return Err(broken("its lines do not end")),
                 Some(frame) => buffer.extend(frame.into_data().unwrap_or_default()),
                 None => return Err(broken("it ended before the sync was done")),
             }
@@ -196,6 +218,11 @@ impl Client {
         let absent = |error| ClientError::NoDaemon { socket: self.socket.clone(), error };
         let (short, _folder) = socket::short(&self.socket).map_err(absent)?;
         let stream = UnixStream::connect(&short).await.map_err(absent)?;
+        // The path comes from a file that the owner wrote, and may lead to any socket of this machine.
+        let peer = stream.peer_cred().map_err(absent)?.uid();
+        if peer != self.owner {
+            return Err(ClientError::Stranger { socket: self.socket.clone(), peer, owner: self.owner });
+        }
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         tokio::spawn(async move {
@@ -215,7 +242,8 @@ impl Client {
 }
 
 async fn body_of(response: Response<Incoming>) -> Result<Bytes, ClientError> {
-    Ok(response.into_body().collect().await.map_err(broken)?.to_bytes())
+    let body = Limited::new(response.into_body(), LONGEST_ANSWER);
+    Ok(body.collect().await.map_err(broken)?.to_bytes())
 }
 
 async fn within<T>(

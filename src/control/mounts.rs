@@ -21,6 +21,8 @@ pub struct Mount {
     pub fstype: String,
     /// What it calls itself.
     pub source: String,
+    /// The user who mounted it, as the kernel noted; none for what is not FUSE.
+    pub user: Option<u32>,
 }
 
 impl Mount {
@@ -65,7 +67,11 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     words.find(|word| *word == b"-")?;
     let fstype = unescape(words.next()?).to_string_lossy().into_owned();
     let source = unescape(words.next()?).to_string_lossy().into_owned();
-    Some(Mount { mountpoint: mountpoint.into(), fstype, source })
+    // The source is escaped by the kernel: nothing in it can pass for an option.
+    let options = words.next().unwrap_or_default().split(|b| *b == b',');
+    let user = options.filter_map(|o| o.strip_prefix(b"user_id=")).next();
+    let user = user.and_then(|id| std::str::from_utf8(id).ok()?.parse().ok());
+    Some(Mount { mountpoint: mountpoint.into(), fstype, source, user })
 }
 
 /// Undoes the kernel's `\040` for blanks, tabs, line feeds and backslashes.
@@ -108,7 +114,8 @@ mod tests {
         assert_eq!(mounts.len(), 3, "the broken line is passed over");
         let ours = at(&mounts, Path::new("/mnt/my files")).unwrap();
         assert!(ours.is_mirrorfs());
-        assert_eq!(ours.source, "mirrorfs");
+        assert_eq!((ours.source.as_str(), ours.user), ("mirrorfs", Some(0)));
+        assert_eq!(at(&mounts, Path::new("/")).unwrap().user, None);
         assert_eq!(around(&mounts, Path::new("/mnt/my files/x/y")), Some(ours));
         assert_eq!(around(&mounts, Path::new("/mnt/my files/a\\b/c")).unwrap().fstype, "tmpfs");
         assert_eq!(around(&mounts, Path::new("/mnt/other")).unwrap().fstype, "ext4");

@@ -2,9 +2,10 @@
 //!
 //! The folder is opened and the socket addressed through `/proc/self/fd/N/`, which the kernel resolves to the same file.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 const LONGEST: usize = 100;
@@ -17,7 +18,9 @@ pub(super) fn short(socket: &Path) -> std::io::Result<(PathBuf, Option<File>)> {
     let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
         return Err(std::io::ErrorKind::InvalidInput.into());
     };
-    let folder = File::open(folder)?;
+    // A place only: another user may have put something there that waits to be opened.
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    let folder = OpenOptions::new().read(true).custom_flags(flags).open(folder)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name);
     Ok((path, Some(folder)))
 }

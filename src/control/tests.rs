@@ -192,13 +192,17 @@ impl Backend for Fake {
     }
 }
 
+fn me() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// Serves a fake daemon in `state` until the runtime ends.
 fn serve(state: &Path, mood: Mood) -> (Client, Arc<AtomicBool>) {
     let dropped = Arc::new(AtomicBool::new(false));
     let server = Server::bind(state).unwrap();
     let backend = Arc::new(Fake { mood, dropped: Arc::clone(&dropped) });
     tokio::spawn(server.serve(backend, std::future::pending()));
-    (Client::new(state), dropped)
+    (Client::new(state, me()), dropped)
 }
 
 fn all(timeout_seconds: Option<f64>) -> SyncRequest {
@@ -280,12 +284,12 @@ async fn failures_keep_their_code() {
 #[tokio::test]
 async fn no_daemon_is_told_from_a_failing_one() {
     let dir = tempfile::tempdir().unwrap();
-    let error = Client::new(dir.path()).status().await.unwrap_err();
+    let error = Client::new(dir.path(), me()).status().await.unwrap_err();
     assert!(matches!(error, ClientError::NoDaemon { .. }), "{error}");
     assert_eq!(error.exit_code(), Exit::NotMounted);
     // A socket that a killed daemon left behind.
     drop(std::os::unix::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap());
-    let error = Client::new(dir.path()).status().await.unwrap_err();
+    let error = Client::new(dir.path(), me()).status().await.unwrap_err();
     assert!(matches!(error, ClientError::NoDaemon { .. }), "{error}");
     // Which the next daemon replaces.
     let (client, _) = serve(dir.path(), Mood::Steps);
@@ -304,7 +308,7 @@ async fn a_socket_is_its_owners_alone_and_goes_with_the_server() {
     let running = tokio::spawn(server.serve(backend, async {
         let _ = stopped.await;
     }));
-    Client::new(dir.path()).status().await.unwrap();
+    Client::new(dir.path(), me()).status().await.unwrap();
     stop.send(()).unwrap();
     tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap().unwrap();
     assert!(!socket.exists());
@@ -321,4 +325,39 @@ async fn an_unknown_request_says_that_the_daemon_is_older() {
     stream.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.0 404"), "{answer}");
     assert!(answer.contains("does not know this request"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_socket_of_another_user_is_asked_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // The path of the second is longer than an address.
+    let long = dir.path().join("x".repeat(120));
+    std::fs::create_dir(&long).unwrap();
+    for state in [dir.path(), &long] {
+        serve(state, Mood::Steps);
+        Client::new(state, me()).status().await.unwrap();
+        let error = Client::new(state, me() + 1).status().await.unwrap_err();
+        assert!(matches!(error, ClientError::Stranger { .. }), "{error}");
+        assert_eq!(error.exit_code(), Exit::NotMounted);
+        let request = SyncRequest { replicas: Replicas::All, timeout_seconds: None };
+        let error = Client::new(state, me() + 1).sync(request, |_| {}).await.unwrap_err();
+        assert!(error.to_string().contains("was asked nothing"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_end_is_cut_off() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let listener = tokio::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let _ = stream.read(&mut [0; 4096]).await;
+        let head = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n";
+        stream.write_all(head).await.unwrap();
+        while stream.write_all(&[b'x'; 1 << 16]).await.is_ok() {}
+    });
+    let request = SyncRequest { replicas: Replicas::All, timeout_seconds: None };
+    let error = Client::new(dir.path(), me()).sync(request, |_| {}).await.unwrap_err();
+    assert!(error.to_string().contains("its lines do not end"), "{error}");
 }
