@@ -2,15 +2,17 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tempfile::TempDir;
 
 use super::{MIB, Size, Taken, Trouble};
+use crate::private;
 
 /// Small files per directory.
 const PER_DIR: u32 = 1_000;
@@ -150,8 +152,9 @@ impl Buffer {
 #[derive(Debug)]
 pub struct Place {
     root: PathBuf,
-    /// Beside, on a local disk: the archive to unpack.
-    scratch: PathBuf,
+    /// Beside, on a local disk: a private folder for the archive to unpack. In a shared folder, a name that can be
+    /// guessed could be another user's file by the time it is unpacked.
+    scratch: TempDir,
     size: Size,
     pub(super) buffer: Buffer,
     watch: Watch,
@@ -162,8 +165,15 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.watch.begin = Instant::now();
         let _ = self.remove(&self.root, 3);
-        let _ = fs::remove_file(&self.scratch);
+        // The other folder removes itself.
     }
+}
+
+/// Makes a folder that only this user can enter, with a name that cannot be guessed.
+fn private_folder(within: &Path) -> Result<TempDir, Trouble> {
+    let permissions = fs::Permissions::from_mode(private::DIR);
+    let made = tempfile::Builder::new().prefix("mirrorfs-bench.").permissions(permissions).tempdir_in(within);
+    made.map_err(io("make a folder in", within))
 }
 
 fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Trouble {
@@ -177,10 +187,9 @@ impl Place {
     /// # Errors
     /// When it cannot be made.
     pub fn new(dir: &Path, size: Size, limit: Duration) -> Result<Self, Trouble> {
-        let unique = format!("mirrorfs-bench.{}.{:x}", std::process::id(), fs_number(dir));
-        let root = dir.join(&unique);
-        fs::create_dir(&root).map_err(io("make", &root))?;
-        let scratch = std::env::temp_dir().join(format!("{unique}.tar"));
+        let scratch = private_folder(&std::env::temp_dir())?;
+        // Removed by us, since a slow filesystem gets only so much time for it.
+        let root = private_folder(dir)?.keep();
         let watch = Watch { limit, begin: Instant::now() };
         Ok(Self { root, scratch, size, buffer: Buffer::default(), watch, random: 0x9E37_79B9_7F4A_7C15 })
     }
@@ -194,6 +203,10 @@ impl Place {
     #[cfg(test)]
     pub(super) fn set_limit(&mut self, limit: Duration) {
         self.watch.limit = limit;
+    }
+
+    fn archive(&self) -> PathBuf {
+        self.scratch.path().join("small.tar")
     }
 
     fn big(&self) -> PathBuf {
@@ -256,7 +269,7 @@ impl Place {
             W::StatWarm => self.stat()?,
             W::ReadSmallWarm => self.read_small()?,
             // Nobody is to wait for the disk that the archive lies on.
-            W::Untar => drop(fs::read(&self.scratch).map_err(io("read", &self.scratch))?),
+            W::Untar => drop(fs::read(self.archive()).map_err(io("read", &self.archive()))?),
             _ => {}
         }
         Ok(())
@@ -423,14 +436,14 @@ impl Place {
 
     /// The small files as an archive, once.
     fn pack(&mut self) -> Result<(), Trouble> {
-        if self.scratch.exists() {
+        if self.archive().exists() {
             return Ok(());
         }
         self.have_small()?;
         let mut command = Command::new("tar");
-        let made = self.tar(command.arg("-cf").arg(&self.scratch).arg("-C").arg(&self.root).arg("small"));
+        let made = self.tar(command.arg("-cf").arg(self.archive()).arg("-C").arg(&self.root).arg("small"));
         if made.is_err() {
-            let _ = fs::remove_file(&self.scratch);
+            let _ = fs::remove_file(self.archive());
         }
         made
     }
@@ -438,7 +451,7 @@ impl Place {
     fn unpack(&self) -> Result<u64, Trouble> {
         let dir = self.root.join("untar");
         fs::create_dir(&dir).map_err(io("make", &dir))?;
-        self.tar(Command::new("tar").arg("-xf").arg(&self.scratch).arg("-C").arg(&dir))?;
+        self.tar(Command::new("tar").arg("-xf").arg(self.archive()).arg("-C").arg(&dir))?;
         Ok(u64::from(self.size.files))
     }
 
@@ -493,7 +506,23 @@ fn drop_caches() -> Result<(), Trouble> {
         .map_err(|error| Trouble::Skipped(format!("only root can empty the kernel's caches ({error})")))
 }
 
-fn fs_number(dir: &Path) -> u64 {
+#[cfg(test)]
+mod tests {
+    use super::*;
     use std::os::unix::fs::MetadataExt;
-    fs::metadata(dir).map_or(0, |m| m.dev() ^ m.ino())
+
+    #[test]
+    fn what_is_unpacked_lies_where_nobody_else_can_put_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = Size { big: MIB, files: 16, random: 16, synced: 8 };
+        let places = [0, 1].map(|_| Place::new(dir.path(), size.clone(), Duration::from_secs(60)).unwrap());
+        for place in &places {
+            for folder in [place.root(), place.scratch.path()] {
+                assert_eq!(fs::metadata(folder).unwrap().mode() & 0o7777, 0o700, "{}", folder.display());
+            }
+            assert_eq!(place.archive().parent(), Some(place.scratch.path()));
+            assert!(!place.archive().exists());
+        }
+        assert_ne!(places[0].root(), places[1].root(), "a name that cannot be told beforehand");
+    }
 }

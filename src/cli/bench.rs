@@ -303,6 +303,7 @@ mod tests {
             mountpoint: at.into(),
             fstype: fstype.into(),
             source: String::new(),
+            user: None,
         };
         let mounts = [mount("/", "ext4"), mount("/no/m", "fuse.mirrorfs"), mount("/no/n", "fuse.mirrorfs")];
         let names = |paths: &[&str]| {
