@@ -5,7 +5,7 @@
 //! escapes: `\n`, `\x1b`, `\u{202e}`. Everything else, blanks and backslashes included, stays as it is. Pure.
 
 use std::borrow::Cow;
-use std::fmt::{self, Display, Write};
+use std::fmt::Write;
 
 /// Put before every line but the first of a text of several lines, so that none of them looks like a text of its own.
 const INDENT: &str = "    ";
@@ -77,16 +77,6 @@ pub fn json(text: &str) -> Cow<'_, str> {
     escaped(text, |c| c != '\n' && is_unsafe(c), push)
 }
 
-/// Displays a value as [`line`] does.
-#[derive(Clone, Copy, Debug)]
-pub struct Line<T>(pub T);
-
-impl<T: Display> Display for Line<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&line(&self.0.to_string()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,7 +93,6 @@ mod tests {
         assert_eq!(line(HOSTILE), ESCAPED);
         assert_eq!(lines(HOSTILE), ESCAPED);
         assert_eq!(message(HOSTILE), ESCAPED);
-        assert_eq!(Line(HOSTILE).to_string(), ESCAPED);
         for c in (0..=0x10_ffff).filter_map(char::from_u32).filter(|c| c.is_control()) {
             assert!(!line(&c.to_string()).contains(c), "{c:?}");
         }

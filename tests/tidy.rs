@@ -197,6 +197,51 @@ fn dependencies_stay_behind_their_fences() {
 }
 
 #[test]
+fn all_that_a_person_reads_is_escaped() {
+    let writer = "src/cli/output.rs";
+    // Not to write: whether it is a terminal, and which descriptor it is.
+    let handles = [writer, "src/cli/progress.rs", "src/cli/background.rs"];
+    // Help, of which nothing comes from outside; a report to another process; the figures in a file.
+    let breaks = [
+        ("src/cli/mod.rs", "exit.meaning()"),
+        ("src/cli/mod.rs", "Exit codes:"),
+        ("src/cli/fsck.rs", "exit.code()"),
+        ("src/cli/background.rs", "serde_json::to_string"),
+        ("src/cli/background.rs", ".join("),
+        ("src/cli/bench.rs", "std::fs::write"),
+        ("src/cli/status.rs", "output::print(&texts.join("),
+        ("src/cli/status.rs", "output::table(&head)"),
+    ];
+    let mut faults = Vec::new();
+    for s in rust("src").iter().filter(|s| s.path != writer && !is_test(&s.path)) {
+        let product = s.text.find("#[cfg(test)]\nmod tests").unwrap_or(s.text.len());
+        let lines = s.text[..product].lines().count();
+        for (line, text) in s.code().take_while(|(line, _)| *line <= lines) {
+            for word in ["println!", "print!", "eprintln!", "eprint!", "env_logger::", "set_hook("] {
+                if names_after(text, word).next().is_some() {
+                    faults.push(format!("{}:{line}: `{word}` outside {writer}", s.path));
+                }
+            }
+            let handle =
+                ["stdout()", "stderr()"].iter().any(|word| text.replace("use_stderr", "").contains(word));
+            if handle && !handles.contains(&s.path.as_str()) {
+                faults.push(format!("{}:{line}: writes past {writer}", s.path));
+            }
+            let known = breaks.iter().any(|(path, part)| s.path == *path && text.contains(part));
+            if s.path.starts_with("src/cli/") && text.contains("\\n") && !known {
+                faults.push(format!("{}:{line}: a line break of its own: use output::push_line", s.path));
+            }
+        }
+    }
+    report(&faults);
+}
+
+/// Whether a file of `src` holds tests alone.
+fn is_test(path: &str) -> bool {
+    path.ends_with("/tests.rs") || path.contains("/tests/") || path.ends_with("/testing.rs")
+}
+
+#[test]
 fn blocking_modules_know_no_async() {
     let mut faults = Vec::new();
     for s in rust("src").iter().filter(|s| s.module().is_some_and(|m| BLOCKING.contains(&m))) {

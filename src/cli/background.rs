@@ -70,7 +70,7 @@ pub(super) fn start(
     // The daemon's own last line is what is about to be said.
     let words = words.strip_suffix(&format!("mirrorfs: {error}")).unwrap_or(&words).trim_end();
     if !words.is_empty() && (gone || silent) {
-        output::note(words);
+        words.lines().for_each(output::note);
     }
     if silent && !gone {
         error.message += &format!("; see {}", path.display());

@@ -248,7 +248,7 @@ fn table(rows: &[Row], directories: &[Directory]) -> String {
         }
         for (place, directory) in directories.iter().enumerate() {
             if let Some(why) = &row.failed[place] {
-                notes.push_str(&format!("{name} failed in {}: {why}\n", directory.name));
+                output::push_line(&mut notes, format!("{name} failed in {}: {why}", directory.name));
                 line.extend(["failed".to_owned(), "-".to_owned()]);
                 continue;
             }

@@ -367,19 +367,23 @@ fn verdict(report: &Report) -> FsckExit {
 fn show(report: &Report, repaired: bool) -> String {
     let mut text = String::new();
     for line in &report.findings {
-        text += &format!("{line}\n");
+        output::push_line(&mut text, line.to_string());
     }
     for (kind, n) in &report.counts {
         let told = report.findings.iter().filter(|l| l.kind == *kind).count() as u64;
         if *n > told {
-            text += &format!("… and {} more of kind {}; --all tells them\n", n - told, kind.word());
+            let more = n - told;
+            output::push_line(
+                &mut text,
+                format!("… and {more} more of kind {}; --all tells them", kind.word()),
+            );
         }
     }
     for note in &report.notes {
-        text += &format!("note: {note}\n");
+        output::push_line(&mut text, format!("note: {note}"));
     }
     for failed in &report.failed {
-        text += &format!("not checked: {failed}\n");
+        output::push_line(&mut text, format!("not checked: {failed}"));
     }
     let t = &report.totals;
     let looked = format!(

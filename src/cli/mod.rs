@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
             helper::exit_code(if fake { mount::check_only(&arguments) } else { run_as(&arguments) }).into()
         }
         helper::Call::Remount { mountpoint, options } => {
-            start_log(None, "warn");
+            output::start_log(None, "warn");
             helper::exit_code(finish(remount::run(mountpoint.as_ref(), options))).into()
         }
         helper::Call::Wrong(why) => {
@@ -136,7 +136,7 @@ pub fn main() -> ExitCode {
 fn run_own(arguments: &[OsString]) -> ExitCode {
     match parse(arguments) {
         Ok(Cli { command: Command::Fsck(args), log }) => {
-            start_log(log.as_deref(), "warn");
+            output::start_log(log.as_deref(), "warn");
             fsck::run(&args).into()
         }
         Ok(cli) => run_parsed(cli, arguments).into(),
@@ -149,17 +149,17 @@ fn run_as(arguments: &[OsString]) -> Exit {
     parse(arguments).map_or_else(|exit| exit, |cli| run_parsed(cli, arguments))
 }
 
-/// Help goes to standard output and is no error; a reader that closed early is none either.
+/// Help goes to standard output and is no error.
 fn parse(arguments: &[OsString]) -> Result<Cli, Exit> {
     Cli::try_parse_from(arguments).map_err(|error| {
-        let _ = error.print();
+        output::help(&error, arguments);
         if error.use_stderr() { Exit::Usage } else { Exit::Done }
     })
 }
 
 fn run_parsed(cli: Cli, arguments: &[OsString]) -> Exit {
     let quiet = !matches!(cli.command, Command::Mount(_));
-    start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
+    output::start_log(cli.log.as_deref(), if quiet { "warn" } else { "info" });
     finish(run(cli.command, arguments))
 }
 
@@ -201,14 +201,6 @@ fn run(command: Command, arguments: &[OsString]) -> Outcome {
         Command::Version(args) => version::run(&args),
         Command::Invalidate(args) => invalidate::run(&args),
     }
-}
-
-fn start_log(filter: Option<&str>, default: &str) {
-    let mut builder = env_logger::Builder::new();
-    builder.filter_module(crate::fuse::NOISE, log::LevelFilter::Off);
-    builder.parse_filters(filter.unwrap_or(default)).format_timestamp_millis();
-    // Fails only when a log is running already, as in a test that calls main twice.
-    let _ = builder.try_init();
 }
 
 /// A runtime for a command that asks a daemon: one thread is enough.

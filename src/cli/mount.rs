@@ -211,7 +211,7 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
     let outcome = if args.unguarded {
         let ready: Ready = Box::new(move |outcome| {
             if let Ok(info) = outcome {
-                output::note(&announce(&info, &mountpoint));
+                announce(&info, &mountpoint).lines().for_each(output::note);
             }
         });
         let mount = MountArgs { mountpoint: checked.path, takeover, log: None, replaces: false };
@@ -331,6 +331,8 @@ fn prepare_or_report(
 }
 
 fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {
-    let notes: String = info.notes.iter().map(|note| format!("{note}\n")).collect();
-    format!("{notes}mounted volume {} on {}", info.volume, mountpoint.display())
+    let mut text = String::new();
+    info.notes.iter().for_each(|note| output::push_line(&mut text, note));
+    output::push_line(&mut text, format!("mounted volume {} on {}", info.volume, mountpoint.display()));
+    text
 }

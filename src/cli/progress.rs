@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{human, output};
+use crate::escape;
 
 /// Time between two plain lines.
 const LINE_PACE: Duration = Duration::from_secs(5);
@@ -88,7 +89,8 @@ impl Progress {
             let (done, all) = self.estimate.position();
             bar.set_length(all.max(1));
             bar.set_position(done);
-            bar.set_message(message);
+            // The bar writes to the terminal by itself.
+            bar.set_message(escape::line(&message).into_owned());
         } else if now.saturating_duration_since(self.last_line) >= LINE_PACE {
             self.last_line = now;
             output::note(&format!("{}: {message}", self.what));

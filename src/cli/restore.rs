@@ -126,11 +126,12 @@ fn list(args: &Args, filter: &Filter, opened: &Opened) -> Outcome {
     let mut outcome = Ok(());
     let mut wrong = 0_usize;
     let mut emit = |entry: restore::Listed| {
-        match serde_json::to_string(&entry) {
-            Ok(json) if args.json => lines.push_str(&json),
-            _ => lines.push_str(&entry.to_string()),
+        if args.json {
+            outcome =
+                std::mem::replace(&mut outcome, Ok(())).and_then(|()| output::push_json(&mut lines, &entry));
+        } else {
+            output::push_line(&mut lines, entry.to_string());
         }
-        lines.push('\n');
         if lines.len() > 64 << 10 && outcome.is_ok() {
             outcome = output::print(&lines);
             lines.clear();

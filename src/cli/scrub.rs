@@ -255,24 +255,23 @@ fn show(statuses: &[ScrubStatus], now: f64) -> String {
     let mut text = output::table(&rows);
     for s in statuses {
         for finding in &s.findings {
-            text += &format!("{}: {}: {}: {}\n", s.replica, finding.object, finding.problem, finding.outcome);
+            let (object, problem, outcome) = (&finding.object, &finding.problem, &finding.outcome);
+            output::push_line(&mut text, format!("{}: {object}: {problem}: {outcome}", s.replica));
         }
         if s.counters.foreign > 0 {
-            text += &format!(
-                "{}: {} that are not mirrorfs's are left alone\n",
-                s.replica,
-                human::count(s.counters.foreign, "object")
-            );
+            let objects = human::count(s.counters.foreign, "object");
+            let line = format!("{}: {objects} that are not mirrorfs's are left alone", s.replica);
+            output::push_line(&mut text, line);
         }
         if s.counters.left_over > 0 {
-            text += &format!(
-                "{}: {} that nothing needs are left alone\n",
-                s.replica,
-                human::count(s.counters.left_over, "object")
+            let objects = human::count(s.counters.left_over, "object");
+            output::push_line(
+                &mut text,
+                format!("{}: {objects} that nothing needs are left alone", s.replica),
             );
         }
         if let Some(detail) = &s.detail {
-            text += &format!("{}: {detail}\n", s.replica);
+            output::push_line(&mut text, format!("{}: {detail}", s.replica));
         }
     }
     text

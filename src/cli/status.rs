@@ -120,10 +120,11 @@ fn show(status: &Status, now: f64) -> String {
     rows.extend(status.replicas.iter().map(row));
     let mut errors = String::new();
     if let Some(error) = &status.sealing_error {
-        errors += &format!("nothing more can be sealed for now: {error}\n");
+        output::push_line(&mut errors, format!("nothing more can be sealed for now: {error}"));
     }
     if cache.corrupt > 0 {
-        errors += &format!("cached blocks that were damaged and fetched anew: {}\n", cache.corrupt);
+        let line = format!("cached blocks that were damaged and fetched anew: {}", cache.corrupt);
+        output::push_line(&mut errors, line);
     }
     errors.extend(status.replicas.iter().map(|r| trouble(r, now)));
     format!("{}\n{}\n{}{errors}", output::table(&head), output::table(&rows), requests(&status.replicas))
@@ -206,10 +207,11 @@ fn trouble(replica: &ReplicaStatus, now: f64) -> String {
     if let Some(error) = &replica.last_error {
         let age = human::seconds(now - error.at);
         let reason = reason(&replica.name, &error.text);
-        lines += &format!("last error of {}, {age} ago: {reason}\n", replica.name);
+        output::push_line(&mut lines, format!("last error of {}, {age} ago: {reason}", replica.name));
     }
     if replica.damages > 0 {
-        lines += &format!("damaged places found on {}: {}\n", replica.name, replica.damages);
+        let line = format!("damaged places found on {}: {}", replica.name, replica.damages);
+        output::push_line(&mut lines, line);
     }
     lines
 }

@@ -12,6 +12,7 @@ use tokio::runtime::Runtime;
 use super::backend::Control;
 use super::serve::Running;
 use crate::control::Status;
+use crate::escape;
 use crate::replica::ReplicaState;
 
 /// How often a long step says that it goes on, and how much time it asks for.
@@ -133,7 +134,7 @@ fn describe(status: &Status) -> String {
         };
         line.push_str(&format!("; {} {state}", replica.name));
     }
-    line.replace('\n', " ")
+    escape::line(&line.replace('\n', " ")).into_owned()
 }
 
 #[cfg(test)]
@@ -148,9 +149,9 @@ mod tests {
         status.replicas[0].lag_bytes = 3 << 20;
         let line = describe(&status);
         assert!(line.contains("on /mnt/x") && line.contains("; a behind by 3.0 MiB"), "{line}");
-        status.read_only = Some("two\nlines".into());
+        status.read_only = Some("two\nlines\x1b".into());
         status.replicas[0].lag_segments = 0;
         let line = describe(&status);
-        assert!(line.contains("; read-only: two lines; a ok"), "{line}");
+        assert!(line.contains("; read-only: two lines\\x1b; a ok"), "{line}");
     }
 }

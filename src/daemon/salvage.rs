@@ -23,6 +23,7 @@ use super::parts::{SlotCell, journal_is_gone, open_with_ballast, sealed_mark};
 use super::state::{Local, StateDir};
 use crate::cache::dirty::Piece;
 use crate::cache::{BlockStore, StoreError, Supply};
+use crate::escape;
 use crate::exit::Exit;
 use crate::format::local::SegmentValue;
 use crate::format::names::ObjectName;
@@ -458,7 +459,7 @@ impl BlockContent for LocalContent {
 fn write_report(to: &Path, report: &SalvageReport) -> std::io::Result<()> {
     let mut text = report.saved.list();
     for warning in &report.warnings {
-        text.push_str(&format!("\nNote: {warning}\n"));
+        text.push_str(&format!("\nNote: {}\n", escape::line(warning)));
     }
     let names = (1..).map(|n| format!("SALVAGE-{n}.txt"));
     for name in std::iter::once(REPORT.to_owned()).chain(names) {

@@ -406,7 +406,7 @@ impl Saved {
         let mut part = |title: &str, lines: Vec<String>| {
             if !lines.is_empty() {
                 let _ = writeln!(out, "\n{title}:");
-                lines.iter().for_each(|line| _ = writeln!(out, "  {line}"));
+                lines.iter().for_each(|line| _ = writeln!(out, "  {}", crate::escape::line(line)));
             }
         };
         let ranges = |i: &Incomplete| {
