@@ -173,7 +173,7 @@ impl Drop for Place {
 fn private_folder(within: &Path) -> Result<TempDir, Trouble> {
     let permissions = fs::Permissions::from_mode(private::DIR);
     let made = tempfile::Builder::new().prefix("mirrorfs-bench.").permissions(permissions).tempdir_in(within);
-    made.map_err(io("make a folder in", within))
+    made.map_err(io("make", &within.join("mirrorfs-bench.*")))
 }
 
 fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Trouble {

@@ -205,12 +205,14 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
     let mountpoint = checked.path.clone();
     if !args.foreground {
         let info = background::start(arguments, &config.state, made.as_deref())?;
+        warn(&info);
         return if args.quiet { Ok(()) } else { output::print(&announce(&info, &mountpoint)) };
     }
     let state = config.state.clone();
     let outcome = if args.unguarded {
         let ready: Ready = Box::new(move |outcome| {
             if let Ok(info) = outcome {
+                warn(&info);
                 announce(&info, &mountpoint).lines().for_each(output::note);
             }
         });
@@ -220,7 +222,8 @@ pub(super) fn run(args: Args, arguments: &[OsString]) -> Outcome {
         let guarded = guarded(&config, &checked.path, cwd, arguments, Way::Foreground);
         guard(guarded, |line| {
             if let Ok(info) = line {
-                output::note(&announce(info, &mountpoint));
+                warn(info);
+                announce(info, &mountpoint).lines().for_each(output::note);
             }
         })
     };
@@ -330,9 +333,22 @@ fn prepare_or_report(
     }
 }
 
+fn is_warning(note: &str) -> bool {
+    note.starts_with("warning: ")
+}
+
+/// What mount(8) is told, too.
+fn warn(info: &ReadyInfo) {
+    info.notes
+        .iter()
+        .filter(|note| is_warning(note))
+        .for_each(|note| output::note(&format!("mirrorfs: {note}")));
+}
+
 fn announce(info: &ReadyInfo, mountpoint: &std::path::Path) -> String {
     let mut text = String::new();
-    info.notes.iter().for_each(|note| output::push_line(&mut text, note));
+    let notes = info.notes.iter().filter(|note| !is_warning(note));
+    notes.for_each(|note| output::push_line(&mut text, note));
     output::push_line(&mut text, format!("mounted volume {} on {}", info.volume, mountpoint.display()));
     text
 }

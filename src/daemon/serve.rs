@@ -301,7 +301,10 @@ impl Started {
     /// What there is to say, logged.
     fn take_notes(&mut self) -> Vec<String> {
         let notes = std::mem::take(&mut self.notes);
-        notes.iter().for_each(|note| log::info!("{note}"));
+        notes.iter().for_each(|note| match note.strip_prefix("warning: ") {
+            Some(warning) => log::warn!("{warning}"),
+            None => log::info!("{note}"),
+        });
         notes
     }
 

@@ -516,9 +516,9 @@ fn copies(t: &mut Case) {
     pwrite(&a, &[255; 5000], 1_000_000).unwrap();
     t.note("independent", fs::read(t.p("b")).unwrap() == data);
     t.note("from another filesystem", {
-        fs::write("/dev/shm/mirrorfs-copy", b"abc").unwrap();
-        let o = open("/dev/shm/mirrorfs-copy", libc::O_RDONLY).unwrap();
-        fs::remove_file("/dev/shm/mirrorfs-copy").unwrap();
+        let elsewhere = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        fs::write(elsewhere.path(), b"abc").unwrap();
+        let o = open(elsewhere.path(), libc::O_RDONLY).unwrap();
         cfr(&o, 0, &b, 0, 3, 0)
     });
     // Unaligned, over what is only in the page cache, and longer than the target.

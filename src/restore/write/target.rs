@@ -305,8 +305,13 @@ impl Target {
         if self.changes_owner(inode) {
             note(&mut trouble, "owner", fs::fchown(fd, uid(inode), gid(inode)));
         }
-        note(&mut trouble, "mode", fs::fchmod(fd, self.mode(inode)));
+        let (mode, listed) = (self.mode(inode), has_list(xattrs));
+        note(&mut trouble, "mode", fs::fchmod(fd, before_list(mode, listed)));
+        let troubles = trouble.len();
         set_xattrs(xattrs.iter().filter(|(name, _)| late(name)), set, &mut trouble);
+        if listed && trouble.len() == troubles {
+            note(&mut trouble, "mode", fs::fchmod(fd, mode));
+        }
         note(&mut trouble, "times", fs::futimens(fd, &times(inode)));
         trouble
     }
@@ -333,13 +338,18 @@ impl Target {
         match fs::openat(&at, as_name(name), flags, Mode::empty()) {
             Ok(fd) => {
                 let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+                let (mode, listed) = (self.mode(inode), has_list(xattrs));
                 if inode.kind != FileKind::Symlink {
-                    note(&mut trouble, "mode", fs::chmod(path.as_str(), self.mode(inode)));
+                    note(&mut trouble, "mode", fs::chmod(path.as_str(), before_list(mode, listed)));
                 }
+                let troubles = trouble.len();
                 let set = |name: &[u8], value: &[u8]| {
                     fs::setxattr(path.as_str(), as_name(name), value, XattrFlags::empty())
                 };
                 set_xattrs(xattrs.iter(), set, &mut trouble);
+                if listed && inode.kind != FileKind::Symlink && trouble.len() == troubles {
+                    note(&mut trouble, "mode", fs::chmod(path.as_str(), mode));
+                }
             }
             Err(e) => note(&mut trouble, "attributes", Err(e)),
         }
@@ -413,6 +423,17 @@ fn run(content: &[u8], zeros: bool) -> usize {
         len += page.len();
     }
     len
+}
+
+/// Whether an access control list is among the attributes.
+fn has_list(xattrs: &[(Bytes, Bytes)]) -> bool {
+    xattrs.iter().any(|(name, _)| &name[..] == b"system.posix_acl_access")
+}
+
+/// The mode to set before the list. With a list, the group's bits are those of its mask, not what the group may do:
+/// until the list is there, and when it cannot be set, the group may do nothing.
+fn before_list(mode: Mode, listed: bool) -> Mode {
+    if listed { mode.difference(Mode::RWXG) } else { mode }
 }
 
 fn note(trouble: &mut Vec<String>, what: &str, result: rustix::io::Result<()>) {

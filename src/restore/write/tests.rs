@@ -194,6 +194,26 @@ async fn owners_and_devices_come_back_for_root_and_are_named_for_others() {
 }
 
 #[tokio::test]
+async fn a_file_whose_list_cannot_be_set_is_not_open_to_its_group() {
+    let mut w = world(1).await;
+    // With a list, the bits of the group are its mask.
+    for (name, ino, kind) in [(b"file", 2, FileKind::Regular), (b"fifo", 3, FileKind::Fifo)] {
+        let mut node = inode(kind, 0, Body::Blocks);
+        node.perm = 0o674;
+        w.node(1, name, ino, node);
+        w.record(vec![Op::put(xattr_key(Ino(ino), b"system.posix_acl_access"), &b"no list"[..])]);
+    }
+    w.cut(1, true).await;
+    let temp = tempfile::tempdir().unwrap();
+    let report = restored(&w, temp.path(), |_| ()).await.unwrap();
+    assert_eq!(report.problems.len(), 2, "{:?}", report.problems);
+    for name in ["file", "fifo"] {
+        let mode = fs::metadata(temp.path().join(name)).unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o604, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn sparse_files_stay_sparse() {
     let mut w = world(1).await;
     let mut raw = vec![0; 100 * BLOCK];
