@@ -23,7 +23,8 @@ const PIECE: usize = 2 << 20;
 /// Shorter files are not worth it.
 pub const LEAST: usize = 1 << 20;
 
-/// Makes `path` a file of these bytes for its owner only, durably (but for its name, which is its folder's).
+/// Makes `path` a file of these bytes for its owner only, durably (but for its name, which is its
+/// folder's).
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if bytes.len() >= LEAST && past_the_cache(path, bytes)? {
         return Ok(());

@@ -1,13 +1,15 @@
 //! Text from outside made harmless for a terminal and a log.
 //!
-//! Names of files, hosts of claims and errors of servers may hold anything. A terminal obeys control characters, a log is
-//! read by its lines, and marks of writing direction show a text in another order than it has. They become visible
-//! escapes: `\n`, `\x1b`, `\u{202e}`. Everything else, blanks and backslashes included, stays as it is. Pure.
+//! Names of files, hosts of claims and errors of servers may hold anything. A terminal obeys
+//! control characters, a log is read by its lines, and marks of writing direction show a text in
+//! another order than it has. They become visible escapes: `\n`, `\x1b`, `\u{202e}`. Everything
+//! else, blanks and backslashes included, stays as it is. Pure.
 
 use std::borrow::Cow;
 use std::fmt::Write;
 
-/// Put before every line but the first of a text of several lines, so that none of them looks like a text of its own.
+/// Put before every line but the first of a text of several lines, so that none of them looks like
+/// a text of its own.
 const INDENT: &str = "    ";
 
 /// Whether a character can do more on a terminal than be seen.
@@ -57,16 +59,16 @@ pub fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| c != '\n' && is_unsafe(c), push)
 }
 
-/// A message that may have several lines: all but the first are indented, so that a line break which came from outside
-/// cannot begin what looks like another message.
+/// A message that may have several lines: all but the first are indented, so that a line break
+/// which came from outside cannot begin what looks like another message.
 #[must_use]
 pub fn message(text: &str) -> Cow<'_, str> {
     let safe = lines(text.trim_end_matches('\n'));
     if safe.contains('\n') { Cow::Owned(safe.replace('\n', &format!("\n{INDENT}"))) } else { safe }
 }
 
-/// JSON text that says the same in harmless characters. What JSON itself is made of is never unsafe but for line breaks
-/// between values; within strings serde has escaped everything below a blank.
+/// JSON text that says the same in harmless characters. What JSON itself is made of is never unsafe
+/// but for line breaks between values; within strings serde has escaped everything below a blank.
 #[must_use]
 pub fn json(text: &str) -> Cow<'_, str> {
     let push = |out: &mut String, c: char| {
@@ -81,8 +83,8 @@ pub fn json(text: &str) -> Cow<'_, str> {
 mod tests {
     use super::*;
 
-    /// Escape, bell, both forms of the control sequence and of the system command, carriage return, backspace, delete,
-    /// reversed writing, an isolate, a line separator, and an invisible letter.
+    /// Escape, bell, both forms of the control sequence and of the system command, carriage return,
+    /// backspace, delete, reversed writing, an isolate, a line separator, and an invisible letter.
     const HOSTILE: &str =
         "a\x1b[2J\x07\u{9b}31m\x1b]0;t\x07\u{9d}\r\x08\x7f\0\u{202e}\u{2066}\u{2028}\u{e0041}z";
     const ESCAPED: &str =

@@ -1,7 +1,7 @@
 //! Files and folders for their owner only.
 //!
-//! A replica, a state folder and everything in them hold the content of files whose permissions only the mount enforces.
-//! Knows not what the files are.
+//! A replica, a state folder and everything in them hold the content of files whose permissions
+//! only the mount enforces. Knows not what the files are.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -15,8 +15,8 @@ pub const FILE: u32 = 0o600;
 /// What the process leaves out of the permissions of everything that it makes.
 const UMASK: libc::mode_t = 0o077;
 
-/// Has this process make files and folders for their owner only, libraries included. Files made *through* a mount are
-/// not affected: the kernel applies the umask of the caller.
+/// Has this process make files and folders for their owner only, libraries included. Files made
+/// *through* a mount are not affected: the kernel applies the umask of the caller.
 pub fn set_umask() {
     // SAFETY: umask takes a number, touches no memory and cannot fail.
     unsafe { libc::umask(UMASK) };
@@ -27,12 +27,14 @@ pub fn create_dir_all(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(DIR).create(path)
 }
 
-/// Makes or empties a file for writing, whatever the umask is. One that exists keeps its permissions.
+/// Makes or empties a file for writing, whatever the umask is. One that exists keeps its
+/// permissions.
 pub fn create_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(FILE).open(path)
 }
 
-/// Refuses a folder that another user owns or may write to: what this process reads there, that user could have put there.
+/// Refuses a folder that another user owns or may write to: what this process reads there, that
+/// user could have put there.
 pub fn require_own(dir: &Path) -> io::Result<()> {
     let meta = std::fs::metadata(dir)?;
     // SAFETY: geteuid has no preconditions and cannot fail.
@@ -69,7 +71,8 @@ pub struct Open {
 }
 
 impl Open {
-    /// Looks at a folder. `None` when it is its owner's alone, is not there, or cannot be looked at.
+    /// Looks at a folder. `None` when it is its owner's alone, is not there, or cannot be looked
+    /// at.
     #[must_use]
     pub fn look(path: &Path) -> Option<Self> {
         let meta = std::fs::metadata(path).ok()?;

@@ -201,7 +201,8 @@ fn all_that_a_person_reads_is_escaped() {
     let writer = "src/cli/output.rs";
     // Not to write: whether it is a terminal, and which descriptor it is.
     let handles = [writer, "src/cli/progress.rs", "src/cli/background.rs"];
-    // Help, of which nothing comes from outside; a report to another process; the figures in a file.
+    // Help, of which nothing comes from outside; a report to another process; the figures in a
+    // file.
     let breaks = [
         ("src/cli/mod.rs", "exit.meaning()"),
         ("src/cli/mod.rs", "Exit codes:"),

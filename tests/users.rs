@@ -1,4 +1,5 @@
-//! Other users of the machine, and those who write what we show: what they may read, plant, and paint on a terminal.
+//! Other users of the machine, and those who write what we show: what they may read, plant, and
+//! paint on a terminal.
 //!
 //! Most of it needs root, which becomes another user.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -81,7 +82,8 @@ impl World {
         run(&mut self.command(args), LIMIT)
     }
 
-    /// The same as another user, with a copy of the program: where it was built that user may not enter.
+    /// The same as another user, with a copy of the program: where it was built that user may not
+    /// enter.
     fn run_as(&self, user: u32, args: &[&str]) -> Ran {
         let program = self.path("program");
         if !program.exists() {
@@ -330,7 +332,8 @@ impl Theirs {
 fn answering(state: &Path, answer: &'static str) {
     let (path, (listening, listens)) = (state.join("control.sock"), mpsc::channel());
     thread::spawn(move || {
-        // SAFETY: takes numbers. Called past libc, which would change the user of every thread of the process.
+        // SAFETY: takes numbers. Called past libc, which would change the user of every thread of
+        // the process.
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, OTHER, -1) }, 0);
         let listener = UnixListener::bind(&path).unwrap();
         listening.send(()).unwrap();
@@ -389,7 +392,8 @@ fn root_asks_another_user_s_daemon_but_not_what_that_user_points_to() {
     world.run(&["umount", "m"]).ok();
 }
 
-/// What a terminal would obey: the first characters of control sequences in both forms, a bell, reversed writing.
+/// What a terminal would obey: the first characters of control sequences in both forms, a bell,
+/// reversed writing.
 const HOSTILE: &str = "x\u{1b}[2J\u{7}\u{9b}1m\u{202e}y\nmirrorfs: z";
 
 #[track_caller]

@@ -152,8 +152,8 @@ impl Buffer {
 #[derive(Debug)]
 pub struct Place {
     root: PathBuf,
-    /// Beside, on a local disk: a private folder for the archive to unpack. In a shared folder, a name that can be
-    /// guessed could be another user's file by the time it is unpacked.
+    /// Beside, on a local disk: a private folder for the archive to unpack. In a shared folder, a
+    /// name that can be guessed could be another user's file by the time it is unpacked.
     scratch: TempDir,
     size: Size,
     pub(super) buffer: Buffer,

@@ -43,7 +43,8 @@ pub(super) fn run(args: Args) -> Outcome {
     Ok(())
 }
 
-/// Tells that other users may enter the folder of a replica. The daemon tells the same at each mount.
+/// Tells that other users may enter the folder of a replica. The daemon tells the same at each
+/// mount.
 pub(super) fn warn_of_open_folder(replica: &ReplicaSpec) {
     if let Place::Folder(folder) = replica.place()
         && let Some(open) = private::Open::look(folder)

@@ -115,7 +115,8 @@ type Outcome = Result<(), CommandError>;
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
-    // Whatever a command makes beside what it was asked to make holds the volume's content or its secrets.
+    // Whatever a command makes beside what it was asked to make holds the volume's content or its
+    // secrets.
     crate::private::set_umask();
     match helper::translate(std::env::args_os().collect()) {
         helper::Call::Own(arguments) => run_own(&arguments),

@@ -1,8 +1,9 @@
 //! Standard output, standard error and the log without surprises.
 //!
-//! Everything that a person reads passes here, and [`escape`] takes from it what a terminal would obey: names of files,
-//! hosts and errors of servers come from outside. A reader that goes away (`| head`) ends the output, not the program.
-//! `tests/tidy.rs` holds that nothing else writes to the two.
+//! Everything that a person reads passes here, and [`escape`] takes from it what a terminal would
+//! obey: names of files, hosts and errors of servers come from outside. A reader that goes away
+//! (`| head`) ends the output, not the program. `tests/tidy.rs` holds that nothing else writes to
+//! the two.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
@@ -12,7 +13,8 @@ use super::{CommandError, Outcome};
 use crate::escape;
 use crate::exit::Exit;
 
-/// Prints lines on standard output. What a line says of things outside is added with [`push_line`] or [`table`].
+/// Prints lines on standard output. What a line says of things outside is added with [`push_line`]
+/// or [`table`].
 pub(super) fn print(text: &str) -> Outcome {
     write_out(&escape::lines(text))
 }
@@ -32,19 +34,22 @@ fn write_out(text: &str) -> Outcome {
     }
 }
 
-/// Prints a value as JSON on standard output, to a terminal or not: for a parser the value is the same.
+/// Prints a value as JSON on standard output, to a terminal or not: for a parser the value is the
+/// same.
 pub(super) fn print_json<T: serde::Serialize + ?Sized>(value: &T) -> Outcome {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| CommandError::new(Exit::Failure, format!("cannot write JSON: {error}")))?;
     write_out(&escape::json(&text))
 }
 
-/// Prints a message on standard error, where nothing can be done about a failure. Lines after the first are indented.
+/// Prints a message on standard error, where nothing can be done about a failure. Lines after the
+/// first are indented.
 pub(super) fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{}", escape::message(text));
 }
 
-/// Adds one line to a text that is to be printed. A line break in it came from outside, and is escaped.
+/// Adds one line to a text that is to be printed. A line break in it came from outside, and is
+/// escaped.
 pub(super) fn push_line(text: &mut String, line: impl AsRef<str>) {
     text.push_str(&escape::line(line.as_ref()));
     text.push('\n');
@@ -59,14 +64,16 @@ pub(super) fn push_json<T: serde::Serialize>(text: &mut String, value: &T) -> Ou
     Ok(())
 }
 
-/// Prints help, or what is wrong with a command line. It is in colours unless an argument, which is shown again, holds
-/// something that a terminal would obey.
+/// Prints help, or what is wrong with a command line. It is in colours unless an argument or
+/// variable, which is shown again, holds something that a terminal would obey.
 pub(super) fn help(error: &clap::Error, arguments: &[OsString]) {
     let unsafe_argument = |argument: &OsString| {
         let text = argument.to_string_lossy();
         escape::line(&text) != text
     };
-    if !arguments.iter().any(unsafe_argument) {
+    let ours = |name: &OsString| name.to_string_lossy().starts_with("MIRRORFS_");
+    let mut variables = std::env::vars_os().filter(|(name, _)| ours(name)).map(|(_, value)| value);
+    if !arguments.iter().any(unsafe_argument) && !variables.any(|value| unsafe_argument(&value)) {
         // A reader that closed early is no error.
         let _ = error.print();
     } else if error.use_stderr() {

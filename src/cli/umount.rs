@@ -1,10 +1,13 @@
 //! `mirrorfs umount`: has the daemon flush, seal and unmount; takes away a mount whose daemon is dead.
 
 use std::ffi::CString;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use super::locate::{self, Located, alive};
 use super::mountpoint::is_dead;
@@ -198,7 +201,8 @@ fn unmount(mountpoint: &Path, lazy: bool) -> Outcome {
 }
 
 fn unmount_as_root(mountpoint: &Path, lazy: bool) -> Result<(), String> {
-    let path = CString::new(mountpoint.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+    let (path, _parent) = pinned(mountpoint).map_err(|error| error.to_string())?;
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
     let flags = libc::UMOUNT_NOFOLLOW | if lazy { libc::MNT_DETACH } else { 0 };
     // SAFETY: the path is a valid string that ends with a zero byte.
     if unsafe { libc::umount2(path.as_ptr(), flags) } == 0 {
@@ -210,6 +214,22 @@ fn unmount_as_root(mountpoint: &Path, lazy: bool) -> Result<(), String> {
     } else {
         error.to_string()
     })
+}
+
+/// A path that leads to the mountpoint through its parent, which stays open. The kernel's name of a
+/// mount has no symbolic links; one that is there now was put in the way by the owner of a folder
+/// above, to have root unmount something else.
+fn pinned(mountpoint: &Path) -> std::io::Result<(PathBuf, Option<OwnedFd>)> {
+    let (Some(parent), Some(name)) = (mountpoint.parent(), mountpoint.file_name()) else {
+        return Ok((mountpoint.to_owned(), None));
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    match rustix::fs::openat2(CWD, parent, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+        Ok(fd) => Ok((PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())).join(name), Some(fd))),
+        // Before Linux 5.6.
+        Err(rustix::io::Errno::NOSYS) => Ok((mountpoint.to_owned(), None)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn unmount_as_user(mountpoint: &Path, lazy: bool) -> Result<(), String> {
@@ -230,6 +250,22 @@ fn unmount_as_user(mountpoint: &Path, lazy: bool) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::control::tests::sample_status;
+
+    #[test]
+    fn a_link_that_was_put_in_the_way_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("real/m")).unwrap();
+        std::os::unix::fs::symlink("real", root.join("link")).unwrap();
+        let (path, parent) = pinned(&root.join("real/m")).unwrap();
+        if parent.is_none() {
+            println!("SKIP: this kernel has no openat2");
+            return;
+        }
+        assert_eq!(path.canonicalize().unwrap(), root.join("real/m"));
+        let error = unmount_as_root(&root.join("link/m"), true).unwrap_err();
+        assert!(error.contains("symbolic link"), "{error}");
+    }
 
     #[test]
     fn the_report_says_what_is_still_to_be_sent() {

@@ -49,7 +49,8 @@ pub enum ClientError {
         /// What the system said.
         error: std::io::Error,
     },
-    /// Another user listens there, who may have put the socket in the daemon's place. Nothing was sent.
+    /// Another user listens there, who may have put the socket in the daemon's place. Nothing was
+    /// sent.
     #[error(
         "{} is served by user {peer}, not by user {owner} whose volume it is, and was asked nothing; see who runs \
          it with: fuser -v {}", socket.display(), socket.display()
@@ -218,7 +219,8 @@ impl Client {
         let absent = |error| ClientError::NoDaemon { socket: self.socket.clone(), error };
         let (short, _folder) = socket::short(&self.socket).map_err(absent)?;
         let stream = UnixStream::connect(&short).await.map_err(absent)?;
-        // The path comes from a file that the owner wrote, and may lead to any socket of this machine.
+        // The path comes from a file that the owner wrote, and may lead to any socket of this
+        // machine.
         let peer = stream.peer_cred().map_err(absent)?.uid();
         if peer != self.owner {
             return Err(ClientError::Stranger { socket: self.socket.clone(), peer, owner: self.owner });

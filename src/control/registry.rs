@@ -1,8 +1,10 @@
-//! Which daemon serves which mountpoint: one small file per live mount in a folder of the runtime area of its user.
+//! Which daemon serves which mountpoint: one small file per live mount in a folder of the runtime
+//! area of its user.
 //!
 //! A file is only a hint. It counts while the kernel has the mount; whether the daemon lives is found out by asking it.
-//! Root asks for mounts of other users, too, in folders where those users may put anything. So an entry is taken only
-//! from the folder of the user that the *kernel* names as the mounter, and nothing there is followed or waited for.
+//! Root asks for mounts of other users, too, in folders where those users may put anything. So an
+//! entry is taken only from the folder of the user that the *kernel* names as the mounter, and
+//! nothing there is followed or waited for.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -62,8 +64,9 @@ impl Drop for Registration {
 }
 
 impl Registry {
-    /// That of the user who runs this process: `/run/mirrorfs` for root, who also finds those of the others;
-    /// `$XDG_RUNTIME_DIR/mirrorfs` (or `/run/user/UID/mirrorfs`, or `/tmp/mirrorfs-UID`) for everyone else.
+    /// That of the user who runs this process: `/run/mirrorfs` for root, who also finds those of
+    /// the others; `$XDG_RUNTIME_DIR/mirrorfs` (or `/run/user/UID/mirrorfs`, or
+    /// `/tmp/mirrorfs-UID`) for everyone else.
     #[must_use]
     pub fn of_user() -> Registry {
         let user = rustix::process::geteuid().as_raw();
@@ -104,8 +107,8 @@ impl Registry {
         Ok(Registration { folder: self.own.clone(), user: self.user, name, text })
     }
 
-    /// The entry for one of the mounts `all`, whether or not its daemon lives. `None` also when this user has no business
-    /// with it.
+    /// The entry for one of the mounts `all`, whether or not its daemon lives. `None` also when
+    /// this user has no business with it.
     #[must_use]
     pub fn find(&self, mount: &Mount, all: &[Mount]) -> Option<Entry> {
         let owner = mount.user?;
@@ -135,7 +138,8 @@ impl Registry {
     }
 }
 
-/// Whether a program answers for what is at `folder`, as its owner could arrange: then to open it can take for ever.
+/// Whether a program answers for what is at `folder`, as its owner could arrange: then to open it
+/// can take for ever.
 fn is_served(folder: &Path, all: &[Mount]) -> bool {
     mounts::around(all, folder).is_some_and(|m| m.fstype == "fuse" || m.fstype.starts_with("fuse."))
 }

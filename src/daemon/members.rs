@@ -22,8 +22,8 @@ pub(super) const FILE: &str = "members.json";
 /// Version of its content.
 const VERSION: u32 = 1;
 
-/// What to tell whoever mounts about folders that other users of the machine may enter: once for each mount, since they
-/// may be open on purpose.
+/// What to tell whoever mounts about folders that other users of the machine may enter: once for
+/// each mount, since they may be open on purpose.
 pub(super) async fn open_to_others(state: &Path, stores: &[Store]) -> Vec<String> {
     let state = private::Open::look(state).map(|open| open.warning("the state folder"));
     let replicas = futures::future::join_all(stores.iter().map(|store| async {

@@ -295,7 +295,8 @@ impl Store {
         self.call("look at folder", "", self.limits.call, look).await.map(Some)
     }
 
-    /// Who besides its owner may enter the replica's folder, when it is one; `None` also when that cannot be told.
+    /// Who besides its owner may enter the replica's folder, when it is one; `None` also when that
+    /// cannot be told.
     pub async fn open_to_others(&self) -> Option<private::Open> {
         let folder = self.folder.clone()?;
         let look = tokio::task::spawn_blocking(move || private::Open::look(&folder));

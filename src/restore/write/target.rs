@@ -4,9 +4,11 @@
 //! in the folder already, or is put there meanwhile, leads nowhere else. Knows no tables and no network.
 
 use std::ffi::{CString, OsStr};
+use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -16,6 +18,7 @@ use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamp
 
 use crate::format::tables::{FileKind, Inode, Time};
 use crate::ids::Ino;
+use crate::private;
 
 /// Descriptors of directories and of files kept open.
 const OPEN: usize = 64;
@@ -57,11 +60,11 @@ impl Target {
     /// Opens the folder; makes it, with its parents, when it is missing.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let mut created_root = false;
-        if let Err(e) = std::fs::create_dir(path) {
+        if let Err(e) = DirBuilder::new().mode(private::DIR).create(path) {
             match e.kind() {
                 io::ErrorKind::AlreadyExists => {}
                 io::ErrorKind::NotFound => {
-                    std::fs::create_dir_all(path)?;
+                    private::create_dir_all(path)?;
                     created_root = true;
                 }
                 _ => return Err(e),
@@ -430,8 +433,8 @@ fn has_list(xattrs: &[(Bytes, Bytes)]) -> bool {
     xattrs.iter().any(|(name, _)| &name[..] == b"system.posix_acl_access")
 }
 
-/// The mode to set before the list. With a list, the group's bits are those of its mask, not what the group may do:
-/// until the list is there, and when it cannot be set, the group may do nothing.
+/// The mode to set before the list. With a list, the group's bits are those of its mask, not what
+/// the group may do: until the list is there, and when it cannot be set, the group may do nothing.
 fn before_list(mode: Mode, listed: bool) -> Mode {
     if listed { mode.difference(Mode::RWXG) } else { mode }
 }
