@@ -19,6 +19,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mirrorfs::fuse::{MountError, MountOptions, Session, mount};
+use mirrorfs::vfs::api::FileSystem;
 use support::memfs::MemFs;
 
 struct Live {
@@ -367,6 +368,21 @@ fn waiting_requests_hold_up_nobody() {
     });
     // 40 waits of 50 ms each, side by side.
     assert!(started.elapsed() < Duration::from_secs(1), "took {:?}", started.elapsed());
+}
+
+#[test]
+fn a_sync_of_all_waits_for_what_the_kernel_handed_over() {
+    let Some(m) = Live::new() else { return };
+    let mut f = File::create(m.path("slow")).unwrap();
+    m.fs.pause.store(1000, Ordering::SeqCst);
+    f.write_all(&[5; 4096]).unwrap();
+    assert_eq!(m.fs.getattr(ino_of(&f)).unwrap().size, 0, "only the kernel has it");
+    m.session.flush().unwrap();
+    assert_eq!(m.fs.getattr(ino_of(&f)).unwrap().size, 4096);
+}
+
+fn ino_of(f: &File) -> mirrorfs::ids::Ino {
+    mirrorfs::ids::Ino(f.metadata().unwrap().ino())
 }
 
 #[test]

@@ -354,7 +354,9 @@ fn a_full_disk() {
     m.sync();
     // Not in the same moment: what the replica has taken over is yet to be removed here.
     wait_until(LIMIT, "writing works again", || {
+        // An error that only close reports is seen by nobody but a sync.
         fs::write(m.path("after"), Content::new(8).take(5 << 20)).is_ok()
+            && fs::File::open(m.path("after")).unwrap().sync_all().is_ok()
     });
     m.sync();
     right(&m);

@@ -122,6 +122,9 @@ fn show(status: &Status, now: f64) -> String {
     if let Some(error) = &status.sealing_error {
         output::push_line(&mut errors, format!("nothing more can be sealed for now: {error}"));
     }
+    if let Some(text) = status.refused.text() {
+        errors += &format!("{text}\n");
+    }
     if cache.corrupt > 0 {
         let line = format!("cached blocks that were damaged and fetched anew: {}", cache.corrupt);
         output::push_line(&mut errors, line);
@@ -219,6 +222,7 @@ fn trouble(replica: &ReplicaStatus, now: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Refused;
     use crate::control::tests::sample_status;
 
     #[test]
@@ -276,11 +280,13 @@ mod tests {
         status.epoch = Epoch(0);
         status.cache.corrupt = 2;
         status.sealing_error = Some("disk full".into());
+        status.refused = Refused { count: 1, files: vec!["/a (no space left)".into()] };
         let text = show(&status, 0.0);
         for line in [
             "writing     no: a newer writer took over\n",
             "cached blocks that were damaged and fetched anew: 2\n",
             "nothing more can be sealed for now: disk full\n",
+            "1 file lacks bytes that programs wrote, because they could not be stored: /a (no space left). ",
         ] {
             assert!(text.contains(line), "{text}");
         }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, locate, output, runtime};
 use crate::config::units;
-use crate::control::{Client, Replicas, SyncProgress, SyncRequest, reason};
+use crate::control::{Client, Refused, Replicas, SyncProgress, SyncRequest, reason};
+use crate::exit::Exit;
 
 /// Wait until everything written so far is committed on the replicas
 #[derive(Debug, clap::Args)]
@@ -40,15 +41,23 @@ pub(super) fn run(args: &Args) -> Outcome {
     let timeout_seconds = args.timeout.map(|t| t.as_secs_f64());
     let request = SyncRequest { replicas: args.replicas, timeout_seconds };
     let done = runtime()?.block_on(wait(&client, request)).map_err(|error| located.explain(error))?;
+    let whole = require_whole(&done.refused);
     if args.json {
-        return output::print_json(&done);
+        output::print_json(&done)?;
+        return whole;
     }
+    whole?;
     output::print(&format!(
         "synced up to change {} on {} of {} replicas",
         done.lsn,
         done.replicas.iter().filter(|r| r.done).count(),
         done.replicas.len()
     ))
+}
+
+/// It is no success when bytes that programs wrote could not be stored.
+pub(super) fn require_whole(refused: &Refused) -> Outcome {
+    refused.text().map_or(Ok(()), |text| Err(CommandError::new(Exit::Failure, text)))
 }
 
 /// Syncs with a bar; also what `umount --wait` does first.

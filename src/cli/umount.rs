@@ -46,6 +46,7 @@ pub(super) fn run(args: &Args) -> Outcome {
             wait_for_guardian(&located.mountpoint);
             output::print(&report(&status))?;
             status.held_by.iter().for_each(|holders| output::note(&warning(holders)));
+            sync::require_whole(&status.refused)?;
             return if args.wait { require_all(&status) } else { Ok(()) };
         }
         Err(error) => error,
@@ -72,7 +73,7 @@ async fn ask(located: &Located, wait: bool) -> Result<Status, CommandError> {
     let client = located.client()?;
     if wait {
         let request = SyncRequest { replicas: Replicas::All, timeout_seconds: None };
-        sync::wait(&client, request).await?;
+        sync::require_whole(&sync::wait(&client, request).await?.refused)?;
     }
     let mut progress = Progress::new("unmounting");
     let ended = client.shutdown(ShutdownRequest { wait });
@@ -129,7 +130,8 @@ fn report(status: &Status) -> String {
         );
     }
     if behind.is_empty() {
-        let replicas = if status.epoch == Epoch(0) { "" } else { "; all replicas hold everything" };
+        let says_nothing = status.epoch == Epoch(0) || status.refused.count > 0;
+        let replicas = if says_nothing { "" } else { "; all replicas hold everything" };
         return format!("unmounted {}{replicas}", status.mountpoint);
     }
     format!(
@@ -271,6 +273,9 @@ mod tests {
     fn the_report_says_what_is_still_to_be_sent() {
         let mut status = sample_status();
         assert_eq!(report(&status), "unmounted /mnt/x; all replicas hold everything");
+        status.refused.count = 1;
+        assert_eq!(report(&status), "unmounted /mnt/x", "not everything");
+        status.refused.count = 0;
         status.replicas[0].lag_segments = 2;
         status.replicas[0].lag_bytes = 3 << 20;
         assert_eq!(

@@ -16,8 +16,8 @@ pub use registry::{Entry, Registration, Registry};
 pub use replicas::{FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand};
 pub use server::{SOCKET, Server};
 pub use types::{
-    Backend, CacheStatus, CrashNote, Failure, Replicas, ShutdownRequest, Status, SyncEvent, SyncProgress,
-    SyncReplica, SyncRequest, Then, reason,
+    Backend, CacheStatus, CrashNote, Failure, Refused, Replicas, ShutdownRequest, Status, SyncEvent,
+    SyncProgress, SyncReplica, SyncRequest, Then, reason,
 };
 
 #[cfg(test)]

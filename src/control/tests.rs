@@ -37,6 +37,7 @@ pub(crate) fn sample_status() -> Status {
         sealing_error: None,
         last_crash: None,
         held_by: None,
+        refused: Refused::default(),
         ops: Vec::new(),
         replicas: vec![ReplicaStatus {
             name: "a".parse().unwrap(),
@@ -70,6 +71,7 @@ fn progress(left: u64, error: Option<&str>) -> SyncProgress {
         done: usize::from(left == 0),
         bytes_left: left,
         segments_left: left.min(1),
+        refused: Refused::default(),
         replicas: vec![SyncReplica {
             name: "a".parse().unwrap(),
             done: left == 0,

@@ -65,6 +65,9 @@ pub struct Status {
     /// Only where an unmount has ended a mount that others still used: those that did, in other mount namespaces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_by: Option<Holders>,
+    /// Files that lack content which was refused after `write` had returned.
+    #[serde(default)]
+    pub refused: Refused,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<ReplicaStatus>,
     /// Requests of the kernel since the start, by kind, dearest first, and where their time went.
@@ -137,6 +140,34 @@ impl CacheStatus {
     pub fn hit_ratio(&self) -> Option<f64> {
         let all = self.hits + self.misses;
         (all > 0).then(|| self.hits as f64 / all as f64)
+    }
+}
+
+/// Files that lack content which programs wrote: it could not be stored when the kernel handed it over. It
+/// is nowhere, and each of them stays listed until it is rewritten, truncated or removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Refused {
+    /// How many they are.
+    pub count: u64,
+    /// The first of them: path within the volume (or inode) and error.
+    pub files: Vec<String>,
+}
+
+impl Refused {
+    /// What is wrong and what helps; `None` when nothing is.
+    #[must_use]
+    pub fn text(&self) -> Option<String> {
+        let what = match self.count {
+            0 => return None,
+            1 => "1 file lacks bytes that programs wrote".to_owned(),
+            n => format!("{n} files lack bytes that programs wrote"),
+        };
+        let more = if self.count > self.files.len() as u64 { ", …" } else { "" };
+        Some(format!(
+            "{what}, because they could not be stored: {}{more}. These bytes are nowhere: write them again, \
+             truncate the file or remove it",
+            self.files.join(", ")
+        ))
     }
 }
 
@@ -223,6 +254,9 @@ pub struct SyncProgress {
     pub bytes_left: u64,
     /// The same in segments.
     pub segments_left: u64,
+    /// Files that lack content which was refused: what is synced is not all that programs have written.
+    #[serde(default)]
+    pub refused: Refused,
     /// Every replica, in the order of the configuration.
     pub replicas: Vec<SyncReplica>,
 }
@@ -327,6 +361,21 @@ pub trait Backend: Send + Sync + 'static {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_that_lack_bytes_are_named() {
+        let mut refused = Refused::default();
+        assert_eq!(refused.text(), None);
+        refused = Refused { count: 1, files: vec!["/a (no space left)".into()] };
+        assert_eq!(
+            refused.text().unwrap(),
+            "1 file lacks bytes that programs wrote, because they could not be stored: /a (no space left). \
+             These bytes are nowhere: write them again, truncate the file or remove it"
+        );
+        refused.count = 3;
+        let text = refused.text().unwrap();
+        assert!(text.starts_with("3 files lack ") && text.contains("/a (no space left), …. "), "{text}");
+    }
 
     #[test]
     fn a_number_of_replicas_is_read_and_checked() {

@@ -15,8 +15,8 @@ use super::serve::Running;
 use super::signals::{cut_if_held, end_if_held};
 use super::tenure::Tenure;
 use crate::control::{
-    Backend, CacheStatus, Failure, FsckRequest, ReplicaEntry, ReplicaRequest, ScrubCommand, ShutdownRequest,
-    Status, SyncProgress, SyncReplica, SyncRequest,
+    Backend, CacheStatus, Failure, FsckRequest, Refused, ReplicaEntry, ReplicaRequest, ScrubCommand,
+    ShutdownRequest, Status, SyncProgress, SyncReplica, SyncRequest,
 };
 use crate::exit::Exit;
 use crate::fsck::Report;
@@ -24,11 +24,22 @@ use crate::ids::{Epoch, SegmentNo};
 use crate::reconcile::{Reconciler, ScrubStatus};
 use crate::replica::{Outbox, Place, ReplicaSpec, ReplicaState, ReplicaStatus, Requests};
 use crate::trace::{self, OpFigures};
+use crate::vfs::Vfs;
 
 /// Longest wait for a group to be sealed; beyond it something is wrong that should be said.
 const SEAL_DEADLINE: Duration = Duration::from_secs(3600);
 /// How often a sync looks how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// How long the names of files are looked for: for a status, and for an answer that may take its time.
+const NAME_QUICKLY: Duration = Duration::from_secs(1);
+pub(super) const NAME: Duration = Duration::from_secs(10);
+
+/// The files of which content was refused. Reads tables when there are any.
+pub(super) fn refused(vfs: &Vfs, longest: Duration) -> Refused {
+    let found = vfs.refused_files(longest);
+    Refused { count: found.count as u64 + u64::from(found.more), files: found.names }
+}
 
 /// The daemon behind the control socket.
 pub(super) struct Control(pub Arc<Running>);
@@ -70,6 +81,7 @@ impl Control {
             sealing_error: progress.error,
             last_crash: last_crash(r.core.state.path()),
             held_by: None,
+            refused: refused(&r.core.vfs, NAME_QUICKLY),
             replicas: r.core.fleet.statuses(),
             ops: trace::figures(),
         }
@@ -156,7 +168,15 @@ impl Control {
             bytes_left: nearest.iter().take(needed).map(|r| r.0).sum(),
             segments_left: nearest.iter().take(needed).map(|r| r.1).sum(),
             replicas,
+            refused: Refused::default(),
         }
+    }
+
+    /// The files of which content was refused, named with patience.
+    async fn refused(&self) -> Refused {
+        let running = Arc::clone(&self.0);
+        let look = move || refused(&running.core.vfs, NAME);
+        tokio::task::spawn_blocking(look).await.unwrap_or_default()
     }
 }
 
@@ -176,13 +196,19 @@ impl Backend for Control {
             self.check_writable()?;
             let sealing = self.0.seal(Instant::now() + SEAL_DEADLINE);
             tokio::pin!(sealing);
-            let segment = loop {
+            let sealed = loop {
                 progress.send_replace(self.sealing(needed));
                 tokio::select! {
-                    sealed = &mut sealing => break sealed.map_err(|e| {
-                        Failure::new(Exit::Failure, format!("what was written could not be sealed: {e}"))
-                    })?,
+                    sealed = &mut sealing => break sealed,
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
+                }
+            };
+            let segment = match sealed {
+                Ok(segment) => segment,
+                Err(e) => {
+                    let text = self.refused().await.text().map_or_else(String::new, |t| format!("; {t}"));
+                    let message = format!("what was written could not be sealed: {e}{text}");
+                    return Err(Failure::new(Exit::Failure, message));
                 }
             };
             // Replicas that are attached or detached meanwhile count as well.
@@ -201,7 +227,10 @@ impl Backend for Control {
                 progress.send_replace(self.progress(segment, needed_of(of())));
                 tokio::select! {
                     confirmed = &mut waiting => return match confirmed {
-                        Ok(()) => Ok(self.progress(segment, needed_of(of()))),
+                        Ok(()) => {
+                            let done = self.progress(segment, needed_of(of()));
+                            Ok(SyncProgress { refused: self.refused().await, ..done })
+                        }
                         Err(fenced) => Err(Failure::new(Exit::InUse, fenced.to_string())),
                     },
                     () = tokio::time::sleep(LOOK_EVERY) => self.check_writable()?,
@@ -400,6 +429,7 @@ fn metrics(s: &Status) -> String {
     gauge("cache_hits", "Block reads answered locally", s.cache.hits as f64);
     gauge("cache_misses", "Block reads that needed a replica", s.cache.misses as f64);
     gauge("cache_corrupt", "Cached blocks dropped for a wrong hash", s.cache.corrupt as f64);
+    gauge("refused_files", "Files that lack bytes which could not be stored", s.refused.count as f64);
     gauge("read_only", "1 when nobody can write", f64::from(u8::from(s.read_only.is_some())));
     let per_replica: [(&str, &str, Figure); 6] = [
         ("replica_cursor", "Segment up to which everything is there", |r| r.cursor.0 as f64),

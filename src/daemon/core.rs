@@ -280,6 +280,10 @@ impl Core {
                 .commit()
                 .map_err(|e| e.to_string())
                 .and_then(|_| engine.settle(Instant::now() + LAST_SEAL));
+            // Also noted for the command that waits: soon the tables are closed.
+            if let Some(text) = super::backend::refused(&self.vfs, super::backend::NAME).text() {
+                log::error!("{text}");
+            }
             if let Err(e) = sealed {
                 log::error!("not everything is sealed; it is kept in the state folder: {e}");
                 trouble = Some(Error::new(

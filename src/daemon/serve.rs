@@ -59,7 +59,16 @@ impl Running {
 
     /// Has the kernel hand over the pages that it has not written yet.
     fn flush_kernel(&self) -> Result<(), String> {
-        let flushed = self.session.get().map_or(Ok(()), Session::flush);
+        let mut flushed = self.session.get().map_or(Ok(()), Session::flush);
+        let known = self.core.vfs.take_refusals();
+        // What was refused is remembered file by file. All else goes on to the replicas.
+        if known
+            && let Err(e) = &flushed
+            && matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EIO | libc::EROFS))
+        {
+            log::info!("not all that programs have written can be stored: {e}");
+            flushed = Ok(());
+        }
         flushed.map_err(|e| format!("what programs have written cannot be flushed: {e}"))
     }
 
@@ -86,7 +95,9 @@ impl Running {
 
     /// Processes in other mount namespaces that still have what was mounted. Blocking.
     pub fn holders(&self) -> fuse::Holders {
-        self.session.get().map_or_else(fuse::Holders::default, |session| fuse::Holders::of(session.device()))
+        self.session
+            .get()
+            .map_or_else(fuse::Holders::default, |session| fuse::Holders::of(&session.identity().device))
     }
 
     /// Takes the mount away although it is in use, after having the kernel hand over what it has not written. Blocking.

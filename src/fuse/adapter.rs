@@ -275,7 +275,10 @@ impl Filesystem for Adapter {
             match opened {
                 Ok(()) => {
                     self.shared.opened(ino(n), flags);
-                    reply.opened(HANDLE, FopenFlags::FOPEN_KEEP_CACHE);
+                    // Without it the kernel drops its pages first. They may show what was refused.
+                    let keep = !self.fs().has_refused(ino(n));
+                    let flags = if keep { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                    reply.opened(HANDLE, flags);
                 }
                 Err(e) => reply.error(errno(&e)),
             }
@@ -321,10 +324,15 @@ impl Filesystem for Adapter {
             if flags.0 & libc::O_NOATIME == 0 {
                 self.fs().accessed(ino(n));
             }
-            match self.fs().read(ino(n), offset, size, Wait::No) {
+            let may_write = may_write(flags);
+            let read = move |fs: &dyn FileSystem, wait: Wait| match may_write {
+                true => fs.read_to_change(ino(n), offset, size, wait),
+                false => fs.read(ino(n), offset, size, wait),
+            };
+            match read(self.fs(), Wait::No) {
                 Err(VfsError::WouldBlock) => {
                     let fs = Arc::clone(&self.shared.fs);
-                    let again = move || reply::data(reply, fs.read(ino(n), offset, size, Wait::Yes));
+                    let again = move || reply::data(reply, read(&*fs, Wait::Yes));
                     self.shared.reads.run(again);
                 }
                 answer => reply::data(reply, answer),
@@ -352,6 +360,7 @@ impl Filesystem for Adapter {
             }
             // What comes out of the page cache may come long after it was written, and after the times that the kernel sends with it.
             let delayed = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+            let ticket = delayed.then(|| self.shared.handed.begin());
             let write = move |fs: &dyn FileSystem, data: &[u8], wait: Wait| match delayed {
                 true => fs.write_back(ino(n), offset, data, wait),
                 false => fs.write(ino(n), offset, data, wait),
@@ -359,11 +368,14 @@ impl Filesystem for Adapter {
             match write(self.fs(), data, Wait::No) {
                 Err(VfsError::WouldBlock) => {
                     // The buffer belongs to the serving thread, which goes on with the next request.
-                    let (fs, data) = (Arc::clone(&self.shared.fs), data.to_vec());
-                    let again = move || reply::written(reply, write(&*fs, &data, Wait::Yes));
-                    self.shared.writes.run(again);
+                    let (shared, data) = (Arc::clone(&self.shared), data.to_vec());
+                    self.shared.writes.run(move || {
+                        let answer = write(&*shared.fs, &data, Wait::Yes);
+                        shared.written(ino(n), delayed, reply, answer);
+                        drop(ticket);
+                    });
                 }
-                answer => reply::written(reply, answer),
+                answer => self.shared.written(ino(n), delayed, reply, answer),
             }
         });
     }

@@ -26,6 +26,7 @@ mod awake;
 mod convert;
 mod errno;
 mod guard;
+mod handed;
 mod holders;
 mod identity;
 pub mod invalidator;
@@ -170,6 +171,7 @@ pub struct Session {
     connection: OwnedFd,
     /// Its device is empty when the kernel's list did not show it.
     identity: MountIdentity,
+    shared: Arc<shared::Shared>,
     /// Says once how serving ended.
     ended: Mutex<Option<mpsc::Receiver<io::Result<()>>>>,
     say: mpsc::Sender<io::Result<()>>,
@@ -255,6 +257,7 @@ impl Serving {
             mountpoint: path.to_owned(),
             identity: MountIdentity::of(&device, path),
             connection: self.connection,
+            shared: self.shared,
             ended: Mutex::new(Some(self.ended)),
             say: self.say,
         }
@@ -336,13 +339,14 @@ impl Session {
             // Unmounting has handed them over.
             return Ok(());
         }
-        match self.place() {
-            Some(place) => apart::syncfs(&c_path(&place)?)?,
+        let synced = match self.place() {
+            Some(place) => apart::syncfs(&c_path(&place)?),
             // Detached, and still in use.
-            None => apart::sync_all(SYNC_ALL)?,
-        }
+            None => apart::sync_all(SYNC_ALL),
+        };
+        // Also after an error: all else is to be in hand.
         self.drain();
-        Ok(())
+        synced
     }
 
     /// Takes the mount out of the tree although it is in use, wherever it is, and has the kernel hand over its pages. Whoever
@@ -371,7 +375,8 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until the requests that the kernel has made are read. Kernels differ in whether a sync waits for their answers.
+    /// Waits until the requests that the kernel has made are read, and its writes answered. Kernels differ in whether a sync waits for
+    /// that.
     fn drain(&self) {
         let until = Instant::now() + DRAIN;
         let mut quiet = 0;
@@ -379,6 +384,7 @@ impl Session {
             quiet = if attach::has_requests(&self.connection) { 0 } else { quiet + 1 };
             thread::sleep(Duration::from_millis(5));
         }
+        self.shared.handed.settle();
     }
 
     /// Ends the connection although somebody still uses the mount. What the kernel has not handed over yet is lost.

@@ -7,11 +7,12 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use fuser::{INodeNo, Notifier, OpenAccMode, OpenFlags, ReplyEmpty};
+use fuser::{INodeNo, Notifier, OpenAccMode, OpenFlags, ReplyEmpty, ReplyWrite};
 use parking_lot::Mutex;
 
 use super::awake::Awake;
 use super::guard::guarded;
+use super::handed::Handed;
 use super::invalidator::{Invalidator, Pages};
 use super::pool::Pool;
 use super::reply;
@@ -50,6 +51,8 @@ pub(super) struct Shared {
     notifier: OnceLock<Notifier>,
     invalidator: OnceLock<Invalidator>,
     pub(super) awake: Arc<Awake>,
+    /// Writes that are being answered.
+    pub(super) handed: Arc<Handed>,
 }
 
 impl Shared {
@@ -69,6 +72,7 @@ impl Shared {
             notifier: OnceLock::new(),
             invalidator: OnceLock::new(),
             awake: Arc::default(),
+            handed: Arc::default(),
         }
     }
 
@@ -122,6 +126,22 @@ impl Shared {
         }
     }
 
+    /// Answers a write; `delayed`: the kernel handed it over from its page cache. A page that was refused is clean for the
+    /// kernel, although what it shows is stored nowhere: so it is dropped.
+    pub(super) fn written(
+        self: &Arc<Self>,
+        ino: Ino,
+        delayed: bool,
+        reply: ReplyWrite,
+        answer: VfsResult<u32>,
+    ) {
+        let refused = delayed && answer.is_err();
+        reply::written(reply, answer);
+        if refused {
+            self.drop_pages(ino);
+        }
+    }
+
     /// Makes the kernel ask again for an inode's attributes. Call this only before the answer to a request that names
     /// the inode by an open file or a path: then the kernel holds the inode. This call looks the inode up and touches no
     /// page, so that it waits for nothing but an inode that is being freed, and a held one is not. It needs no other
@@ -142,7 +162,6 @@ impl Shared {
 
     /// Has the kernel drop its pages of `ino`, after writing back those that it has not written yet. Returns at once,
     /// also on threads that serve requests. Several calls for one inode may become one.
-    #[allow(dead_code, reason = "for the handling of refused pages, which comes next")]
     pub(super) fn drop_pages(self: &Arc<Self>, ino: Ino) {
         if !self.dropping.lock().insert(ino) {
             return;

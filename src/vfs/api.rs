@@ -106,6 +106,18 @@ pub trait FileSystem: Send + Sync {
     /// Up to `len` bytes from `offset`; fewer only at the end of the file.
     fn read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes>;
 
+    /// The same through a descriptor that may write. It also gets content that was refused and that is still
+    /// held, page by page: the kernel reads a page before it changes a part of it.
+    fn read_to_change(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes> {
+        self.read(ino, offset, len, wait)
+    }
+
+    /// Whether the kernel handed over content of `ino` that was refused, so that its page cache holds what is
+    /// stored nowhere.
+    fn has_refused(&self, _ino: Ino) -> bool {
+        false
+    }
+
     /// `ino` was read, listed or followed, by somebody who leaves traces: its access time may change.
     fn accessed(&self, ino: Ino);
 

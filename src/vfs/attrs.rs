@@ -23,6 +23,7 @@ impl Vfs {
         }
         if let Some(size) = set.size {
             self.set_size(ino, size, set, now)?;
+            self.no_longer_refused(ino, size, u64::MAX);
             let inode = self.inode(ino)?;
             return Ok(self.attr(ino, &inode));
         }

@@ -182,7 +182,7 @@ impl Vfs {
 
     fn fetch(&self, ino: Ino, missing: &Missing) -> Result<Bytes> {
         self.blocks.fetch_missing(missing).map_err(|e| {
-            self.pathfinder.report(&self.journal, ino, e.to_string());
+            self.pathfinder.report(&self.journal, ino, "cannot be read", e.to_string());
             VfsError::Io(e.to_string())
         })
     }
@@ -291,6 +291,7 @@ impl Vfs {
                 if let Some(now) = now {
                     self.stamp(&mut state.inode, now);
                 }
+                self.no_longer_refused(ino, offset, end);
                 Ok(data.len() as u32)
             })
         })
@@ -485,6 +486,7 @@ impl Vfs {
                 }
                 if matches!(how, Fallocate::PunchHole | Fallocate::ZeroRange | Fallocate::ZeroRangeKeepSize) {
                     self.zero_in_steps(cell, state, offset, end, supply)?;
+                    self.no_longer_refused(ino, offset, end);
                 }
                 self.mark_pending(cell, state);
                 if matches!(how, Fallocate::Allocate | Fallocate::ZeroRange) && end > state.inode.size {

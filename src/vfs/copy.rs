@@ -59,7 +59,13 @@ impl Vfs {
         if source_inode.kind != FileKind::Regular || target_inode.kind != FileKind::Regular {
             return Err(VfsError::Invalid);
         }
+        let asked = len;
+        let len = self.copyable(source, from, len)?;
         let len = len.min(source_inode.size.saturating_sub(from));
+        if asked > 0 && len == 0 && self.unwritten.book.end(source).is_some_and(|end| end > from) {
+            // Not the end of the file: refused bytes come later.
+            return Err(VfsError::Io(format!("inode {source} lacks bytes that could not be stored")));
+        }
         if to.checked_add(len).is_none_or(|e| e > SIZE_MAX) {
             return Err(VfsError::FileTooLarge);
         }
@@ -84,7 +90,10 @@ impl Vfs {
             };
             match step {
                 Ok(0) => break,
-                Ok(n) => done += n,
+                Ok(n) => {
+                    self.no_longer_refused(target, to, to + n);
+                    done += n;
+                }
                 // What is done is done; the caller comes back for the rest.
                 Err(_) if done > 0 => break,
                 Err(e) => return Err(e),

@@ -114,7 +114,15 @@ impl FileSystem for Vfs {
     }
 
     fn read(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes> {
-        self.do_read(ino, offset, len, wait)
+        self.read_known(ino, offset, len, wait, false)
+    }
+
+    fn read_to_change(&self, ino: Ino, offset: u64, len: u32, wait: Wait) -> VfsResult<Bytes> {
+        self.read_known(ino, offset, len, wait, true)
+    }
+
+    fn has_refused(&self, ino: Ino) -> bool {
+        self.unwritten.book.end(ino).is_some()
     }
 
     fn accessed(&self, ino: Ino) {
@@ -126,7 +134,7 @@ impl FileSystem for Vfs {
     }
 
     fn write_back(&self, ino: Ino, offset: u64, data: &[u8], wait: Wait) -> VfsResult<u32> {
-        self.do_write(ino, offset, data, None, wait)
+        self.do_write_back(ino, offset, data, wait)
     }
 
     fn fsync(&self, ino: Ino, _datasync: bool, wait: Wait) -> VfsResult<()> {
@@ -142,7 +150,7 @@ impl FileSystem for Vfs {
     }
 
     fn lseek(&self, ino: Ino, offset: u64, seek: Seek) -> VfsResult<u64> {
-        self.do_lseek(ino, offset, seek)
+        self.seek_known(ino, offset, seek)
     }
 
     fn copy_file_range(

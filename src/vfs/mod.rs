@@ -21,11 +21,13 @@ mod pathfinder;
 mod prefetch;
 mod readahead;
 mod reap;
+mod refused;
 mod rename;
 mod sync;
 #[cfg(test)]
 mod tests;
 pub mod types;
+mod unwritten;
 mod usage;
 mod xattrs;
 
@@ -50,6 +52,7 @@ use crate::journal::{Brief, Form, Journal, JournalError, Numbers, Tx};
 pub use self::accessed::Atime;
 pub(crate) use self::content::units;
 pub use self::sync::Durability;
+pub use self::unwritten::RefusedFiles;
 pub(crate) use self::usage::USAGE;
 pub use self::usage::Usage;
 pub(crate) use self::xattrs::{XATTR_NAME_MAX, XATTR_VALUE_MAX};
@@ -111,6 +114,7 @@ pub struct Vfs {
     reaper: reap::Queue,
     pathfinder: pathfinder::Pathfinder,
     prefetch: prefetch::Prefetch,
+    unwritten: unwritten::Unwritten,
 }
 
 /// An answer inside a transaction: a refusal, or "look again", because what was looked up outside has changed.
@@ -208,6 +212,7 @@ impl Vfs {
             reaper: reap::Queue::default(),
             pathfinder: pathfinder::Pathfinder::default(),
             prefetch: prefetch::Prefetch::default(),
+            unwritten: unwritten::Unwritten::default(),
         });
         vfs.make_root()?;
         vfs.load_acl_use()?;
@@ -462,7 +467,8 @@ impl Vfs {
         let (size, blocks) = match (inode.kind, &inode.body) {
             (FileKind::Directory, _) => (4096, 8),
             (FileKind::Symlink, Body::Target(t)) => (t.len() as u64, 0),
-            _ => (inode.size, inode.blocks),
+            // The kernel knows of what was refused, and reading it must fail rather than find an end.
+            _ => (inode.size.max(self.unwritten.book.end(ino).unwrap_or(0)), inode.blocks),
         };
         Attr {
             ino,

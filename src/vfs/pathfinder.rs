@@ -1,8 +1,9 @@
-//! Finding the path of an inode, for messages about files that cannot be read.
+//! Finding the path of an inode, for messages about files that cannot be read or could not be stored.
 //!
 //! Files do not know their names, so all names are looked through, in the background, one search at a time and for a bounded time.
 //! Reads only the journal.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -27,11 +28,11 @@ pub(super) struct Pathfinder {
 }
 
 impl Pathfinder {
-    /// Logs that `ino` cannot be read and `why`, with a path of the file or the reason why there is none to be told. Returns at once.
-    pub fn report(&self, journal: &Arc<Journal>, ino: Ino, why: String) {
+    /// Logs `what` is the matter with `ino` and `why`, with a path of the file or the reason why there is none. Returns at once.
+    pub fn report(&self, journal: &Arc<Journal>, ino: Ino, what: &'static str, why: String) {
         if self.searching.swap(true, Ordering::AcqRel) {
             log::error!(
-                "inode {ino} cannot be read (its path is not looked for: another search is under way): {why}"
+                "inode {ino} {what} (its path is not looked for: another search is in progress): {why}"
             );
             return;
         }
@@ -39,8 +40,8 @@ impl Pathfinder {
         let search = move || {
             let started = Instant::now();
             match path_of(&journal, ino, started + LONGEST) {
-                Ok(path) => log::error!("{path} (inode {ino}) cannot be read: {text}"),
-                Err(e) => log::error!("inode {ino} cannot be read ({e}): {text}"),
+                Ok(path) => log::error!("{path} (inode {ino}) {what}: {text}"),
+                Err(e) => log::error!("inode {ino} {what} ({e}): {text}"),
             }
             // Many files may be concerned: most of the time is for other things.
             drop(journal);
@@ -48,7 +49,7 @@ impl Pathfinder {
             drop(busy);
         };
         if let Err(e) = std::thread::Builder::new().name("mirrorfs-path".into()).spawn(search) {
-            log::error!("inode {ino} cannot be read (its path is not looked for: {e}): {why}");
+            log::error!("inode {ino} {what} (its path is not looked for: {e}): {why}");
         }
     }
 }
@@ -64,7 +65,7 @@ impl Drop for Busy {
 
 /// Why a search through the names ended before the last one.
 enum Stop {
-    Found(Ino, Vec<u8>),
+    AllFound,
     Why(String),
 }
 
@@ -80,50 +81,100 @@ impl From<FormatError> for Stop {
     }
 }
 
+/// One path of an inode from the root of the volume.
+pub(super) struct InodePath {
+    /// From the inode upwards.
+    names: Vec<Vec<u8>>,
+    /// It reaches the root.
+    whole: bool,
+}
+
+impl InodePath {
+    /// The path relative to the root, when all of it is known.
+    pub fn relative(&self) -> Option<Vec<u8>> {
+        let names: Vec<&[u8]> = self.names.iter().rev().map(Vec::as_slice).collect();
+        self.whole.then(|| names.join(&b'/'))
+    }
+}
+
+impl std::fmt::Display for InodePath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |name: &[u8]| String::from_utf8_lossy(name).replace(|c: char| c.is_control(), "?");
+        if self.names.is_empty() {
+            f.write_str("/")?;
+        }
+        if !self.whole {
+            // A part of the path is better than none.
+            f.write_str("/...")?;
+        }
+        self.names.iter().rev().try_for_each(|name| write!(f, "/{}", text(name)))
+    }
+}
+
 /// One path of an inode from the root of the volume, or why there is none to be told.
 fn path_of(journal: &Journal, ino: Ino, until: Instant) -> Result<String, String> {
-    if ino == Ino::ROOT {
-        return Ok("/".to_owned());
+    let (mut found, ended) = search(journal, &HashSet::from([ino]), until);
+    found.remove(&ino).map(|path| path.to_string()).ok_or_else(|| match ended {
+        Err(Stop::Why(why)) => why,
+        _ => "it has no name any more".to_owned(),
+    })
+}
+
+/// One path of each inode, as far as they are found within [`LONGEST`] or `longest`.
+pub(super) fn paths_of(
+    journal: &Journal,
+    wanted: &HashSet<Ino>,
+    longest: Duration,
+) -> HashMap<Ino, InodePath> {
+    search(journal, wanted, Instant::now() + longest.min(LONGEST)).0
+}
+
+/// Looks through all names once. Returns what was found, and why the search ended.
+fn search(
+    journal: &Journal,
+    wanted: &HashSet<Ino>,
+    until: Instant,
+) -> (HashMap<Ino, InodePath>, Result<(), Stop>) {
+    let mut found = HashMap::new();
+    if wanted.contains(&Ino::ROOT) {
+        found.insert(Ino::ROOT, InodePath { names: Vec::new(), whole: true });
+    }
+    if found.len() == wanted.len() {
+        return (found, Ok(()));
     }
     let late = || Stop::Why(format!("its path was not found within {} s", LONGEST.as_secs()));
     let mut seen = 0u64;
-    let found = scan_table::<Stop>(journal, table::DIRENT, |key, value| {
+    let ended = scan_table::<Stop>(journal, table::DIRENT, |key, value| {
         seen += 1;
         if seen.is_multiple_of(1024) && Instant::now() >= until {
             return Err(late());
         }
-        match (Dirent::decode(value)?, number_of_key(key), split_dirent_key(key)) {
-            (entry, Some(parent), Some((_, name))) if entry.ino == ino => {
-                Err(Stop::Found(Ino(parent), name.to_vec()))
-            }
-            _ => Ok(()),
+        let entry = Dirent::decode(value)?;
+        if wanted.contains(&entry.ino)
+            && !found.contains_key(&entry.ino)
+            && let (Some(parent), Some((_, name))) = (number_of_key(key), split_dirent_key(key))
+        {
+            found.insert(entry.ino, climb(journal, Ino(parent), name.to_vec(), until));
         }
+        if found.len() == wanted.len() { Err(Stop::AllFound) } else { Ok(()) }
     });
-    let (mut dir, name) = match found {
-        Err(Stop::Found(parent, name)) => (parent, name),
-        Err(Stop::Why(why)) => return Err(why),
-        Ok(()) => return Err("it has no name any more".to_owned()),
-    };
+    (found, ended)
+}
+
+/// The path of `name` in `dir`, found by going up to the root.
+fn climb(journal: &Journal, mut dir: Ino, name: Vec<u8>, until: Instant) -> InodePath {
     let mut names = vec![name];
     while dir != Ino::ROOT {
-        if names.len() > DEEPEST || Instant::now() >= until {
-            names.push(b"...".to_vec());
-            break;
-        }
-        match name_of_directory(journal, dir, until) {
-            Ok((parent, name)) => {
+        let in_time = names.len() <= DEEPEST && Instant::now() < until;
+        match in_time.then(|| name_of_directory(journal, dir, until)) {
+            Some(Ok((parent, name))) => {
                 names.push(name);
                 dir = parent;
             }
-            // A part of the path is better than none.
-            Err(_) => {
-                names.push(b"...".to_vec());
-                break;
-            }
+            _ => return InodePath { names, whole: false },
         }
     }
-    let text = |name: &Vec<u8>| String::from_utf8_lossy(name).replace(|c: char| c.is_control(), "?");
-    Ok(names.iter().rev().map(|n| format!("/{}", text(n))).collect())
+    InodePath { names, whole: true }
 }
 
 /// A directory's parent and its name there.
@@ -184,6 +235,10 @@ mod tests {
         let until = Instant::now() + LONGEST;
         assert_eq!(path_of(&journal, file, until).unwrap(), "/a/b c/file?");
         assert_eq!(path_of(&journal, Ino::ROOT, until).unwrap(), "/");
+        let all = paths_of(&journal, &HashSet::from([file, b, Ino(999)]), LONGEST);
+        assert_eq!(all.len(), 2);
+        assert_eq!(all[&file].relative().unwrap(), b"a/b c/file\n");
+        assert_eq!((all[&b].relative().unwrap(), all[&b].to_string()), (b"a/b c".to_vec(), "/a/b c".into()));
         assert_eq!(path_of(&journal, Ino(999), until).unwrap_err(), "it has no name any more");
         journal
             .transact::<_, JournalError>(|tx| {

@@ -258,6 +258,7 @@ impl Vfs {
             Err(e) => return Err(e),
         };
         while !self.reap_step(ino)? {}
+        self.unwritten.book.forget(ino);
         self.orphans.lock().remove(&ino);
         if let Some(cell) = cell {
             self.let_go(cell);

@@ -22,7 +22,8 @@ impl Vfs {
     }
 
     pub(super) fn do_flush(&self, ino: Ino) -> Result<()> {
-        self.commit_file(ino, false)
+        self.commit_file(ino, false)?;
+        self.unwritten.book.check(ino)
     }
 
     /// Puts what is pending of a file into the journal; `waits`: to be made durable at once.
@@ -51,6 +52,8 @@ impl Vfs {
         }
         self.commit_file(ino, true)?;
         self.journal.barrier(self.journal.last_lsn())?;
+        // The kernel told one caller of it, and calls the pages clean since.
+        self.unwritten.book.check(ino)?;
         match self.durability.get() {
             Some(durability) if self.options.remote_fsync => durability.replicate(),
             _ => Ok(()),

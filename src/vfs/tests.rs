@@ -3,6 +3,7 @@
 //! The operations as such are tested against a reference in `tests/model`.
 
 mod limits;
+mod refused;
 mod tables;
 mod times;
 

@@ -41,6 +41,8 @@ pub struct MemFs {
     pub blocked: AtomicU64,
     /// Calls that came with `Wait::Yes`.
     pub waited: AtomicU64,
+    /// How long something slow takes, in ms.
+    pub pause: AtomicU64,
     /// Calls of `flush`, `getattr`, `lookup`, `getxattr`.
     pub lookups: AtomicU64,
 }
@@ -253,6 +255,7 @@ impl MemFs {
             state: Mutex::new(state),
             blocked: AtomicU64::new(0),
             waited: AtomicU64::new(0),
+            pause: AtomicU64::new(50),
             lookups: AtomicU64::new(0),
         }
     }
@@ -276,7 +279,7 @@ impl MemFs {
             Wait::Yes => {
                 self.waited.fetch_add(1, Ordering::SeqCst);
                 if slow {
-                    std::thread::sleep(Duration::from_millis(50));
+                    std::thread::sleep(Duration::from_millis(self.pause.load(Ordering::SeqCst)));
                 }
                 Ok(())
             }
