@@ -9,7 +9,7 @@
 //! ```
 
 mod content;
-mod fetch;
+pub(crate) mod fetch;
 mod load;
 mod plan;
 mod survey;

@@ -539,6 +539,63 @@ fn restoring() {
 }
 
 #[test]
+fn restoring_through_an_outage() {
+    let Some(p) = Place::new("commands: restore through an outage", &["a"]) else { return };
+    p.mount(&[]).ok();
+    let contents: Vec<_> = (0..4).map(|n| Content::new(40 + n).take(3 << 20)).collect();
+    for (n, content) in contents.iter().enumerate() {
+        fs::write(p.path(&format!("m/{n}")), content).unwrap();
+        p.run(&["sync", "m"]).ok();
+    }
+    p.run(&["umount", "m", "--wait"]).ok();
+    let (from, away) = (p.path("replica-a"), p.path("away"));
+    let slowly = |timeout: &str| {
+        let from = from.to_str().unwrap();
+        let more = ["--to", "to", "--replica-option", "download_limit=2MiB", "--read-timeout", timeout];
+        let mut command = p.command(&[&["restore", "--from", from][..], &more].concat());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let goes = |child: &mut std::process::Child| {
+        wait_until(LIMIT, "content comes", || p.path("to/0").exists() || child.try_wait().unwrap().is_some());
+        fs::rename(&from, &away).unwrap();
+    };
+
+    // Away for longer than it is waited for: the command says that, leaves nothing that is not whole, and goes on when it is run again.
+    let mut child = slowly("1s");
+    goes(&mut child);
+    let out = child.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(UNREACHABLE), "{told}");
+    assert!(told.contains("did not answer") && !told.contains("intact nowhere"), "{told}");
+    let whole: Vec<_> = bytes_of(&p.path("to")).into_iter().collect();
+    assert!(!whole.is_empty() && whole.len() < contents.len(), "{} files", whole.len());
+    for (name, bytes) in &whole {
+        let n: usize = name.to_str().unwrap().parse().unwrap();
+        assert!(*bytes == contents[n], "{n} is not whole");
+    }
+    fs::rename(&away, &from).unwrap();
+    fs::write(p.path("to/3.damaged"), b"mine").unwrap();
+    p.run(&["restore", "--from", from.to_str().unwrap(), "--to", "to"]).ok();
+    fs::remove_file(p.path("to/3.damaged")).unwrap();
+    for (n, content) in contents.iter().enumerate() {
+        assert!(fs::read(p.path(&format!("to/{n}"))).unwrap() == *content, "{n}");
+    }
+    assert_eq!(bytes_of(&p.path("to")).len(), contents.len());
+
+    // Back in time: nobody notices.
+    fs::remove_dir_all(p.path("to")).unwrap();
+    let mut child = slowly("10m");
+    goes(&mut child);
+    std::thread::sleep(Duration::from_secs(2));
+    fs::rename(&away, &from).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    for (n, content) in contents.iter().enumerate() {
+        assert!(fs::read(p.path(&format!("to/{n}"))).unwrap() == *content, "{n}");
+    }
+}
+
+#[test]
 fn a_normal_user() {
     const TEST: &str = "commands: a normal user";
     if !is_root() {

@@ -19,7 +19,7 @@ use support::tree::Content;
 
 const USAGE: i32 = 2;
 const IN_USE: i32 = 5;
-const DAMAGED: i32 = 7;
+const UNREACHABLE: i32 = 6;
 
 /// What is changed while nothing can be reached: where, and how many bytes.
 const MIDDLE: usize = (1 << 20) + 12_288;
@@ -78,8 +78,11 @@ fn without_a_replica_what_is_missing_is_named() {
     v.run(&[], &["salvage", "--state", state_word, "--to", within.to_str().unwrap()])
         .with_code(USAGE)
         .says(&["lies in the state folder"]);
-    let ran =
-        machine.salvage(&to, &["--json"]).with_code(DAMAGED).says(&["evicted is incomplete", "not asked"]);
+    let ran = machine.salvage(&to, &["--json"]).with_code(UNREACHABLE).says(&[
+        "evicted is incomplete",
+        "not asked",
+        "did not answer",
+    ]);
     let report: Value = serde_json::from_slice(&ran.stdout).unwrap();
     let mut files: Vec<PathBuf> = bytes_of(&to).into_keys().collect();
     files.sort();
@@ -164,7 +167,7 @@ fn what_was_sent_too_late_is_found_on_the_replicas() {
     a.cut(true);
     let blind = a.salvage(&a.v.path("blind"), &[]);
     if sent && !late.is_empty() {
-        blind.with_code(DAMAGED).says(&["neither here nor on a replica", "--all"]);
+        blind.with_code(UNREACHABLE).says(&["neither here nor on a replica", "--all"]);
         // Content is in the cache: everything together can be saved all the same.
         let all = a.v.path("all");
         a.salvage(&all, &["--all"]).ok();

@@ -5,7 +5,7 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use super::args::ReplicaArgs;
+use super::args::{ReplicaArgs, set};
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, output};
 use crate::config::{self, Env};
@@ -21,7 +21,9 @@ const SHOWN: usize = 20;
 
 /// Copy the tree, or parts of it, out of one replica, verifying every block
 ///
-/// Files that exist are left alone unless --overwrite is given. A file of which a block is lost is kept with the ending
+/// Files that exist are left alone unless --overwrite is given; those with the right content count as done, so that a
+/// restore that was interrupted goes on when it is run again. While the replica does not answer it is waited for, as long
+/// as read_timeout (30 s); then the command ends with code 6. A file of which a block is lost is kept with the ending
 /// .damaged, and the command ends with code 7.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -49,6 +51,10 @@ pub(super) struct Args {
     #[arg(long, env = "MIRRORFS_OVERWRITE", value_parser = clap::builder::FalseyValueParser::new())]
     overwrite: bool,
 
+    /// How long the replica is waited for when it does not answer, such as 5m [env: MIRRORFS_READ_TIMEOUT]
+    #[arg(long, value_name = "TIME")]
+    read_timeout: Option<String>,
+
     /// Print JSON: one object per line with --list, else a report
     #[arg(long, env = "MIRRORFS_JSON", value_parser = clap::builder::FalseyValueParser::new())]
     json: bool,
@@ -67,10 +73,12 @@ struct Opened {
 
 pub(super) fn run(args: &Args) -> Outcome {
     let env = Env::current()?;
-    let raw = args.replicas.raw(&env.cwd)?;
+    let mut raw = args.replicas.raw(&env.cwd)?;
+    set(&mut raw.flags, "read_timeout", args.read_timeout.as_deref());
     let spec = config::load_replica(&args.from, &raw, &env)?;
     let filter = Filter::new(args.paths.iter().map(|path| path.as_os_str().as_bytes())).map_err(of_tree)?;
     let store = spec.store().map_err(|error| CommandError::new(Exit::Usage, error.to_string()))?;
+    let store = store.with_patience(config::read_timeout(&raw, &env)?);
     // Writing files blocks the task that does it; fetching goes on in the other threads.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -210,6 +218,14 @@ fn judge(report: &Report) -> Outcome {
                 count(ProblemKind::Damaged)
             ),
         )),
+        Some(ProblemKind::Unreachable) => Err(CommandError::new(
+            Exit::Unreachable,
+            format!(
+                "the replica did not answer: {} of {} entries are restored. Run the same command again when it answers; \
+                 what is there already is not fetched again",
+                report.done.entries_done, report.done.entries
+            ),
+        )),
     }
 }
 
@@ -273,11 +289,12 @@ mod tests {
             let report = Report { problems: kinds.iter().map(problem).collect(), ..Report::default() };
             judge(&report).map_or_else(|error| error.exit, |()| Exit::Done)
         };
-        use ProblemKind::{Attribute, Damaged, Failed, Skipped};
+        use ProblemKind::{Attribute, Damaged, Failed, Skipped, Unreachable};
         assert_eq!(ends(&[]), Exit::Done);
         assert_eq!(ends(&[Attribute]), Exit::Done);
         assert_eq!(ends(&[Attribute, Skipped]), Exit::Failure);
         assert_eq!(ends(&[Failed, Skipped]), Exit::Failure);
         assert_eq!(ends(&[Damaged, Skipped]), Exit::Damaged);
+        assert_eq!(ends(&[Damaged, Unreachable]), Exit::Unreachable);
     }
 }

@@ -16,7 +16,7 @@ const SHOWN: usize = 20;
 /// Also for a state whose replicas are lost. No daemon may use the folder; nothing is claimed or sent. Files that changed
 /// since the other machine went on are copied with their attributes; SALVAGE.txt beside them tells what was renamed and
 /// removed. A file of which something cannot be had is saved with the ending .incomplete, and the command ends with
-/// code 7. What is not in the state folder is taken from the replicas it was used with, or those that are given.
+/// code 7, or with 6 when a replica that may have it did not answer. What is not in the state folder is taken from the replicas it was used with, or those that are given.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   mirrorfs salvage --state ~/.local/state/mirrorfs/0123456789abcdef --to ~/saved
@@ -83,6 +83,20 @@ fn judge(report: &SalvageReport) -> Outcome {
     }
     let damaged = saved.problems.iter().any(|p| p.kind == crate::restore::ProblemKind::Damaged);
     if !saved.incomplete.is_empty() || !report.unknown_segments.is_empty() || damaged {
+        let silent = saved.incomplete.iter().any(|i| i.unreachable);
+        if silent || !report.unreachable.is_empty() {
+            let names = match &report.unreachable[..] {
+                [] => "replicas".to_owned(),
+                names => format!("replica {}", names.join(", ")),
+            };
+            let message = format!(
+                "not everything is here: {} incomplete files, {} segments unknown; {names} did not answer and may have \
+                 the rest: salvage again into another folder when it does",
+                saved.incomplete.len(),
+                report.unknown_segments.len()
+            );
+            return Err(CommandError::new(Exit::Unreachable, message));
+        }
         let message = format!(
             "not everything is here: {} incomplete files, {} segments unknown; name replicas that have the rest with --replica",
             saved.incomplete.len(),

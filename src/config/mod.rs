@@ -274,9 +274,7 @@ impl Config {
             space_wait: merged.get("space_wait", Duration::from_secs(30), |t| {
                 units::parse_duration(t, Duration::ZERO..=Duration::from_secs(600))
             })?,
-            read_timeout: merged.get("read_timeout", Duration::from_secs(30), |t| {
-                units::parse_duration(t, Duration::from_secs(1)..=Duration::from_secs(600))
-            })?,
+            read_timeout: merged.read_timeout()?,
             block_size: merged.get("block_size", 1 << 20, block_size)?,
             compression: merged.get("compression", Compression::default(), str::parse)?,
             fsync: merged.get("fsync", Fsync::default(), str::parse)?,
@@ -350,6 +348,11 @@ pub fn load_replica(from: &str, raw: &Raw, env: &Env) -> Result<ReplicaSpec, Con
     replicas::find(&wanted, merged.replicas(), &merged.replica_options())?.ok_or(ConfigError::NoReplica)
 }
 
+/// How long replicas that do not answer are waited for, for commands that need no volume's configuration.
+pub fn read_timeout(raw: &Raw, env: &Env) -> Result<Duration, ConfigError> {
+    Merged::read(raw, env)?.read_timeout()
+}
+
 /// Whether two places are one, or lie one within the other.
 #[must_use]
 pub fn overlap(a: &Path, b: &Path) -> bool {
@@ -409,6 +412,12 @@ impl Merged {
     ) -> Result<T, ConfigError> {
         let Some(given) = self.text(key) else { return Ok(default) };
         parse(&given.text).map_err(|detail| ConfigError::Value { place: given.source.clone(), detail })
+    }
+
+    fn read_timeout(&self) -> Result<Duration, ConfigError> {
+        self.get("read_timeout", Duration::from_secs(30), |t| {
+            units::parse_duration(t, Duration::from_secs(1)..=Duration::from_secs(600))
+        })
     }
 
     /// The weakest first, so that the strongest is applied last.

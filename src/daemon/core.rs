@@ -202,7 +202,10 @@ impl Core {
         })?;
         let members = Members::read(state.path())?;
         let specs = members.apply(&config.replicas)?;
-        let stores: Vec<Store> = specs.iter().map(|s| (options.stores)(s)).collect::<Result<_, _>>()?;
+        let stores: Vec<Store> = specs
+            .iter()
+            .map(|s| Ok((options.stores)(s)?.with_patience(config.read_timeout)))
+            .collect::<Result<_, Error>>()?;
         let mut local = state.read()?;
         if local.as_ref().is_some_and(|l| l.borrowed) {
             // A read-only mount built it from the replicas; they may have gone on since.

@@ -4,6 +4,7 @@
 //! Owns finding where the folder's branch begins, and the reading of its content: written blocks, cached ones, staged
 //! segments, and replicas where they answer. Claims nothing, sends nothing, and changes the folder no more than a replay.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -33,8 +34,9 @@ use crate::format::tables::{BlockEntry, FrameLoc, segment_key, table};
 use crate::format::volume::Claim;
 use crate::ids::{BlockId, Epoch, SegmentNo, VolumeId};
 use crate::journal::Journal;
-use crate::replica::volume::{self, Found};
+use crate::replica::volume::{self, Found, VolumeError};
 use crate::replica::{FenceNote, FetchError, FrameSource, Reader, Replica, ReplicaSpec, Roster, Store};
+use crate::restore::fetch::{Meaning, Patience, meaning, read};
 use crate::restore::{self, BlockContent, Changes, MissingPiece, RestoreError, Saved, Sink, Tables, Wanted};
 
 /// Name of the report that lies beside the files.
@@ -72,6 +74,8 @@ pub struct SalvageReport {
     pub unknown_segments: Vec<SegmentNo>,
     /// The replicas that were asked for content.
     pub replicas: Vec<String>,
+    /// The replicas that may have what is missing, and did not answer.
+    pub unreachable: Vec<String>,
     /// The files.
     #[serde(flatten)]
     pub saved: Saved,
@@ -111,7 +115,7 @@ pub fn salvage(
         let _ = slots.set(Arc::clone(blocks.slots()));
         let runtime = super::runtime()?;
         let mut warnings = Vec::new();
-        let stores = runtime.block_on(answering(replicas, local.volume.volume, &mut warnings));
+        let (stores, unreachable) = runtime.block_on(answering(replicas, local.volume.volume, &mut warnings));
         let work = Work {
             state: &state,
             local: &local,
@@ -119,6 +123,7 @@ pub fn salvage(
             blocks: &blocks,
             runtime: &runtime,
             stores,
+            unreachable: RefCell::new(unreachable),
         };
         let report = work.run(args, warnings, progress);
         // A fetch that hangs is not waited for.
@@ -168,9 +173,13 @@ fn readable(state: &StateDir) -> Result<Local, Error> {
     Ok(local)
 }
 
-/// Those replicas that answer and hold the volume.
-async fn answering(specs: &[ReplicaSpec], volume: VolumeId, warnings: &mut Vec<String>) -> Vec<Store> {
-    let mut stores = Vec::new();
+/// Those replicas that answer and hold the volume; and the names of those that do not answer.
+async fn answering(
+    specs: &[ReplicaSpec],
+    volume: VolumeId,
+    warnings: &mut Vec<String>,
+) -> (Vec<Store>, BTreeSet<String>) {
+    let (mut stores, mut silent) = (Vec::new(), BTreeSet::new());
     for spec in specs {
         match spec.store() {
             Ok(store) => stores.push(store),
@@ -187,10 +196,15 @@ async fn answering(specs: &[ReplicaSpec], volume: VolumeId, warnings: &mut Vec<S
         match found {
             Ok(Found::Volume(_) | Found::Headless) => whole.push(store),
             Ok(Found::Empty) => warnings.push(format!("replica {} is empty", store.name())),
-            Err(e) => warnings.push(format!("not asked: {e}")),
+            Err(e) => {
+                if matches!(e, VolumeError::Store(_)) {
+                    silent.insert(store.name().to_string());
+                }
+                warnings.push(format!("not asked: {e}"));
+            }
         }
     }
-    whole
+    (whole, silent)
 }
 
 struct Work<'a> {
@@ -200,6 +214,8 @@ struct Work<'a> {
     blocks: &'a Arc<BlockStore>,
     runtime: &'a Runtime,
     stores: Vec<Store>,
+    /// Replicas that did not answer.
+    unreachable: RefCell<BTreeSet<String>>,
 }
 
 impl Work<'_> {
@@ -232,6 +248,7 @@ impl Work<'_> {
             after_segment: after,
             unknown_segments: unknown,
             replicas: self.stores.iter().map(|s| s.name().to_string()).collect(),
+            unreachable: self.unreachable.take().into_iter().collect(),
             saved,
             warnings,
         };
@@ -344,7 +361,10 @@ impl Work<'_> {
             Err(e) => whys.push(format!("not staged ({})", e.kind())),
         }
         for store in &self.stores {
-            let fetched = self.runtime.block_on(store.get(&object.path()));
+            let fetched = self.runtime.block_on(read(store, &object.path(), None, Patience::Full));
+            if fetched.as_ref().is_err_and(|e| meaning(e) == Meaning::Unreachable) {
+                self.unreachable.borrow_mut().insert(store.name().to_string());
+            }
             match fetched.map_err(|e| e.to_string()).and_then(|bytes| expected(&bytes)) {
                 Ok(records) => return Ok(records),
                 Err(e) => whys.push(e),
@@ -366,7 +386,13 @@ impl Work<'_> {
         let reader =
             Reader::new(Roster::new(replicas), Some(Arc::new(local)), self.runtime.handle().clone(), closing)
                 .with_deadline(FETCH);
-        LocalContent { blocks: Arc::clone(self.blocks), reader, silent: AtomicU32::new(0), _open: open }
+        LocalContent {
+            blocks: Arc::clone(self.blocks),
+            reader,
+            silent: AtomicU32::new(0),
+            has_replicas: !self.stores.is_empty(),
+            _open: open,
+        }
     }
 }
 
@@ -389,43 +415,64 @@ struct LocalContent {
     reader: Reader,
     /// Blocks in a row that nobody gave in time.
     silent: AtomicU32,
+    /// Whether there are replicas that can be asked.
+    has_replicas: bool,
     /// As long as it is there the reader goes on.
     _open: watch::Sender<bool>,
 }
 
+/// Why a stretch of a block is not to be had.
+struct Lack {
+    why: String,
+    unreachable: bool,
+}
+
+impl Lack {
+    fn lost(why: impl std::fmt::Display) -> Self {
+        Self { why: why.to_string(), unreachable: false }
+    }
+}
+
 impl LocalContent {
     /// Fills `out` with a stretch of a sealed block from `start` on.
-    fn sealed(&self, entry: &BlockEntry, start: u32, out: &mut [u8]) -> Result<(), String> {
+    fn sealed(&self, entry: &BlockEntry, start: u32, out: &mut [u8]) -> Result<(), Lack> {
         match self.blocks.read_sealed(entry, start, out, &Supply::new()) {
             Err(StoreError::Miss(_)) => {}
-            other => return other.map_err(|e| e.to_string()),
+            other => return other.map_err(Lack::lost),
         }
         if entry.is_without_content() {
-            return Err("the rest of it was lost when it was overwritten in part".to_owned());
+            return Err(Lack::lost("the rest of it was lost when it was overwritten in part"));
         }
+        let unreachable = self.has_replicas;
         if self.silent.load(Ordering::Relaxed) >= PATIENCE {
-            return Err("no replica answers".to_owned());
+            return Err(Lack { why: "no replica answers".to_owned(), unreachable });
         }
-        let raw = self.reader.fetch(entry, &[], &|_, _| {}).map_err(|e| {
-            if matches!(e, FetchError::Unavailable { .. }) {
+        let raw = self.reader.fetch(entry, &[], &|_, _| {}).map_err(|e| match e {
+            FetchError::Unavailable { .. } => {
                 self.silent.fetch_add(1, Ordering::Relaxed);
+                Lack { why: e.to_string(), unreachable }
             }
-            e.to_string()
+            e => Lack::lost(e),
         })?;
         self.silent.store(0, Ordering::Relaxed);
         let supply = Supply::from([(entry.hash, raw)]);
-        self.blocks.read_sealed(entry, start, out, &supply).map_err(|e| e.to_string())
+        self.blocks.read_sealed(entry, start, out, &supply).map_err(Lack::lost)
     }
 }
 
 impl BlockContent for LocalContent {
     fn read(&self, block: BlockId, out: &mut [u8]) -> Vec<MissingPiece> {
         let end = out.len() as u32;
-        let missing = |start, end, why| MissingPiece { start, end, why };
+        let missing = |start, end, lack: Lack| MissingPiece {
+            start,
+            end,
+            why: lack.why,
+            unreachable: lack.unreachable,
+        };
         let Some(dirty) = self.blocks.dirty(block) else {
-            let read = self.blocks.entry(block).map_err(|e| e.to_string());
+            let read = self.blocks.entry(block).map_err(Lack::lost);
             let read = read.and_then(|entry| self.sealed(&entry, 0, out));
-            return read.map_or_else(|why| vec![missing(0, end, why)], |()| Vec::new());
+            return read.map_or_else(|lack| vec![missing(0, end, lack)], |()| Vec::new());
         };
         let mut lacks = Vec::new();
         let pieces = dirty.with(|content| {
@@ -434,7 +481,7 @@ impl BlockContent for LocalContent {
                 if let Piece::Slot { start, end } = *piece
                     && let Err(e) = content.slot.read(start, &mut out[start as usize..end as usize])
                 {
-                    lacks.push(missing(start, end, e.to_string()));
+                    lacks.push(missing(start, end, Lack::lost(e)));
                 }
             }
             pieces
@@ -444,8 +491,8 @@ impl BlockContent for LocalContent {
                 Piece::Slot { .. } => {}
                 Piece::Zero { start, end } => out[start as usize..end as usize].fill(0),
                 Piece::Base { start, end, entry } => {
-                    if let Err(why) = self.sealed(&entry, start, &mut out[start as usize..end as usize]) {
-                        lacks.push(missing(start, end, why));
+                    if let Err(lack) = self.sealed(&entry, start, &mut out[start as usize..end as usize]) {
+                        lacks.push(missing(start, end, lack));
                     }
                 }
             }

@@ -2,6 +2,7 @@
 //!
 //! Owns everything that crosses a network; knows neither files nor the journal.
 
+mod absence;
 mod attach;
 mod contract;
 mod digest;
@@ -27,6 +28,7 @@ mod throttle;
 mod transfer;
 pub mod volume;
 
+pub use absence::Absence;
 pub use attach::Identity;
 pub use contract::{Backlog, CursorStore, FetchError, FrameSource, Outbox, Staged, StagedKind};
 pub use error::{ErrorKind, StoreError};

@@ -16,6 +16,7 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, PutResult};
 use parking_lot::Mutex;
 
+use super::absence::Absence;
 use super::error::{ErrorKind, StoreError, classify, one_line};
 use super::folder::Seat;
 use super::limit::Timetable;
@@ -152,6 +153,8 @@ pub struct Store {
     throttles: Arc<Throttles>,
     /// Whether this clone is for work that lets others pass.
     background: bool,
+    absence: Arc<Absence>,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Store {
@@ -187,6 +190,8 @@ impl Store {
                 limits.reads_in_flight,
             )),
             background: false,
+            absence: Arc::default(),
+            patience: super::DEADLINE,
         }
     }
 
@@ -225,6 +230,25 @@ impl Store {
         self.limits = limits;
         self.throttles = Arc::new(self.throttles.with_reads(limits.reads_in_flight));
         self
+    }
+
+    /// The same store, whose absence a restore waits for as long as this.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// How long a restore waits while it is away.
+    #[must_use]
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// What readers that wait for it know of its absence.
+    #[must_use]
+    pub fn absence(&self) -> &Absence {
+        &self.absence
     }
 
     /// The replica's name.

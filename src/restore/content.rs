@@ -4,10 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::fetch::{Meaning, meaning, read};
+use super::fetch::{Meaning, Patience, meaning, read, rounds};
 use super::{Damage, Plan};
 use crate::format::frame;
 use crate::format::names::ObjectName;
@@ -30,7 +31,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// The stores that were surveyed, asked for each segment in the order in which the plan knows its holders.
+    /// The stores that were surveyed, asked for each segment in the order in which the plan knows
+    /// its holders.
     #[must_use]
     pub fn new(plan: &Plan, stores: &[Store]) -> Self {
         let holders = plan.segments.values().map(|place| {
@@ -47,74 +49,143 @@ impl Source {
         self.holders.get(&segment).cloned().unwrap_or_else(|| self.all.to_vec())
     }
 
+    /// Whether no replica answers any more, and none is waited for.
+    pub(super) fn is_away(&self) -> bool {
+        let is_away = |i: &usize| {
+            let store = &self.stores[*i];
+            store.absence().away_for(Instant::now()).is_some_and(|away| away >= store.patience())
+        };
+        self.all.iter().all(is_away)
+    }
+
     /// Fetches the frames of a request; one answer per frame, in the same order.
     pub(super) async fn fetch(&self, request: &Request) -> Answer {
-        let mut answer = Answer {
-            blocks: vec![Err("no replica holds its segment".into()); request.frames.len()],
-            damaged: Vec::new(),
-        };
-        let mut whys: Vec<Vec<String>> = vec![Vec::new(); request.frames.len()];
-        for (nth, holder) in self.holders(request.segment).into_iter().enumerate() {
-            let store = &self.stores[holder];
-            let mut wanted: Vec<usize> =
-                (0..request.frames.len()).filter(|i| answer.blocks[*i].is_err()).collect();
-            if wanted.is_empty() {
+        let holders = self.holders(request.segment);
+        let mut asking = Asking::new(request);
+        let mut left = holders.clone();
+        for patience in rounds(holders.len()) {
+            let mut silent = Vec::new();
+            // What a replica said that is asked once more does not count.
+            asking.silence.iter_mut().for_each(Vec::clear);
+            for holder in std::mem::take(&mut left) {
+                if !asking.ask(&self.stores[holder], *patience).await {
+                    silent.push(holder);
+                }
+                if asking.is_done() {
+                    return asking.answer();
+                }
+            }
+            left = silent;
+            if left.is_empty() {
                 break;
             }
-            // Once together, so that one bad frame costs one request; after that each alone.
-            if nth == 0 || wanted.len() == request.frames.len() {
-                match read(store, &request.object(), Some((request.start, request.len()))).await {
-                    Ok(bytes) => {
-                        for i in std::mem::take(&mut wanted) {
-                            let (offset, entry) = &request.frames[i];
-                            let at = (offset - request.start) as usize;
-                            let stored =
-                                bytes.get(at..at + entry.loc.stored_len as usize).unwrap_or_default();
-                            match frame::decode_entry(stored, entry) {
-                                Ok(raw) => answer.blocks[i] = Ok(raw),
-                                Err(e) => {
-                                    whys[i].push(format!("replica {}: {e}", store.name()));
-                                    answer.note(store, request, e.to_string(), e.newer);
-                                }
-                            }
-                        }
+        }
+        asking.answer()
+    }
+}
+
+/// A request while its holders are asked, one after the other.
+struct Asking<'a> {
+    request: &'a Request,
+    blocks: Vec<Option<Bytes>>,
+    damaged: Vec<Damage>,
+    /// What replicas said that answered, for each frame.
+    whys: Vec<Vec<String>>,
+    /// Why others did not answer, for each frame.
+    silence: Vec<Vec<String>>,
+}
+
+impl<'a> Asking<'a> {
+    fn new(request: &'a Request) -> Self {
+        let n = request.frames.len();
+        Self {
+            request,
+            blocks: vec![None; n],
+            damaged: Vec::new(),
+            whys: vec![Vec::new(); n],
+            silence: vec![Vec::new(); n],
+        }
+    }
+
+    fn wanted(&self) -> Vec<usize> {
+        (0..self.blocks.len()).filter(|i| self.blocks[*i].is_none()).collect()
+    }
+
+    fn is_done(&self) -> bool {
+        self.blocks.iter().all(Option::is_some)
+    }
+
+    /// Asks one replica for what is still wanted. False when it did not answer.
+    async fn ask(&mut self, store: &Store, patience: Patience) -> bool {
+        let request = self.request;
+        let mut wanted = self.wanted();
+        // Once together, so that one bad frame costs one request; after that each alone.
+        if wanted.len() == request.frames.len() {
+            let range = (request.start, request.len());
+            match read(store, &request.object(), Some(range), patience).await {
+                Ok(bytes) => {
+                    for i in wanted {
+                        let (offset, entry) = &request.frames[i];
+                        let at = (offset - request.start) as usize;
+                        let stored = bytes.get(at..at + entry.loc.stored_len as usize).unwrap_or_default();
+                        self.decode(i, store, stored);
                     }
-                    Err(e) if meaning(&e) == Meaning::Unreachable => {
-                        for i in std::mem::take(&mut wanted) {
-                            whys[i].push(e.to_string());
-                        }
-                    }
-                    // Perhaps cut short: single frames may be there still.
-                    Err(e) => answer.note(store, request, format!("{} ({})", e.kind, e.detail), false),
+                    return true;
                 }
+                Err(e) if meaning(&e) == Meaning::Unreachable => {
+                    wanted.into_iter().for_each(|i| self.silence[i].push(e.to_string()));
+                    return false;
+                }
+                // Perhaps cut short: single frames may be there still.
+                Err(e) => self.note(store, format!("{} ({})", e.kind, e.detail)),
             }
-            for i in wanted {
-                let entry = &request.frames[i].1;
-                let range = (entry.loc.offset, u64::from(entry.loc.stored_len));
-                let got = read(store, &request.object(), Some(range)).await.map_err(|e| {
-                    let damaged = meaning(&e) == Meaning::Damaged;
-                    (e.to_string(), damaged)
-                });
-                let got = got.and_then(|bytes| {
-                    frame::decode_entry(&bytes, entry).map_err(|e| (e.to_string(), !e.newer))
-                });
-                match got {
-                    Ok(raw) => answer.blocks[i] = Ok(raw),
-                    Err((why, damaged)) => {
-                        if damaged {
-                            answer.note(store, request, why.clone(), false);
-                        }
-                        whys[i].push(format!("replica {}: {why}", store.name()));
-                    }
+            wanted = self.wanted();
+        }
+        let mut answers = true;
+        for i in wanted {
+            let entry = &request.frames[i].1;
+            let range = (entry.loc.offset, u64::from(entry.loc.stored_len));
+            match read(store, &request.object(), Some(range), patience).await {
+                Ok(bytes) => self.decode(i, store, &bytes),
+                Err(e) if meaning(&e) == Meaning::Unreachable => {
+                    answers = false;
+                    self.silence[i].push(e.to_string());
+                }
+                Err(e) => {
+                    self.note(store, e.to_string());
+                    self.whys[i].push(format!("replica {}: {e}", store.name()));
                 }
             }
         }
-        for (block, why) in answer.blocks.iter_mut().zip(whys) {
-            if block.is_err() && !why.is_empty() {
-                *block = Err(why.join("; "));
+        answers
+    }
+
+    fn decode(&mut self, frame: usize, store: &Store, stored: &[u8]) {
+        match frame::decode_entry(stored, &self.request.frames[frame].1) {
+            Ok(raw) => self.blocks[frame] = Some(raw),
+            Err(e) => {
+                self.whys[frame].push(format!("replica {}: {e}", store.name()));
+                if !e.newer {
+                    self.note(store, e.to_string());
+                }
             }
         }
-        answer
+    }
+
+    fn note(&mut self, store: &Store, why: String) {
+        let object = self.request.object();
+        self.damaged.push(Damage { replica: store.name().clone(), object, why });
+    }
+
+    fn answer(self) -> Answer {
+        let whys = self.whys.into_iter().zip(self.silence);
+        let blocks = self.blocks.into_iter().zip(whys).map(|(block, (whys, silence))| match block {
+            Some(raw) => Ok(raw),
+            None if !silence.is_empty() => Err(Missing::Unreachable(silence.join("; "))),
+            None if whys.is_empty() => Err(Missing::Lost("no replica holds its segment".into())),
+            None => Err(Missing::Lost(whys.join("; "))),
+        });
+        Answer { blocks: blocks.collect(), damaged: self.damaged }
     }
 }
 
@@ -124,7 +195,8 @@ pub(super) struct Request {
     pub segment: (SegmentNo, Epoch),
     pub start: u64,
     pub end: u64,
-    /// Offset and entry, ascending by offset; each frame once for every content that is expected of it.
+    /// Offset and entry, ascending by offset; each frame once for every content that is expected of
+    /// it.
     pub frames: Vec<(u64, BlockEntry)>,
 }
 
@@ -141,17 +213,18 @@ impl Request {
 /// What came of a request.
 pub(super) struct Answer {
     /// For each frame its block's content, or what each replica said.
-    pub blocks: Vec<Result<Bytes, String>>,
+    pub blocks: Vec<Result<Bytes, Missing>>,
     /// Copies found damaged.
     pub damaged: Vec<Damage>,
 }
 
-impl Answer {
-    fn note(&mut self, store: &Store, request: &Request, why: String, newer: bool) {
-        if !newer {
-            self.damaged.push(Damage { replica: store.name().clone(), object: request.object(), why });
-        }
-    }
+/// Why there is no content of a block, with what each replica said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// Every replica answered, and none holds an intact copy.
+    Lost(String),
+    /// A replica that may hold it did not answer.
+    Unreachable(String),
 }
 
 /// One block that is wanted, for a place that the caller knows by `what`.
@@ -161,8 +234,8 @@ pub(super) struct Want<T> {
     pub what: T,
 }
 
-/// Groups wants into requests, in the order of segments. The second part says for each want of a request which of its
-/// frames it is: blocks of equal content share one.
+/// Groups wants into requests, in the order of segments. The second part says for each want of a
+/// request which of its frames it is: blocks of equal content share one.
 pub(super) fn requests<T: Copy>(mut wants: Vec<Want<T>>) -> Vec<(Request, Vec<(usize, T)>)> {
     let place = |e: &BlockEntry| (e.loc.segment, e.loc.epoch, e.loc.offset, e.loc.stored_len);
     wants.sort_by_key(|w| (place(&w.entry), w.entry.hash));

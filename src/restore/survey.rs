@@ -8,7 +8,7 @@ use futures::future::join_all;
 use futures::stream::{self, StreamExt};
 
 use super::Damage;
-use super::fetch::{Meaning, meaning, read};
+use super::fetch::{Meaning, Patience, list, meaning, read};
 use crate::format::MAX_JSON;
 use crate::format::checkpoint::Manifest;
 use crate::format::codec::FormatError;
@@ -98,7 +98,7 @@ struct Surveyor<'a> {
 
 impl Surveyor<'_> {
     async fn run(mut self) -> Result<Found, SurveyError> {
-        match read(self.store, &ObjectName::Volume.path(), None).await {
+        match read(self.store, &ObjectName::Volume.path(), None, Patience::Full).await {
             Ok(bytes) => {
                 self.found.volume = self.take(&ObjectName::Volume.path(), Volume::decode(&bytes))?;
             }
@@ -109,9 +109,9 @@ impl Surveyor<'_> {
             Err(e) => return Err(e.into()),
         }
         let (epochs, segments, checkpoints) = futures::try_join!(
-            self.store.list("epochs"),
-            self.store.list("segments"),
-            self.store.list("checkpoints"),
+            list(self.store, "epochs"),
+            list(self.store, "segments"),
+            list(self.store, "checkpoints"),
         )?;
         for object in segments {
             if let Some(ObjectName::Segment(number, epoch)) = ObjectName::parse(&object.path) {
@@ -199,7 +199,7 @@ impl Surveyor<'_> {
                         let why = format!("{} bytes are too many", object.size);
                         return Ok((object.path, Err(why)));
                     }
-                    match read(store, &object.path, None).await {
+                    match read(store, &object.path, None, Patience::Full).await {
                         Ok(bytes) => Ok((object.path, Ok(bytes))),
                         Err(e) if meaning(&e) == Meaning::Damaged => {
                             Ok((object.path, Err(format!("{}: {}", e.kind, e.detail))))

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use super::load::Sink;
+use super::tree::text;
 use crate::format::codec::FormatError;
 use crate::format::record::Op;
 use crate::format::tables::{
-    BlockEntry, Dirent, Extents, Inode, block_key, chunk_of_extent_key, dirent_range, inode_key,
+    BlockEntry, Dirent, Extents, Inode, block_key, chunk_of_extent_key, dirent_range, inode_key, name_cookie,
     prefix_range, split_dirent_key, table,
 };
 use crate::ids::{BlockId, Ino};
@@ -74,17 +75,27 @@ impl Tables {
         self.get(&inode_key(ino)).map(|v| Inode::decode(v)).transpose()
     }
 
-    /// A directory's names in byte order.
-    pub fn children(&self, dir: Ino) -> Result<Vec<(Bytes, Dirent)>, FormatError> {
-        let (start, end) = dirent_range(dir, 0);
-        let mut names = Vec::new();
+    /// A directory's names in byte order, each once; and what is wrong with the other entries of the directory.
+    pub fn children(&self, dir: Ino) -> (Vec<(Bytes, Dirent)>, Vec<String>) {
+        let (start, end) = prefix_range(&dirent_range(dir, 0).0[..9]);
+        let (mut names, mut wrong) = (Vec::new(), Vec::new());
         for (key, value) in self.range(start, end) {
-            let (_, name) = split_dirent_key(key)
-                .ok_or_else(|| FormatError::new("directory entry", "its key is too short"))?;
-            names.push((key.slice_ref(name), Dirent::decode(value)?));
+            let Some((cookie, name)) = split_dirent_key(key) else {
+                wrong.push("one of its entries has too short a key".to_owned());
+                continue;
+            };
+            // The cookie follows from the name, so that a name can stand here once only.
+            if cookie != name_cookie(name) {
+                wrong.push(format!("it holds the name {:?} at a place that is not its own", text(name)));
+                continue;
+            }
+            match Dirent::decode(value) {
+                Ok(dirent) => names.push((key.slice_ref(name), dirent)),
+                Err(e) => wrong.push(format!("its entry {:?}: {e}", text(name))),
+            }
         }
         names.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        Ok(names)
+        (names, wrong)
     }
 
     /// A file's blocks with their places in it (in units of the block size), ascending; holes are absent.

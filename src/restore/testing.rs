@@ -50,7 +50,9 @@ impl World {
         let names = ["alpha", "beta", "gamma", "delta"];
         let faults: Vec<_> = (0..replicas).map(|i| Faults::new(i as u64)).collect();
         let stores = names[..replicas].iter().zip(&faults).map(|(name, faults)| {
-            Store::in_memory(name.parse().unwrap()).wrapped(|backend| faults.wrap(backend))
+            Store::in_memory(name.parse().unwrap())
+                .wrapped(|backend| faults.wrap(backend))
+                .with_patience(std::time::Duration::from_millis(100))
         });
         let mut world = Self {
             stores: stores.collect(),

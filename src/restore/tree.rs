@@ -126,9 +126,13 @@ impl Entry {
     }
 }
 
+/// Bytes of the longest name.
+const LONGEST: usize = 255;
+
 /// A name that a directory may hold; what else stands there could lead out of a target folder.
 fn is_plain(name: &[u8]) -> bool {
-    !name.is_empty() && name != b"." && name != b".." && !name.contains(&b'/') && !name.contains(&0)
+    let is_length = (1..=LONGEST).contains(&name.len());
+    is_length && name != b"." && name != b".." && !name.contains(&b'/') && !name.contains(&0)
 }
 
 /// Visits the wanted part of the tree, every directory before what is in it, all that is in it at once, and its names in byte order. What is wrong in
@@ -158,19 +162,36 @@ struct Walker<'a> {
     visited: HashSet<Ino>,
 }
 
+/// A name that is still to be visited.
+struct Waiting {
+    /// Names above it, the root's not counted.
+    depth: usize,
+    /// Empty for the root.
+    name: Bytes,
+    ino: Ino,
+    kind: FileKind,
+}
+
 impl Walker<'_> {
     fn run(&mut self) {
         // An explicit stack: the depth of a tree is bounded by nothing but its author.
-        let mut stack: Vec<(Vec<Bytes>, Ino, FileKind)> = vec![(Vec::new(), Ino::ROOT, FileKind::Directory)];
+        let root = Waiting { depth: 0, name: Bytes::new(), ino: Ino::ROOT, kind: FileKind::Directory };
+        let mut stack = vec![root];
+        // The one path is changed in place: a copy for each entry would take the square of the depth.
+        let mut path: Vec<Bytes> = Vec::new();
         if self.tables.is_empty() {
             return;
         }
-        while let Some((path, ino, kind)) = stack.pop() {
+        while let Some(next) = stack.pop() {
+            path.truncate(next.depth.saturating_sub(1));
+            if next.depth > 0 {
+                path.push(next.name.clone());
+            }
             let wanted = self.filter.wanted(&path);
             if wanted == Wanted::Not {
                 continue;
             }
-            match self.entry(path, ino, kind, wanted) {
+            match self.entry(&mut path, &next, wanted) {
                 Ok(children) => stack.extend(children.into_iter().rev()),
                 Err(e) => (self.wrong)(e),
             }
@@ -179,11 +200,11 @@ impl Walker<'_> {
 
     fn entry(
         &mut self,
-        path: Vec<Bytes>,
-        ino: Ino,
-        kind: FileKind,
+        path: &mut Vec<Bytes>,
+        at: &Waiting,
         wanted: Wanted,
-    ) -> Result<Vec<(Vec<Bytes>, Ino, FileKind)>, TreeError> {
+    ) -> Result<Vec<Waiting>, TreeError> {
+        let ino = at.ino;
         let shown = || text(&path.join(&b'/'));
         let format = |source| TreeError::Format { path: shown(), source };
         let inconsistent = |why: String| TreeError::Inconsistent { path: shown(), why };
@@ -192,32 +213,44 @@ impl Walker<'_> {
             .inode(ino)
             .map_err(format)?
             .ok_or_else(|| inconsistent(format!("inode {ino} is missing")))?;
-        if inode.kind != kind {
-            return Err(inconsistent(format!("the name says {kind:?}, inode {ino} says {:?}", inode.kind)));
+        if inode.kind != at.kind {
+            return Err(inconsistent(format!(
+                "the name says {:?}, inode {ino} says {:?}",
+                at.kind, inode.kind
+            )));
         }
         let mut children = Vec::new();
-        let is_directory = kind == FileKind::Directory;
+        let is_directory = inode.kind == FileKind::Directory;
         if is_directory {
+            // A directory has one name, so that no cycle is walked twice.
             if !self.visited.insert(ino) {
                 return Err(inconsistent(format!("directory {ino} has two names")));
             }
-            for (name, dirent) in self.tables.children(ino).map_err(format)? {
+            let (names, wrong) = self.tables.children(ino);
+            wrong.into_iter().for_each(|why| (self.wrong)(inconsistent(why)));
+            for (name, dirent) in names {
                 if !is_plain(&name) {
                     (self.wrong)(inconsistent(format!("it holds the impossible name {:?}", text(&name))));
                     continue;
                 }
-                let mut path = path.clone();
-                path.push(name);
-                children.push((path, dirent.ino, dirent.kind));
+                let depth = at.depth + 1;
+                children.push(Waiting { depth, name, ino: dirent.ino, kind: dirent.kind });
             }
         }
         if wanted == Wanted::Way && !is_directory {
             return Ok(children);
         }
-        if !self.filter.paths.is_empty() {
-            self.found.insert(path.iter().map(|name| name.to_vec()).collect());
+        let named = self
+            .filter
+            .paths
+            .iter()
+            .find(|p| p.len() == path.len() && p.iter().zip(&*path).all(|(a, b)| a == b));
+        if let Some(named) = named {
+            self.found.insert(named.clone());
         }
-        (self.visit)(&Entry { path, ino, inode, selected: wanted == Wanted::All });
+        let entry = Entry { path: std::mem::take(path), ino, inode, selected: wanted == Wanted::All };
+        (self.visit)(&entry);
+        *path = entry.path;
         Ok(children)
     }
 }

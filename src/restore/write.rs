@@ -1,34 +1,38 @@
 //! Writing the tree into a folder.
 //!
-//! Owns the order of steps and what is reported; `target` owns the system calls. Three passes: names and empty files;
-//! content, in the order in which it lies in segments, each file finished with its last block; then directories, deepest
-//! first, so that their times stay.
+//! Owns the order of steps and what is reported; `target` owns the system calls. Three passes:
+//! directories, special files and what is there already; content, in the order in which it lies in
+//! segments, each file given its attributes and its name with its last block; then directories,
+//! deepest first, so that their times stay.
 //!
-//! A file of which a block is lost on all replicas is kept under its name with `.damaged` added, with holes where
-//! content is missing, so that nobody takes it for the whole.
+//! A file of which a block is lost on all replicas gets its name with `.damaged` added, with holes
+//! where content is missing, so that nobody takes it for the whole. A file of which a block cannot
+//! be fetched gets no name: the restore is to be run again.
 
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use futures::stream::{self, StreamExt};
 
-use super::content::{Request, Source, Want, requests};
+use super::content::{Source, Want};
 use super::tree::text;
 use super::{Damage, Entry, Filter, Tables, TreeError, walk};
-use crate::format::tables::{Body, FileKind, Inode};
+use crate::format::tables::{FileKind, Inode, dirent_key};
 use crate::ids::Ino;
 
+mod attributes;
+mod dirs;
+mod drafts;
+mod existing;
+mod files;
 pub(super) mod salvage;
 mod target;
 #[cfg(test)]
 mod tests;
 
-use target::Target;
-
-/// Requests for content under way at a time.
-const IN_FLIGHT: usize = 8;
+use files::FileWork;
+use target::{First, Name, Target, Wished};
 
 /// What to restore, and where to.
 #[derive(Clone, Debug)]
@@ -46,7 +50,8 @@ pub struct Options {
 /// How far a restore is. Totals grow while names are made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Progress {
-    /// Entries that are complete: files with content and attributes, links, special files, directories.
+    /// Entries that are complete: files with content and attributes, links, special files,
+    /// directories.
     pub entries_done: u64,
     /// Entries in all.
     pub entries: u64,
@@ -68,6 +73,9 @@ pub enum ProblemKind {
     Failed,
     /// Content or metadata is lost on every replica that was asked.
     Damaged,
+    /// Content could not be fetched, as a replica that may hold it did not answer. The same
+    /// restore, run again, goes on.
+    Unreachable,
 }
 
 /// Trouble with one entry.
@@ -116,15 +124,15 @@ pub enum RestoreError {
     },
 }
 
-/// Restores the wanted part of the tree. Writes files from the calling task, which therefore blocks: run it on a thread of
-/// its own or as the only task of a command.
+/// Restores the wanted part of the tree. Writes files from the calling task, which therefore
+/// blocks: run it on a thread of its own or as the only task of a command.
 pub async fn restore(
     tables: &Tables,
     source: &Source,
     options: &Options,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<Report, RestoreError> {
-    let target = Target::open(&options.to)
+    let target = Target::open(&options.to, drafts_name(tables))
         .map_err(|source| RestoreError::Target { path: options.to.clone(), source })?;
     let mut work = Work {
         tables,
@@ -137,34 +145,38 @@ pub async fn restore(
         report: Report::default(),
         progress,
     };
-    work.names()?;
-    work.content(source).await;
+    let walked = work.names();
+    if walked.is_ok() {
+        work.content(source).await;
+    }
     work.finish();
-    (work.progress)(&work.report.done);
+    walked?;
     Ok(work.report)
 }
 
-/// A name below a directory of the target.
-#[derive(Clone, Debug)]
-struct Name {
-    dir: usize,
-    name: Bytes,
+/// A name for the folder of unfinished files that the volume's root does not hold.
+fn drafts_name(tables: &Tables) -> String {
+    let names = (0_u64..).map(|n| match n {
+        0 => ".mirrorfs-restore".to_owned(),
+        n => format!(".mirrorfs-restore-{n}"),
+    });
+    let mut free = names.filter(|name| tables.get(&dirent_key(Ino::ROOT, name.as_bytes())).is_none());
+    free.next().unwrap_or_default()
 }
 
-/// A regular file under way.
-struct FileWork {
-    ino: Ino,
-    names: Vec<Name>,
-    blocks_left: u32,
-    damaged: bool,
-}
-
-/// Where a block's content goes.
-#[derive(Clone, Copy)]
+/// A block's place in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
     file: u32,
     offset: u64,
     len: u32,
+}
+
+/// Where an inode that has several names has its first one.
+enum Link {
+    /// A file's number in [`Work::files`].
+    File(usize),
+    Special(First),
 }
 
 struct Work<'a> {
@@ -172,9 +184,10 @@ struct Work<'a> {
     options: &'a Options,
     target: Target,
     files: Vec<FileWork>,
-    /// The first name of each inode that has several, and its place in `files` when it is a regular file.
-    links: HashMap<Ino, (Name, Option<usize>)>,
-    /// The numbers in the target of the directories on the way to where the walk is; none where one could not be made.
+    /// Each inode that has several names and got one.
+    links: HashMap<Ino, Link>,
+    /// The numbers in the target of the directories on the way to where the walk is; none where one
+    /// could not be made.
     way: Vec<Option<usize>>,
     wants: Vec<Want<Piece>>,
     report: Report,
@@ -189,6 +202,16 @@ impl Work<'_> {
     fn done(&mut self) {
         self.report.done.entries_done += 1;
         (self.progress)(&self.report.done);
+    }
+
+    /// Reports that an entry could not be made.
+    fn refused(&mut self, path: String, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                self.problem(path, ProblemKind::Skipped, "it exists already and was left alone");
+            }
+            _ => self.problem(path, ProblemKind::Failed, error.to_string()),
+        }
     }
 
     fn names(&mut self) -> Result<(), TreeError> {
@@ -210,11 +233,8 @@ impl Work<'_> {
         self.way.truncate(depth);
         let Some(name) = entry.path.last() else {
             self.way.push(Some(0));
-            if self.target.created_root() || (self.options.overwrite && entry.selected) {
-                self.target.keep_attributes(0, entry.ino);
-            } else {
-                self.done();
-            }
+            let ours = self.target.root_is_ours(&entry.inode);
+            self.directory(0, entry, ours);
             return;
         };
         let Some(dir) = self.way.get(depth - 1).copied().flatten() else {
@@ -225,244 +245,58 @@ impl Work<'_> {
         };
         let at = Name { dir, name: name.clone() };
         if let Err(e) = self.make(entry, &at) {
-            let kind = match e.kind() {
-                io::ErrorKind::AlreadyExists => ProblemKind::Skipped,
-                _ => ProblemKind::Failed,
-            };
-            let hint = match e.kind() {
-                io::ErrorKind::AlreadyExists => "it exists already and was left alone".to_owned(),
-                _ => e.to_string(),
-            };
-            self.problem(entry.shown(), kind, hint);
+            self.refused(entry.shown(), &e);
             self.way.push(None);
         }
     }
 
-    fn make(&mut self, entry: &Entry, at: &Name) -> io::Result<()> {
-        let replace = self.options.overwrite;
-        if entry.inode.kind == FileKind::Directory {
-            let (number, created) = self.target.make_dir(at.dir, &at.name)?;
-            self.way.push(Some(number));
-            if created || (replace && entry.selected) {
-                self.target.keep_attributes(number, entry.ino);
-            } else {
-                self.done();
-            }
-            return Ok(());
-        }
-        if let Some((first, file)) = self.links.get(&entry.ino) {
-            let (first, file) = (first.clone(), *file);
-            self.target.link((first.dir, &first.name), (at.dir, &at.name), replace)?;
-            if let Some(work) = file.and_then(|f| self.files.get_mut(f)) {
-                work.names.push(at.clone());
-            }
+    /// A directory that was made or met gets its attributes at the end, unless it is the user's
+    /// own.
+    fn directory(&mut self, number: usize, entry: &Entry, ours: bool) {
+        if ours || (self.options.overwrite && entry.selected) {
+            self.target.keep_attributes(number);
+        } else {
             self.done();
-            return Ok(());
         }
-        let mut file = None;
+    }
+
+    fn make(&mut self, entry: &Entry, at: &Name) -> io::Result<()> {
         match entry.inode.kind {
-            FileKind::Regular => {
-                self.target.create_file(at.dir, &at.name, entry.inode.size, replace)?;
-                file = Some(self.begin_file(entry, at));
+            FileKind::Directory => {
+                let (number, ours) = self.target.make_dir(at, entry.ino, &entry.inode)?;
+                self.way.push(Some(number));
+                self.directory(number, entry, ours);
+                Ok(())
             }
-            FileKind::Symlink => {
-                let Body::Target(to) = &entry.inode.body else {
-                    self.problem(entry.shown(), ProblemKind::Damaged, "a symbolic link without target");
-                    return Ok(());
-                };
-                self.target.symlink(at.dir, &at.name, to, replace)?;
+            FileKind::Regular => self.make_file(entry, at),
+            FileKind::Symlink if !matches!(entry.inode.body, crate::format::tables::Body::Target(_)) => {
+                self.problem(entry.shown(), ProblemKind::Damaged, "a symbolic link without target");
+                Ok(())
             }
-            FileKind::Fifo | FileKind::Socket => {
-                self.target.special(at.dir, &at.name, &entry.inode, replace)?
+            FileKind::CharDevice | FileKind::BlockDevice if !self.target.owner.is_root() => {
+                let text = "device nodes can be restored by root only";
+                self.problem(entry.shown(), ProblemKind::Skipped, text);
+                Ok(())
             }
-            FileKind::CharDevice | FileKind::BlockDevice if !self.target.is_root() => {
-                self.problem(
-                    entry.shown(),
-                    ProblemKind::Skipped,
-                    "device nodes can be restored by root only",
-                );
-                return Ok(());
-            }
-            FileKind::CharDevice | FileKind::BlockDevice => {
-                self.target.special(at.dir, &at.name, &entry.inode, replace)?;
-            }
-            FileKind::Directory => {}
+            _ => self.make_special(entry, at),
         }
-        if entry.inode.nlink > 1 {
-            self.links.insert(entry.ino, (at.clone(), file));
-        }
-        match file {
-            Some(file) if self.files[file].blocks_left == 0 => self.finish_file(file),
-            Some(_) => {}
-            None => {
-                let xattrs = xattrs(self.tables, entry.ino);
-                let trouble = self.target.finish_special(at.dir, &at.name, &entry.inode, &xattrs);
-                self.attributes(trouble, |_| entry.shown());
-                self.done();
-            }
-        }
-        Ok(())
     }
 
-    /// Registers a new file and what content it wants; inline content is written at once.
-    fn begin_file(&mut self, entry: &Entry, at: &Name) -> usize {
-        let number = self.files.len();
-        let mut work = FileWork { ino: entry.ino, names: vec![at.clone()], blocks_left: 0, damaged: false };
-        let size = entry.inode.size;
-        match &entry.inode.body {
-            Body::Inline(content) => {
-                let content = &content[..content.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
-                self.report.done.bytes += content.len() as u64;
-                match self.target.write(at.dir, &at.name, 0, content) {
-                    Ok(()) => self.report.done.bytes_done += content.len() as u64,
-                    Err(e) => self.problem(entry.shown(), ProblemKind::Failed, e.to_string()),
-                }
-            }
-            Body::Target(_) => {
-                work.damaged = true;
-                self.problem(entry.shown(), ProblemKind::Damaged, "a file with a link's target");
-            }
-            Body::Blocks => match self.pieces(entry.ino, size, number as u32) {
-                Ok((pieces, missing)) => {
-                    work.blocks_left = pieces.len() as u32;
-                    self.report.done.bytes += pieces.iter().map(|w| u64::from(w.what.len)).sum::<u64>();
-                    self.wants.extend(pieces);
-                    for why in missing {
-                        work.damaged = true;
-                        self.problem(entry.shown(), ProblemKind::Damaged, why);
-                    }
-                }
-                Err(e) => {
-                    work.damaged = true;
-                    self.problem(entry.shown(), ProblemKind::Damaged, e.to_string());
-                }
-            },
-        }
-        self.files.push(work);
-        number
-    }
-
-    #[allow(clippy::type_complexity)] // a pair of lists
-    fn pieces(
-        &self,
-        ino: Ino,
-        size: u64,
-        file: u32,
-    ) -> Result<(Vec<Want<Piece>>, Vec<String>), crate::format::codec::FormatError> {
-        let mut pieces = Vec::new();
-        let mut missing = Vec::new();
-        for (index, id) in self.tables.blocks(ino)? {
-            let offset = index.saturating_mul(u64::from(self.options.block_size));
-            if offset >= size {
-                continue;
-            }
-            match self.tables.block(id)? {
-                Some(entry) => {
-                    let len = u64::from(entry.loc.raw_len).min(size - offset) as u32;
-                    pieces.push(Want { entry, what: Piece { file, offset, len } });
-                }
-                None => missing.push(format!("block {id} at offset {offset} is in no segment")),
-            }
-        }
-        Ok((pieces, missing))
-    }
-
-    async fn content(&mut self, source: &Source) {
-        let wants = std::mem::take(&mut self.wants);
-        let mut answers = stream::iter(requests(wants))
-            .map(|(request, users)| {
-                let source = source.clone();
-                async move {
-                    let task = tokio::spawn(async move {
-                        let answer = source.fetch(&request).await;
-                        (request, answer)
-                    });
-                    (task.await, users)
-                }
-            })
-            .buffer_unordered(IN_FLIGHT);
-        while let Some((fetched, users)) = answers.next().await {
-            match fetched {
-                Ok((request, answer)) => {
-                    self.report.damaged.extend(answer.damaged);
-                    for (frame, piece) in users {
-                        self.piece(&request, frame, piece, &answer.blocks[frame]);
-                    }
-                }
-                Err(e) => {
-                    for (_, piece) in users {
-                        self.lose(piece, format!("fetching broke off: {e}"));
-                    }
-                }
-            }
-            (self.progress)(&self.report.done);
-        }
-        let mut met = std::collections::HashSet::new();
-        self.report.damaged.retain(|d| met.insert((d.replica.clone(), d.object.clone())));
-    }
-
-    fn piece(&mut self, request: &Request, frame: usize, piece: Piece, block: &Result<Bytes, String>) {
-        let raw = match block {
-            Ok(raw) => raw,
-            Err(why) => {
-                let entry = &request.frames[frame].1;
-                let (segment, epoch) = request.segment;
-                self.lose(
-                    piece,
-                    format!(
-                        "block {} at offset {} (segment {segment} of epoch {epoch}) is intact nowhere: {why}",
-                        entry.hash, piece.offset
-                    ),
-                );
-                return;
-            }
+    fn make_special(&mut self, entry: &Entry, at: &Name) -> io::Result<()> {
+        let xattrs = xattrs(self.tables, entry.ino);
+        let wished = Wished { inode: &entry.inode, xattrs: &xattrs };
+        let first = match self.links.get_mut(&entry.ino) {
+            Some(Link::Special(first)) => Some(first),
+            _ => None,
         };
-        let file = &self.files[piece.file as usize];
-        let Some(name) = file.names.first().cloned() else { return };
-        let raw = &raw[..raw.len().min(piece.len as usize)];
-        match self.target.write(name.dir, &name.name, piece.offset, raw) {
-            Ok(()) => self.report.done.bytes_done += raw.len() as u64,
-            Err(e) => {
-                let path = self.path_of(&name);
-                self.problem(path, ProblemKind::Failed, format!("at offset {}: {e}", piece.offset));
-            }
+        let is_first = first.is_none();
+        let (id, trouble) = self.target.special(at, first, self.options.overwrite, &wished)?;
+        if entry.inode.nlink > 1 && is_first {
+            self.links.insert(entry.ino, Link::Special(First { at: at.clone(), id, names: 1 }));
         }
-        self.settle(piece.file as usize);
-    }
-
-    fn lose(&mut self, piece: Piece, why: String) {
-        let file = &mut self.files[piece.file as usize];
-        file.damaged = true;
-        if let Some(name) = file.names.first().cloned() {
-            let path = self.path_of(&name);
-            self.problem(path, ProblemKind::Damaged, why);
-        }
-        self.settle(piece.file as usize);
-    }
-
-    /// One block fewer to wait for; the last one finishes the file.
-    fn settle(&mut self, file: usize) {
-        self.files[file].blocks_left = self.files[file].blocks_left.saturating_sub(1);
-        if self.files[file].blocks_left == 0 {
-            self.finish_file(file);
-        }
-    }
-
-    fn finish_file(&mut self, file: usize) {
-        let Some(name) = self.files[file].names.first().cloned() else { return };
-        let ino = self.files[file].ino;
-        match self.inode(ino) {
-            Some(inode) => {
-                let xattrs = xattrs(self.tables, ino);
-                let trouble = self.target.finish_file(name.dir, &name.name, &inode, &xattrs);
-                self.attributes(trouble, |work| work.path_of(&name));
-            }
-            None => {
-                let path = self.path_of(&name);
-                self.problem(path, ProblemKind::Damaged, "its inode is gone");
-            }
-        }
+        self.attributes(trouble, |_| entry.shown());
         self.done();
+        Ok(())
     }
 
     fn inode(&self, ino: Ino) -> Option<Inode> {
@@ -482,35 +316,28 @@ impl Work<'_> {
         text(&path)
     }
 
-    /// Marks damaged files by name, then gives directories their attributes, deepest first.
+    /// Gives directories their attributes, deepest first.
     fn finish(&mut self) {
-        for i in 0..self.files.len() {
-            if !self.files[i].damaged {
-                continue;
-            }
-            for name in std::mem::take(&mut self.files[i].names) {
-                if let Err(e) = self.target.mark(name.dir, &name.name, "damaged") {
-                    let path = self.path_of(&name);
-                    let text = format!("it keeps its name although it is damaged: {e}");
-                    self.problem(path, ProblemKind::Failed, text);
-                }
-            }
-        }
-        for (dir, ino) in self.target.kept_attributes() {
+        self.discard_unfinished();
+        for dir in self.target.kept_attributes() {
+            let ino = self.target.ino_of(dir);
             if let Some(inode) = self.inode(ino) {
-                let trouble = self.target.finish_dir(dir, &inode, &xattrs(self.tables, ino));
+                let xattrs = xattrs(self.tables, ino);
+                let trouble = self.target.finish_dir(dir, &Wished { inode: &inode, xattrs: &xattrs });
                 self.attributes(trouble, |work| {
                     text(work.target.path_of(dir).strip_suffix(b"/").unwrap_or_default())
                 });
             }
             self.done();
         }
-        if let Some(text) = self.target.owner_note() {
+        self.target.remove_drafts();
+        if let Some(text) = self.target.owner.note() {
             self.problem(String::new(), ProblemKind::Attribute, text);
         }
         if let Err(e) = self.target.sync() {
             self.problem(String::new(), ProblemKind::Failed, format!("the files may not be on disk: {e}"));
         }
+        (self.progress)(&self.report.done);
     }
 }
 

@@ -24,6 +24,7 @@ use crate::journal::Journal;
 use crate::reconcile::plan::{Expected, Wrong};
 use crate::reconcile::{self, Known, Verdict};
 use crate::replica::{Identity, Store};
+use crate::restore::fetch::{Meaning, Patience, meaning, read};
 use crate::restore::{self, Loaded, Plan, SurveyError, Tables};
 
 /// Objects read at a time.
@@ -277,7 +278,7 @@ async fn deep(
     let claims = plan.claims.keys().map(|epoch| ObjectName::Claim(*epoch));
     let all: Vec<ObjectName> = std::iter::once(ObjectName::Volume).chain(claims).chain(objects).collect();
     let mut read = stream::iter(all)
-        .map(|object| async move { (object, store.get(&object.path()).await) })
+        .map(|object| async move { (object, read(store, &object.path(), None, Patience::Full).await) })
         .buffered(AT_ONCE);
     while let Some((object, got)) = read.next().await {
         if (args.cancelled)() {
@@ -293,6 +294,10 @@ async fn deep(
                 Verdict::Intact => continue,
                 Verdict::Damaged(why) | Verdict::Other(why) => why,
             },
+            // What was not read is not known to be damaged.
+            Err(e) if meaning(&e) == Meaning::Unreachable => {
+                return Err(Error::new(Exit::Unreachable, e.to_string()));
+            }
             Err(e) => e.to_string(),
         };
         findings.push(Kind::ReplicaObject, Place::Volume, None, || {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use tokio::task::JoinHandle;
 
-use super::super::fetch::{Meaning, meaning, read};
+use super::super::fetch::{Meaning, Patience, meaning, read, rounds};
 use super::super::{Damage, Place};
 use super::LoadError;
 use crate::format::checkpoint::{Manifest, Part, parse_part};
@@ -106,17 +106,13 @@ impl Reader {
 
     /// Begins to fetch a segment without its frames, asking its holders but those in `without`.
     pub(super) fn begin(&self, place: &Place, without: Vec<usize>) -> Task<Fetched<SegmentMeta>> {
-        let (reader, place) = (self.clone(), place.clone());
+        let (reader, mut place) = (self.clone(), place.clone());
+        place.holders.retain(|(holder, _)| !without.contains(holder));
         Task::spawn(async move {
             let object = ObjectName::Segment(place.number, place.epoch).path();
-            let mut fetched = Fetched::nothing();
-            for (holder, size) in place.holders.iter().filter(|(h, _)| !without.contains(h)) {
-                let answer = reader.segment(*holder, &object, *size, &place).await;
-                if reader.take(&mut fetched, *holder, &object, answer) {
-                    break;
-                }
-            }
-            fetched
+            let (reader, place, path) = (&reader, &place, object.as_str());
+            let get = |(holder, size), patience| reader.segment((holder, size), path, place, patience);
+            reader.ask(path, &place.holders, |(holder, _)| *holder, get).await
         })
     }
 
@@ -125,21 +121,9 @@ impl Reader {
         let (reader, place) = (self.clone(), place.clone());
         Task::spawn(async move {
             let object = ObjectName::Segment(place.number, place.epoch).path();
-            let mut fetched = Fetched::nothing();
-            for (holder, size) in &place.holders {
-                let footer = size.min(&(FOOTER_LEN as u64));
-                let answer = match reader.read(*holder, &object, size - footer, *footer).await {
-                    Ok(tail) => parse_footer(&tail, *size)
-                        .and_then(|f| f.expect(reader.volume, place.number, place.epoch))
-                        .map(|()| *size)
-                        .map_err(ReadError::Format),
-                    Err(e) => Err(e),
-                };
-                if reader.take(&mut fetched, *holder, &object, answer) {
-                    break;
-                }
-            }
-            fetched
+            let (reader, place, path) = (&reader, &place, object.as_str());
+            let get = |(holder, size), patience| reader.end((holder, size), path, place, patience);
+            reader.ask(path, &place.holders, |(holder, _)| *holder, get).await
         })
     }
 
@@ -147,36 +131,82 @@ impl Reader {
     pub(super) async fn part(&self, manifest: &Manifest, index: u32, holders: &[usize]) -> Fetched<Part> {
         let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, index).path();
         let len = manifest.parts.get(index as usize).map_or(0, |p| p.len);
+        let path = object.as_str();
+        let get = |holder, patience| async move {
+            let bytes = self.read(holder, path, (0, len), patience).await?;
+            parse_part(&bytes, manifest, index).map_err(ReadError::Format)
+        };
+        self.ask(path, holders, |holder| *holder, get).await
+    }
+
+    /// Asks the holders of an object one after the other until one gives it: all of them briefly, then with patience those that did
+    /// not answer.
+    async fn ask<H: Copy, T, F: Future<Output = Result<T, ReadError>>>(
+        &self,
+        object: &str,
+        holders: &[H],
+        number: impl Fn(&H) -> usize,
+        get: impl Fn(H, Patience) -> F,
+    ) -> Fetched<T> {
         let mut fetched = Fetched::nothing();
-        for holder in holders {
-            let answer = match self.read(*holder, &object, 0, len).await {
-                Ok(bytes) => parse_part(&bytes, manifest, index).map_err(ReadError::Format),
-                Err(e) => Err(e),
-            };
-            if self.take(&mut fetched, *holder, &object, answer) {
-                break;
+        let mut left = holders.to_vec();
+        for patience in rounds(holders.len()) {
+            fetched.silent.clear();
+            let mut silent = Vec::new();
+            for holder in left {
+                let before = fetched.silent.len();
+                let answer = get(holder, *patience).await;
+                if self.take(&mut fetched, number(&holder), object, answer) {
+                    return fetched;
+                }
+                if fetched.silent.len() > before {
+                    silent.push(holder);
+                }
             }
+            left = silent;
         }
         fetched
     }
 
-    async fn read(&self, holder: usize, object: &str, offset: u64, len: u64) -> Result<Bytes, ReadError> {
-        let store = &self.stores[holder];
-        let bytes = read(store, object, Some((offset, len))).await.map_err(ReadError::Store)?;
+    async fn read(
+        &self,
+        holder: usize,
+        object: &str,
+        range: (u64, u64),
+        patience: Patience,
+    ) -> Result<Bytes, ReadError> {
+        let bytes =
+            read(&self.stores[holder], object, Some(range), patience).await.map_err(ReadError::Store)?;
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(bytes)
+    }
+
+    /// A segment's length, when its end is intact.
+    async fn end(
+        &self,
+        (holder, size): (usize, u64),
+        object: &str,
+        place: &Place,
+        patience: Patience,
+    ) -> Result<u64, ReadError> {
+        let footer = size.min(FOOTER_LEN as u64);
+        let tail = self.read(holder, object, (size - footer, footer), patience).await?;
+        parse_footer(&tail, size)
+            .and_then(|f| f.expect(self.volume, place.number, place.epoch))
+            .map(|()| size)
+            .map_err(ReadError::Format)
     }
 
     /// Footer, index and records of a segment; the frames stay where they are.
     async fn segment(
         &self,
-        holder: usize,
+        (holder, size): (usize, u64),
         object: &str,
-        size: u64,
         place: &Place,
+        patience: Patience,
     ) -> Result<SegmentMeta, ReadError> {
         let ask = self.tail.load(Ordering::Relaxed).min(size);
-        let tail = self.read(holder, object, size - ask, ask).await?;
+        let tail = self.read(holder, object, (size - ask, ask), patience).await?;
         let footer = parse_footer(&tail, size).map_err(ReadError::Format)?;
         footer.expect(self.volume, place.number, place.epoch).map_err(ReadError::Format)?;
         let range = footer.meta_range();
@@ -187,7 +217,8 @@ impl Reader {
             tail.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize)
         } else {
             let missing_end = tail_start.min(range.end);
-            let head = self.read(holder, object, range.start, missing_end - range.start).await?;
+            let missing = (range.start, missing_end - range.start);
+            let head = self.read(holder, object, missing, patience).await?;
             let mut meta = head.to_vec();
             if range.end > tail_start {
                 meta.extend_from_slice(&tail[..(range.end - tail_start) as usize]);

@@ -1,7 +1,9 @@
-//! Saving what changed: the files that a run of records touched, out of tables and content that are still at hand.
+//! Saving what changed: the files that a run of records touched, out of tables and content that are
+//! still at hand.
 //!
-//! Owns what counts as changed, and the report. Knows not where a block's content comes from: it asks a [`BlockContent`].
-//! A file that cannot be had whole is kept under its name with `.incomplete` added, with holes where content is missing.
+//! Owns what counts as changed, and the report. Knows not where a block's content comes from: it
+//! asks a [`BlockContent`]. A file that cannot be had whole is kept under its name with
+//! `.incomplete` added, with holes where content is missing.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -9,8 +11,9 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::target::Target;
-use super::{Problem, ProblemKind, RestoreError, xattrs};
+use super::drafts::Draft;
+use super::target::{First, Linked, Name, Target, Wished, marked};
+use super::{Problem, ProblemKind, RestoreError, drafts_name, xattrs};
 use crate::format::record::{Op, Record};
 use crate::format::tables::{Body, FileKind, Inode, number_of_key, split_dirent_key, table};
 use crate::ids::{BlockId, Ino};
@@ -29,11 +32,14 @@ pub struct MissingPiece {
     pub end: u32,
     /// Why.
     pub why: String,
+    /// A replica that may have it did not answer.
+    pub unreachable: bool,
 }
 
 /// Gives the content of blocks. Blocking.
 pub trait BlockContent {
-    /// Fills `out` with the block's first bytes, zeros behind its end; answers what of it is missing (and left as it was).
+    /// Fills `out` with the block's first bytes, zeros behind its end; answers what of it is
+    /// missing (and left as it was).
     fn read(&self, block: BlockId, out: &mut [u8]) -> Vec<MissingPiece>;
 }
 
@@ -118,7 +124,7 @@ pub enum Wanted<'a> {
 }
 
 /// A file of which something is missing.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Incomplete {
     /// Its path in the volume; it was saved with `.incomplete` added.
     pub path: String,
@@ -126,6 +132,8 @@ pub struct Incomplete {
     pub missing: Vec<(u64, u64)>,
     /// Why the first of them is missing.
     pub why: String,
+    /// Some of it a replica may have that did not answer: salvaging again may give it.
+    pub unreachable: bool,
 }
 
 /// What was saved.
@@ -147,8 +155,8 @@ pub struct Saved {
     pub problems: Vec<Problem>,
 }
 
-/// Saves what is `wanted` of the volume in `tables` below the folder `to`. `block_size` is that of the volume in bytes.
-/// `progress` is called with the files and bytes saved so far.
+/// Saves what is `wanted` of the volume in `tables` below the folder `to`. `block_size` is that of
+/// the volume in bytes. `progress` is called with the files and bytes saved so far.
 pub fn save(
     tables: &Tables,
     wanted: &Wanted<'_>,
@@ -157,13 +165,13 @@ pub fn save(
     block_size: u32,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Saved, RestoreError> {
-    let target = Target::open(to).map_err(|source| RestoreError::Target { path: to.to_owned(), source })?;
+    let target = Target::open(to, drafts_name(tables))
+        .map_err(|source| RestoreError::Target { path: to.to_owned(), source })?;
     let mut work = Work {
         tables,
         content,
         block: vec![0; block_size as usize],
         target,
-        made: HashMap::from([(Vec::new(), 0)]),
         above: Vec::new(),
         links: HashMap::new(),
         paths: HashMap::new(),
@@ -187,14 +195,13 @@ struct Work<'a> {
     content: &'a dyn BlockContent,
     block: Vec<u8>,
     target: Target,
-    /// Directories that were made, with their numbers in the target.
-    made: HashMap<Vec<Bytes>, usize>,
-    /// The directories on the way to what is visited now.
-    above: Vec<(Bytes, Ino)>,
+    /// The directories on the way to what is visited now, with their numbers in the target where
+    /// they were made.
+    above: Vec<(Bytes, Ino, Option<usize>)>,
     /// First name of each saved inode that has several.
-    links: HashMap<Ino, (usize, Bytes)>,
-    /// Paths of all directories.
-    paths: HashMap<Ino, String>,
+    links: HashMap<Ino, First>,
+    /// All directories with their parents and names.
+    paths: HashMap<Ino, (Ino, Bytes)>,
     saved: Saved,
     progress: &'a mut dyn FnMut(u64, u64),
 }
@@ -205,30 +212,31 @@ impl Work<'_> {
     }
 
     fn visit(&mut self, entry: &Entry, wanted: &Wanted<'_>) {
-        let shown = text(&entry.joined());
         let Some((name, parent)) = entry.path.split_last() else {
-            self.paths.insert(entry.ino, String::new());
             if self.target.created_root() {
-                self.target.keep_attributes(0, entry.ino);
+                self.target.keep_attributes(0);
             }
             return;
         };
         self.above.truncate(parent.len());
         let is_dir = entry.inode.kind == FileKind::Directory;
         if is_dir {
-            self.paths.insert(entry.ino, format!("{shown}/"));
-            self.above.push((name.clone(), entry.ino));
+            let above = self.above.last().map_or(Ino::ROOT, |(_, ino, _)| *ino);
+            self.paths.insert(entry.ino, (above, name.clone()));
+            self.above.push((name.clone(), entry.ino, None));
         }
         match wanted {
             Wanted::All => {}
             Wanted::Changed(c) if c.content.contains(&entry.ino) => {}
             Wanted::Changed(c) if !c.other.contains(&entry.ino) => return,
             // Content in blocks that did not change.
-            Wanted::Changed(_) if self.has_blocks(entry) => return self.saved.attributes.push(shown),
+            Wanted::Changed(_) if self.has_blocks(entry) => {
+                return self.saved.attributes.push(entry.shown());
+            }
             Wanted::Changed(_) => {}
         }
-        if let Err(e) = self.make(entry, name, parent.len(), &shown) {
-            self.problem(shown, ProblemKind::Failed, e.to_string());
+        if let Err(e) = self.make(entry, name, parent.len()) {
+            self.problem(entry.shown(), ProblemKind::Failed, e.to_string());
         }
         (self.progress)(self.saved.files, self.saved.bytes);
     }
@@ -238,136 +246,191 @@ impl Work<'_> {
         in_blocks && self.tables.blocks(entry.ino).map_or(true, |blocks| !blocks.is_empty())
     }
 
-    /// The number of the directory `depth` levels down the way to what is visited now; made when it is not there yet.
+    /// The number of the directory `depth` levels down the way to what is visited now; made when it
+    /// is not there yet.
     fn dir(&mut self, depth: usize) -> io::Result<usize> {
-        let mut at = 0;
-        for level in 1..=depth {
-            let path: Vec<Bytes> = self.above[..level].iter().map(|(name, _)| name.clone()).collect();
-            at = match self.made.get(&path) {
-                Some(number) => *number,
-                None => {
-                    let (name, ino) = self.above[level - 1].clone();
-                    let (number, _) = self.target.make_dir(at, &name)?;
-                    self.target.keep_attributes(number, ino);
-                    self.made.insert(path, number);
-                    number
-                }
-            };
+        let made = self.above[..depth].iter().rposition(|(_, _, number)| number.is_some());
+        let mut at = made.and_then(|level| self.above[level].2).unwrap_or(0);
+        for level in made.map_or(0, |level| level + 1)..depth {
+            let (name, ino, _) = self.above[level].clone();
+            let inode = self.tables.inode(ino).ok().flatten();
+            let inode = inode.ok_or_else(|| io::Error::other("the inode of its directory is gone"))?;
+            (at, _) = self.target.make_dir(&Name { dir: at, name }, ino, &inode)?;
+            self.target.keep_attributes(at);
+            self.above[level].2 = Some(at);
         }
         Ok(at)
     }
 
-    fn make(&mut self, entry: &Entry, name: &Bytes, depth: usize, shown: &str) -> io::Result<()> {
+    fn make(&mut self, entry: &Entry, name: &Bytes, depth: usize) -> io::Result<()> {
         if entry.inode.kind == FileKind::Directory {
             return self.dir(depth + 1).map(|_| ());
         }
-        let dir = self.dir(depth)?;
-        if let Some((first_dir, first)) = self.links.get(&entry.ino).cloned() {
-            self.target.link((first_dir, &first), (dir, name), false)?;
-            self.saved.files += 1;
-            return Ok(());
-        }
-        let device = matches!(entry.inode.kind, FileKind::CharDevice | FileKind::BlockDevice);
-        if device && !self.target.is_root() {
-            self.problem(shown.to_owned(), ProblemKind::Skipped, "device nodes can be saved by root only");
-            return Ok(());
-        }
+        let at = Name { dir: self.dir(depth)?, name: name.clone() };
         let xattrs = xattrs(self.tables, entry.ino);
-        let trouble = match (entry.inode.kind, &entry.inode.body) {
-            (FileKind::Regular, _) => {
-                if !self.file(entry, dir, name, shown)? {
-                    return Ok(());
-                }
-                self.target.finish_file(dir, name, &entry.inode, &xattrs)
-            }
-            (FileKind::Symlink, Body::Target(to)) => {
-                self.target.symlink(dir, name, to, false)?;
-                self.target.finish_special(dir, name, &entry.inode, &xattrs)
-            }
-            (FileKind::Symlink, _) => return Err(io::Error::other("a symbolic link without target")),
-            _ => {
-                self.target.special(dir, name, &entry.inode, false)?;
-                self.target.finish_special(dir, name, &entry.inode, &xattrs)
-            }
-        };
-        for text in trouble {
-            self.problem(shown.to_owned(), ProblemKind::Attribute, text);
+        let wished = Wished { inode: &entry.inode, xattrs: &xattrs };
+        if entry.inode.kind != FileKind::Regular {
+            return self.make_special(entry, &at, &wished);
         }
+        let first = match self.links.remove(&entry.ino) {
+            Some(mut first) => {
+                if self.target.link_file(&mut first, &at, false, &wished)? == Linked::Copy {
+                    let text = "a copy and no second name: the folder's filesystem has no hard links";
+                    self.problem(entry.shown(), ProblemKind::Attribute, text);
+                }
+                first
+            }
+            None => match self.file(entry, &at, &wished)? {
+                Some(first) => first,
+                None => return Ok(()),
+            },
+        };
         if entry.inode.nlink > 1 {
-            self.links.insert(entry.ino, (dir, name.clone()));
+            self.links.insert(entry.ino, first);
         }
         self.saved.files += 1;
         Ok(())
     }
 
-    /// Writes a file's content; answers whether it is whole. One that is not gets another name.
-    fn file(&mut self, entry: &Entry, dir: usize, name: &Bytes, shown: &str) -> io::Result<bool> {
+    fn make_special(&mut self, entry: &Entry, at: &Name, wished: &Wished<'_>) -> io::Result<()> {
+        match entry.inode.kind {
+            FileKind::CharDevice | FileKind::BlockDevice if !self.target.owner.is_root() => {
+                let text = "device nodes can be saved by root only";
+                self.problem(entry.shown(), ProblemKind::Skipped, text);
+                return Ok(());
+            }
+            FileKind::Symlink if !matches!(entry.inode.body, Body::Target(_)) => {
+                return Err(io::Error::other("a symbolic link without target"));
+            }
+            _ => {}
+        }
+        let (id, trouble) = self.target.special(at, self.links.get_mut(&entry.ino), false, wished)?;
+        for text in trouble {
+            self.problem(entry.shown(), ProblemKind::Attribute, text);
+        }
+        if entry.inode.nlink > 1 {
+            self.links.entry(entry.ino).or_insert(First { at: at.clone(), id, names: 1 });
+        }
+        self.saved.files += 1;
+        Ok(())
+    }
+
+    /// Saves a file with its content; `None` when something of it is missing. Such a file gets
+    /// another name.
+    fn file(&mut self, entry: &Entry, at: &Name, wished: &Wished<'_>) -> io::Result<Option<First>> {
+        let draft = self.target.begin(at.dir, entry.inode.size)?;
+        let done = self.fill(draft, entry).and_then(|incomplete| match &incomplete {
+            None => Ok((self.target.place(draft, at, false, wished)?, incomplete)),
+            Some(_) => Ok((self.place_incomplete(draft, at, wished)?, incomplete)),
+        });
+        if done.is_err() {
+            self.target.discard(draft);
+        }
+        let ((first, trouble), incomplete) = done?;
+        for text in trouble {
+            self.problem(entry.shown(), ProblemKind::Attribute, text);
+        }
+        let is_whole = incomplete.is_none();
+        self.saved.incomplete.extend(incomplete);
+        Ok(is_whole.then_some(first))
+    }
+
+    fn place_incomplete(
+        &mut self,
+        draft: Draft,
+        at: &Name,
+        wished: &Wished<'_>,
+    ) -> io::Result<(First, Vec<String>)> {
+        let mut n = 0;
+        loop {
+            match self.target.place(draft, &marked(at, "incomplete", n), false, wished) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists && n < 100 => n += 1,
+                other => return other,
+            }
+        }
+    }
+
+    /// Writes the content of a file; tells what of it is missing.
+    fn fill(&mut self, draft: Draft, entry: &Entry) -> io::Result<Option<Incomplete>> {
         let size = entry.inode.size;
-        self.target.create_file(dir, name, size, false)?;
-        let mut missing: Vec<(u64, u64)> = Vec::new();
-        let mut why = String::new();
+        let mut missing = Incomplete::default();
         match &entry.inode.body {
             Body::Inline(content) => {
                 let content = &content[..content.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
-                self.target.write(dir, name, 0, content)?;
+                self.target.write(draft, 0, content)?;
                 self.saved.bytes += content.len() as u64;
             }
             Body::Target(_) => return Err(io::Error::other("a file with a link's target")),
             Body::Blocks => {
-                let blocks = self.tables.blocks(entry.ino).map_err(io::Error::other)?;
                 let block_size = self.block.len() as u64;
-                for (index, id) in blocks {
+                for (index, id) in self.tables.blocks(entry.ino).map_err(io::Error::other)? {
                     let offset = index.saturating_mul(block_size);
-                    if offset >= size {
-                        continue;
+                    if offset < size {
+                        let len = block_size.min(size - offset) as usize;
+                        let mut block = std::mem::take(&mut self.block);
+                        let written = self.fill_block(draft, id, offset, &mut block[..len], &mut missing);
+                        self.block = block;
+                        written?;
                     }
-                    let mut block = std::mem::take(&mut self.block);
-                    let part = &mut block[..block_size.min(size - offset) as usize];
-                    part.fill(0);
-                    let lacks = self.content.read(id, part);
-                    // What is missing stays a hole.
-                    let (mut start, mut written) = (0, Ok(()));
-                    for piece in &lacks {
-                        let (from, to) = (piece.start as usize, (piece.end as usize).min(part.len()));
-                        if from.max(start) >= to {
-                            continue;
-                        }
-                        let before = &part[start..from.max(start)];
-                        written = written.and(self.target.write(dir, name, offset + start as u64, before));
-                        let (lost_from, lost_to) = (offset + from as u64, offset + to as u64);
-                        match missing.last_mut() {
-                            Some(last) if last.1 == lost_from => last.1 = lost_to,
-                            _ => missing.push((lost_from, lost_to)),
-                        }
-                        if why.is_empty() {
-                            why.clone_from(&piece.why);
-                        }
-                        start = to;
-                    }
-                    written =
-                        written.and(self.target.write(dir, name, offset + start as u64, &part[start..]));
-                    self.saved.bytes += part.len() as u64;
-                    self.block = block;
-                    written?;
                 }
             }
         }
-        if missing.is_empty() {
-            return Ok(true);
+        if missing.missing.is_empty() {
+            return Ok(None);
         }
-        self.saved.bytes -= missing.iter().map(|(from, to)| to - from).sum::<u64>().min(self.saved.bytes);
-        let xattrs = xattrs(self.tables, entry.ino);
-        for text in self.target.finish_file(dir, name, &entry.inode, &xattrs) {
-            self.problem(shown.to_owned(), ProblemKind::Attribute, text);
+        let lost = missing.missing.iter().map(|(from, to)| to - from).sum::<u64>();
+        self.saved.bytes -= lost.min(self.saved.bytes);
+        missing.path = entry.shown();
+        Ok(Some(missing))
+    }
+
+    fn fill_block(
+        &mut self,
+        draft: Draft,
+        id: BlockId,
+        offset: u64,
+        part: &mut [u8],
+        missing: &mut Incomplete,
+    ) -> io::Result<()> {
+        part.fill(0);
+        // What is missing stays a hole.
+        let mut start = 0;
+        for piece in self.content.read(id, part) {
+            let (from, to) = (piece.start as usize, (piece.end as usize).min(part.len()));
+            if from.max(start) >= to {
+                continue;
+            }
+            self.target.write(draft, offset + start as u64, &part[start..from.max(start)])?;
+            let (lost_from, lost_to) = (offset + from as u64, offset + to as u64);
+            match missing.missing.last_mut() {
+                Some(last) if last.1 == lost_from => last.1 = lost_to,
+                _ => missing.missing.push((lost_from, lost_to)),
+            }
+            if missing.why.is_empty() {
+                missing.why.clone_from(&piece.why);
+            }
+            missing.unreachable |= piece.unreachable;
+            start = to;
         }
-        self.target.mark(dir, name, "incomplete")?;
-        self.saved.incomplete.push(Incomplete { path: shown.to_owned(), missing, why });
-        Ok(false)
+        self.target.write(draft, offset + start as u64, &part[start..])?;
+        self.saved.bytes += part.len() as u64;
+        Ok(())
+    }
+
+    /// The path of a directory with a slash after every name; empty for the root.
+    fn path_of(&self, dir: Ino) -> Option<String> {
+        let (mut names, mut at) = (Vec::new(), dir);
+        while at != Ino::ROOT {
+            let (above, name) = self.paths.get(&at)?;
+            names.push(name);
+            at = *above;
+        }
+        Some(names.into_iter().rev().map(|name| text(name) + "/").collect())
     }
 
     /// Lists what happened to names.
     fn names(&mut self, changes: &Changes) {
-        let shown = |(dir, name): &Place| match self.paths.get(dir) {
+        let shown = |(dir, name): &Place| match self.path_of(*dir) {
             Some(dir) => format!("{dir}{}", text(name)),
             None => format!("(a directory that is gone)/{}", text(name)),
         };
@@ -379,15 +442,19 @@ impl Work<'_> {
     }
 
     fn finish(&mut self) {
-        for (dir, ino) in self.target.kept_attributes() {
-            let path = text(self.target.path_of(dir).strip_suffix(b"/").unwrap_or_default());
+        for dir in self.target.kept_attributes() {
+            let ino = self.target.ino_of(dir);
             if let Ok(Some(inode)) = self.tables.inode(ino) {
-                for text in self.target.finish_dir(dir, &inode, &xattrs(self.tables, ino)) {
-                    self.problem(path.clone(), ProblemKind::Attribute, text);
+                let xattrs = xattrs(self.tables, ino);
+                let wished = Wished { inode: &inode, xattrs: &xattrs };
+                for trouble in self.target.finish_dir(dir, &wished) {
+                    let path = text(self.target.path_of(dir).strip_suffix(b"/").unwrap_or_default());
+                    self.problem(path, ProblemKind::Attribute, trouble);
                 }
             }
         }
-        if let Some(text) = self.target.owner_note() {
+        self.target.remove_drafts();
+        if let Some(text) = self.target.owner.note() {
             self.problem(String::new(), ProblemKind::Attribute, text);
         }
         if let Err(e) = self.target.sync() {
@@ -424,122 +491,4 @@ impl Saved {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::tables::{Dirent, Extents, Time, block_key, dirent_key, extent_key, inode_key};
-    use crate::ids::Lsn;
-    use crate::restore::Sink;
-
-    fn inode(kind: FileKind, size: u64, body: Body) -> Bytes {
-        Inode {
-            nlink: 1,
-            size,
-            mtime: Time { secs: 1_700_000_000, nanos: 5 },
-            parent: Ino::ROOT,
-            body,
-            ..Inode::new(kind, 0o700, (0, 0), Time::default())
-        }
-        .encode()
-    }
-
-    fn named(dir: u64, name: &str, ino: u64, kind: FileKind) -> Op {
-        Op::put(dirent_key(Ino(dir), name.as_bytes()), Dirent { ino: Ino(ino), kind }.encode())
-    }
-
-    fn blocks(ids: &[u64]) -> Bytes {
-        let mut all = [BlockId(0); 64];
-        all.iter_mut().zip(ids).for_each(|(block, id)| *block = BlockId(*id));
-        Extents(all).encode()
-    }
-
-    fn record(lsn: u64, ops: Vec<Op>) -> Record {
-        Record { lsn: Lsn(lsn), ops }
-    }
-
-    /// Block 7 is whole, of block 8 a piece is missing.
-    struct Blocks;
-
-    impl BlockContent for Blocks {
-        fn read(&self, block: BlockId, out: &mut [u8]) -> Vec<MissingPiece> {
-            out.fill(block.0 as u8);
-            match block {
-                BlockId(7) => Vec::new(),
-                _ => vec![MissingPiece { start: 10, end: 20, why: "nobody has it".into() }],
-            }
-        }
-    }
-
-    #[test]
-    fn what_changed_is_saved_and_what_is_missing_is_named() {
-        let root = Ino::ROOT.0;
-        let dir = FileKind::Directory;
-        let file = FileKind::Regular;
-        let old = vec![
-            Op::put(inode_key(Ino::ROOT), inode(dir, 0, Body::Blocks)),
-            named(root, "d", 10, dir),
-            Op::put(inode_key(Ino(10)), inode(dir, 0, Body::Blocks)),
-            named(root, "untouched", 11, file),
-            Op::put(inode_key(Ino(11)), inode(file, 3, Body::Inline("old".into()))),
-            named(10, "whole", 12, file),
-            Op::put(inode_key(Ino(12)), inode(file, 100, Body::Blocks)),
-            named(10, "half", 13, file),
-            named(root, "chmodded", 14, file),
-            Op::put(extent_key(Ino(14), 0), blocks(&[7])),
-            named(root, "gone", 15, file),
-            named(root, "b", 16, file),
-            Op::put(inode_key(Ino(16)), inode(file, 3, Body::Inline("abc".into()))),
-        ];
-        let new = [
-            vec![Op::put(extent_key(Ino(12), 0), blocks(&[7]))],
-            vec![
-                Op::put(extent_key(Ino(13), 0), blocks(&[7, 8])),
-                Op::put(inode_key(Ino(13)), inode(file, 65536 + 40, Body::Blocks)),
-            ],
-            vec![Op::put(inode_key(Ino(14)), inode(file, 100, Body::Blocks))],
-            vec![Op::delete(dirent_key(Ino::ROOT, b"gone")), Op::delete(block_key(BlockId(3)))],
-            // An editor: a temporary file that takes a name.
-            vec![named(root, "tmp", 17, file)],
-            vec![Op::put(inode_key(Ino(17)), inode(file, 3, Body::Inline("new".into())))],
-            vec![Op::delete(dirent_key(Ino::ROOT, b"tmp")), named(root, "edited", 17, file)],
-            vec![Op::delete(dirent_key(Ino::ROOT, b"b")), named(10, "c", 16, file)],
-            vec![Op::delete(dirent_key(Ino(10), b"c")), named(root, "d2", 16, file)],
-            vec![named(root, "brief", 18, file)],
-            vec![Op::delete(dirent_key(Ino::ROOT, b"brief"))],
-        ];
-        let (mut tables, mut changes) = (Tables::default(), Changes::default());
-        tables.apply(old).unwrap();
-        for (i, ops) in new.into_iter().enumerate() {
-            changes.note(&record(i as u64 + 1, ops.clone()));
-            tables.apply(ops).unwrap();
-        }
-        let tmp = tempfile::tempdir().unwrap();
-        let to = tmp.path().join("to");
-        let saved = save(&tables, &Wanted::Changed(&changes), &Blocks, &to, 65536, &mut |_, _| {}).unwrap();
-        let read = |name: &str| std::fs::read(to.join(name)).unwrap();
-        assert_eq!(read("d/whole"), [7; 100]);
-        assert_eq!(read("edited"), b"new");
-        assert!(
-            !to.join("untouched").exists() && !to.join("chmodded").exists() && !to.join("d/half").exists()
-        );
-        let half = read("d/half.incomplete");
-        assert_eq!(half.len(), 65536 + 40);
-        assert!(half[65536..65546].iter().chain(&half[65556..]).all(|b| *b == 8));
-        assert!(half[65546..65556].iter().all(|b| *b == 0));
-        let lacks =
-            Incomplete { path: "d/half".into(), missing: vec![(65546, 65556)], why: "nobody has it".into() };
-        assert_eq!(saved.incomplete, [lacks]);
-        assert_eq!(saved.renamed, [("d2".to_owned(), "b".to_owned())]);
-        assert_eq!(saved.removed, ["gone"]);
-        assert_eq!(saved.attributes, ["chmodded"]);
-        assert_eq!((saved.files, saved.bytes), (2, 100 + 3 + 65536 + 30));
-        let list = saved.list();
-        for line in ["d/half lacks bytes 65546..65556: nobody has it", "b -> d2", "  gone", "  chmodded"] {
-            assert!(list.contains(line), "{line}: {list}");
-        }
-        let all = tmp.path().join("all");
-        let saved = save(&tables, &Wanted::All, &Blocks, &all, 65536, &mut |_, _| {}).unwrap();
-        assert_eq!(saved.files, 5);
-        assert_eq!(std::fs::read(all.join("untouched")).unwrap(), b"old");
-        assert_eq!(saved.problems.iter().filter(|p| p.kind > ProblemKind::Attribute).count(), 0, "{saved:?}");
-    }
-}
+mod tests;

@@ -1,4 +1,5 @@
-//! Tests of writing files: everything that a tree holds, damage, what is in the way, and the number of requests.
+//! Tests of writing files: everything that a tree holds, damage, what is in the way, and the number
+//! of requests.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -9,9 +10,12 @@ use super::super::{load, plan, survey};
 use super::*;
 use crate::format::record::Op;
 use crate::format::tables::{
-    BLOCKS_PER_CHUNK, Dirent, Extents, Time, dirent_key, extent_key, inode_key, xattr_key,
+    BLOCKS_PER_CHUNK, Body, Dirent, Extents, Time, dirent_key, extent_key, inode_key, xattr_key,
 };
 use crate::ids::SegmentNo;
+
+mod again;
+mod hostile;
 
 const BLOCK: usize = 64 << 10;
 
@@ -73,6 +77,21 @@ impl Tree for World {
     }
 }
 
+/// What a folder holds: names with content, of files.
+fn files(path: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut found: Vec<_> = walkdir::WalkDir::new(path)
+        .into_iter()
+        .flatten()
+        .filter(|e| e.file_type().is_file())
+        .map(|e| {
+            let name = e.path().strip_prefix(path).unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(e.path()).unwrap())
+        })
+        .collect();
+    found.sort();
+    found
+}
+
 async fn world(replicas: usize) -> World {
     let mut world = World::new(replicas).await;
     world.dir(0, b"", 1);
@@ -101,7 +120,8 @@ async fn restored(
     Ok(report)
 }
 
-/// Directories are written without permission for their owner; a later clean-up by others than root needs it.
+/// Directories are written without permission for their owner; a later clean-up by others than root
+/// needs it.
 fn open_up(path: &Path) {
     for entry in walkdir::WalkDir::new(path).into_iter().flatten() {
         if entry.file_type().is_dir() {
@@ -397,21 +417,67 @@ async fn a_very_deep_tree_comes_back() {
     let mut w = world(1).await;
     for depth in 1..1_500u64 {
         w.dir(depth, b"d", depth + 1);
+        // Opened again in the end, each by another way.
+        w.file(depth, b"e", 10_000 + depth, &content(10, (depth % 251) as u8));
     }
     w.file(1_500, b"f", 5_000, &content(10, 1));
     w.cut(1, true).await;
     let temp = tempfile::tempdir().unwrap();
     let report = restored(&w, temp.path(), |_| ()).await.unwrap();
     assert_eq!(report.problems, []);
-    assert_eq!(report.done.entries_done, 1_501);
-    assert_eq!(walkdir::WalkDir::new(temp.path()).max_open(10).into_iter().count(), 1_501);
+    assert_eq!(report.done.entries_done, 3_000);
+    assert_eq!(walkdir::WalkDir::new(temp.path()).max_open(10).into_iter().count(), 3_000);
     open_up(temp.path());
+}
+
+/// Removes what is too deep for the standard library.
+fn remove(path: &Path) {
+    assert!(std::process::Command::new("rm").arg("-rf").arg(path).status().unwrap().success());
+}
+
+#[test]
+fn directories_are_found_again_in_steps_of_their_number() {
+    const DEPTH: u64 = 5_000;
+    let temp = tempfile::tempdir().unwrap();
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+    let root = rustix::fs::open(temp.path(), flags, rustix::fs::Mode::empty()).unwrap();
+    let mut dirs = dirs::Dirs::new(root).unwrap();
+    // Two chains side by side, longer than a path may be, with a leaf at each level of the first.
+    let mut all = Vec::new();
+    for chain in ["a", "b"] {
+        let mut at = 0;
+        for n in 0..DEPTH {
+            let parent = at;
+            at = dirs.make(parent, &Bytes::from(chain), Ino(n)).unwrap().number;
+            all.push(at);
+            if chain == "a" {
+                all.push(dirs.make(parent, &Bytes::from("leaf"), Ino(n)).unwrap().number);
+            }
+        }
+    }
+    assert_eq!(dirs.steps(), 0, "each is met beside the last one");
+    for number in all.iter().rev() {
+        let fd = dirs.open_with_parent(*number).unwrap();
+        assert_eq!(dirs::FileId::of_open(&fd).unwrap(), dirs.id(*number));
+    }
+    // Up the one chain, once down and then up the other.
+    assert!(dirs.steps() < 5 * DEPTH, "{}", dirs.steps());
+    // Leaves from the top down: beside each other.
+    let before = dirs.steps();
+    for number in all.iter().take(2 * DEPTH as usize).skip(1).step_by(2) {
+        dirs.open(*number).unwrap();
+    }
+    assert!(dirs.steps() - before < 4 * DEPTH, "{}", dirs.steps() - before);
+    drop(dirs);
+    remove(&temp.path().join("a"));
+    remove(&temp.path().join("b"));
 }
 
 #[test]
 fn requests_join_neighbours_and_share_equal_frames() {
     use crate::format::tables::{BlockEntry, FrameLoc};
     use crate::ids::{BlockHash, Epoch};
+    use crate::restore::content::requests;
     let want = |segment, offset, len, what: u32| Want {
         entry: BlockEntry {
             hash: BlockHash([1; 32]),
