@@ -112,6 +112,7 @@ impl Owner {
     }
 
     /// Whether a directory that was there has the attributes that an earlier restore gave it.
+    #[allow(clippy::unnecessary_cast)] // the types differ between processors
     pub(super) fn has_set(&self, stat: &Stat, inode: &Inode) -> bool {
         let mtime = times(inode).last_modification;
         stat.st_uid == if self.is_root() { inode.uid } else { self.uid }

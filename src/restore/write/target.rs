@@ -54,6 +54,7 @@ pub(super) struct First {
 pub(super) struct Stamp(i64, i64, u64);
 
 impl Stamp {
+    #[allow(clippy::unnecessary_cast)] // the types differ between processors
     fn of(stat: &Stat) -> Self {
         Self(stat.st_size, stat.st_mtime, stat.st_mtime_nsec as u64)
     }
@@ -349,6 +350,7 @@ impl Target {
     }
 
     /// Links `new` to the inode that has its first name.
+    #[allow(clippy::unnecessary_cast)] // the types differ between processors
     fn link(&mut self, first: &mut First, new: &Name, replace: bool) -> io::Result<()> {
         let (id, from) = (first.id, self.dirs.open(first.at.dir)?);
         if look(&from, &first.at.name)?.map(|stat| FileId::of(&stat)) != Some(id) {
