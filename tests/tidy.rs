@@ -200,7 +200,7 @@ fn dependencies_stay_behind_their_fences() {
 fn all_that_a_person_reads_is_escaped() {
     let writer = "src/cli/output.rs";
     // Not to write: whether it is a terminal, and which descriptor it is.
-    let handles = [writer, "src/cli/progress.rs", "src/cli/background.rs"];
+    let handles = [writer, "src/cli/progress.rs", "src/guardian/report.rs"];
     // Help, of which nothing comes from outside; a report to another process; the figures in a
     // file.
     let breaks = [
