@@ -89,14 +89,6 @@ pub(super) struct InodePath {
     whole: bool,
 }
 
-impl InodePath {
-    /// The path relative to the root, when all of it is known.
-    pub fn relative(&self) -> Option<Vec<u8>> {
-        let names: Vec<&[u8]> = self.names.iter().rev().map(Vec::as_slice).collect();
-        self.whole.then(|| names.join(&b'/'))
-    }
-}
-
 impl std::fmt::Display for InodePath {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = |name: &[u8]| String::from_utf8_lossy(name).replace(|c: char| c.is_control(), "?");

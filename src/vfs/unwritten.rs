@@ -20,8 +20,6 @@ use crate::ids::Ino;
 const NAMED: usize = 8;
 /// Files of which the refusal is logged by itself, since the last time that there was none.
 const LOGGED: usize = 16;
-/// How long one file is looked for.
-const FIND: Duration = Duration::from_secs(10);
 /// How long the names of files are believed.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -171,12 +169,6 @@ impl Vfs {
             Some((start, _)) => Ok(len.min(start - from)),
             None => Ok(len),
         }
-    }
-
-    /// A path of a file, relative to the root. Looks through all names.
-    pub(super) fn find_path(&self, ino: Ino) -> Option<Vec<u8>> {
-        let mut found = pathfinder::paths_of(&self.journal, &HashSet::from([ino]), FIND);
-        found.remove(&ino)?.relative()
     }
 
     /// Whether content was refused since the last call. An error that the kernel reports for the whole filesystem
