@@ -1,8 +1,9 @@
 //! A local folder as an object store that notices when the folder itself is gone.
 //!
-//! Owns the rule that a replica's folder is made only on purpose ([`Folder::prepare`]): when its disk is not mounted, writes fail
-//! with a clear error instead of filling the mountpoint beneath. Large objects are written past the kernel's cache, in the same steps and
-//! under the same names as by object_store's local store, which does everything else.
+//! Owns the rule that a replica's folder is made only on purpose ([`Folder::prepare`]): when its
+//! disk is not mounted, writes fail with a clear error instead of filling the mountpoint beneath.
+//! Objects are read, written and listed in `beneath`, which follows no link; object_store's local
+//! store writes those that come in parts, and deletes.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -12,17 +13,19 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
+    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result,
 };
 
+use self::beneath::Refused;
 use super::error::{Classed, ErrorKind};
-use crate::direct;
 use crate::private;
+
+mod beneath;
 
 /// A folder that holds a replica.
 #[derive(Clone, Debug)]
@@ -35,12 +38,14 @@ struct Inner {
     opened: OnceLock<(Arc<LocalFileSystem>, Filesystem)>,
 }
 
-/// Which filesystem something lies on, told apart also after a restart. Displays as text that parses back.
+/// Which filesystem something lies on, told apart also after a restart. Displays as text that
+/// parses back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Filesystem {
     /// Device number: may change when disks are found in another order.
     dev: u64,
-    /// What the filesystem says of itself; 0 when it says nothing. ext4 and btrfs derive it from their UUID.
+    /// What the filesystem says of itself; 0 when it says nothing. ext4 and btrfs derive it from
+    /// their UUID.
     id: u64,
 }
 
@@ -120,7 +125,8 @@ impl Folder {
         Ok(())
     }
 
-    /// The local store, when the folder is there. Asked on a blocking thread: a dead network mount hangs for long.
+    /// The local store, when the folder is there. Asked on a blocking thread: a dead network mount
+    /// hangs for long.
     async fn store(&self, path: &Path) -> Result<Arc<LocalFileSystem>> {
         let (inner, path) = (Arc::clone(&self.0), path.clone());
         tokio::task::spawn_blocking(move || inner.store(&path)).await?
@@ -132,17 +138,39 @@ impl Folder {
         tokio::task::spawn_blocking(move || inner.reading(&path)).await?
     }
 
-    /// A listing, or the one error that stands for it; nothing at all when the folder is absent.
-    fn listing(
-        self,
-        list: impl FnOnce(&LocalFileSystem) -> BoxStream<'static, Result<ObjectMeta>> + Send + 'static,
-    ) -> BoxStream<'static, Result<ObjectMeta>> {
+    /// Sees that an object's folder lies in the replica, before object_store's local store, which
+    /// follows links, works there.
+    async fn within(&self, at: &Path, make: bool) -> Result<()> {
+        let (root, object) = (self.0.root.clone(), at.clone());
+        let look = move || beneath::folder_of(&root, object.as_ref(), make).map(|_| ());
+        tokio::task::spawn_blocking(look).await?.map_err(|e| refused(at, e))
+    }
+
+    /// The objects below `prefix` whose paths come after `offset`, or the one error that stands for
+    /// them; nothing at all when the folder is absent.
+    fn listing(self, prefix: Option<Path>, offset: Option<Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        let list = async move {
+            let at = prefix.unwrap_or_default();
+            self.reading(&Path::default()).await?;
+            let (root, below) = (self.0.root.clone(), at.clone());
+            let found = tokio::task::spawn_blocking(move || beneath::list(&root, below.as_ref())).await?;
+            found.map_err(|e| refused(&at, e))
+        };
         let stream = async move {
-            match self.reading(&Path::default()).await {
-                Ok(store) => list(&store),
-                Err(object_store::Error::NotFound { .. }) => futures::stream::empty().boxed(),
-                Err(e) => futures::stream::once(async { Err(e) }).boxed(),
-            }
+            let found = match list.await {
+                Ok(found) => found,
+                Err(object_store::Error::NotFound { .. }) => Vec::new(),
+                Err(e) => return futures::stream::once(async { Err(e) }).boxed(),
+            };
+            let objects = found.into_iter().map(|listed| ObjectMeta {
+                location: Path::parse(&listed.path).unwrap_or_else(|_| Path::from(listed.path.as_str())),
+                last_modified: listed.modified.into(),
+                size: listed.len,
+                e_tag: Some(listed.tag),
+                version: None,
+            });
+            let later = objects.filter(move |o| offset.as_ref().is_none_or(|offset| o.location > *offset));
+            futures::stream::iter(later.map(Ok).collect::<Vec<_>>()).boxed()
         };
         stream.flatten_stream().boxed()
     }
@@ -196,31 +224,48 @@ impl Inner {
     }
 }
 
-/// Writes an object durably under a temporary name, which no listing shows, and then gives it its own. False when there is no folder to
-/// put it in yet.
-fn put_large(dest: &FsPath, bytes: &[u8], new: bool) -> std::io::Result<bool> {
-    let mut attempt = 1;
-    let temporary = loop {
-        let mut name = dest.as_os_str().to_owned();
-        name.push(format!("#{attempt}"));
-        let name = PathBuf::from(name);
-        match direct::create(&name, bytes) {
-            // Another write's, or what a killed one left.
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => attempt += 1,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            Err(e) => {
-                let _ = std::fs::remove_file(&name);
-                return Err(e);
-            }
-            Ok(()) => break name,
+/// What the backend reports where something below the folder is refused.
+fn refused(at: &Path, why: Refused) -> object_store::Error {
+    let (path, kind) = (at.to_string(), ErrorKind::Config);
+    match why {
+        Refused::Io(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            object_store::Error::NotFound { path, source: Box::new(e) }
         }
+        Refused::Io(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            object_store::Error::AlreadyExists { path, source: Box::new(e) }
+        }
+        Refused::Io(e) => object_store::Error::Generic { store: "folder", source: Box::new(e) },
+        Refused::NoFolder(detail) => Classed { kind, detail }.into_object_store(at),
+        // As good as damaged: it is written again from where it is right.
+        Refused::NoFile(detail) => Classed { kind: ErrorKind::Corrupt, detail }.into_object_store(at),
+    }
+}
+
+/// Opens an object as the answer to a request. Blocking.
+fn get(root: &FsPath, at: &Path, options: &GetOptions) -> Result<GetResult> {
+    let (file, found) = beneath::open(root, at.as_ref()).map_err(|e| refused(at, e))?;
+    let failed = |e: std::io::Error| object_store::Error::Generic { store: "folder", source: Box::new(e) };
+    let meta = ObjectMeta {
+        location: at.clone(),
+        last_modified: found.modified().map_err(failed)?.into(),
+        size: found.len(),
+        e_tag: Some(beneath::tag(&found)),
+        version: None,
     };
-    let named = if new { std::fs::hard_link(&temporary, dest) } else { std::fs::rename(&temporary, dest) };
-    let parent = dest.parent().unwrap_or(dest);
-    let named = named.and_then(|()| std::fs::File::open(parent)?.sync_all());
-    // It is gone already behind a rename.
-    let _ = std::fs::remove_file(&temporary);
-    named.map(|()| true)
+    options.check_preconditions(&meta)?;
+    let range = match &options.range {
+        Some(range) => range
+            .as_range(meta.size)
+            .map_err(|e| object_store::Error::Generic { store: "folder", source: Box::new(e) })?,
+        None => 0..meta.size,
+    };
+    Ok(GetResult {
+        payload: GetResultPayload::File(file, root.join(at.as_ref())),
+        meta,
+        range,
+        attributes: Default::default(),
+        extensions: Default::default(),
+    })
 }
 
 impl fmt::Display for Folder {
@@ -237,30 +282,23 @@ impl ObjectStore for Folder {
         let new = match opts.mode {
             PutMode::Create => true,
             PutMode::Overwrite => false,
-            PutMode::Update(_) => return store.put_opts(at, payload, opts).await,
-        };
-        let dest = store.path_to_filesystem(at)?;
-        if let [bytes] = payload.as_ref()
-            && bytes.len() >= direct::LEAST
-            && opts.attributes.is_empty()
-        {
-            let bytes = bytes.clone();
-            let put = tokio::task::spawn_blocking(move || put_large(&dest, &bytes, new)).await?;
-            match put {
-                Ok(true) => {
-                    return Ok(PutResult { e_tag: None, version: None, extensions: Default::default() });
-                }
-                Ok(false) => {}
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                    let path = at.to_string();
-                    return Err(object_store::Error::AlreadyExists { path, source: Box::new(e) });
-                }
-                Err(e) => {
-                    return Err(object_store::Error::Generic { store: "folder", source: Box::new(e) });
-                }
+            PutMode::Update(_) => {
+                self.within(at, true).await?;
+                return store.put_opts(at, payload, opts).await;
             }
+        };
+        if !opts.attributes.is_empty() {
+            self.within(at, true).await?;
+            return store.put_opts(at, payload, opts).await;
         }
-        store.put_opts(at, payload, opts).await
+        let bytes = match payload.as_ref() {
+            [bytes] => bytes.clone(),
+            pieces => pieces.concat().into(),
+        };
+        let (root, object) = (self.0.root.clone(), at.clone());
+        let put = move || beneath::put(&root, object.as_ref(), &bytes, new);
+        let tag = tokio::task::spawn_blocking(put).await?.map_err(|e| refused(at, e))?;
+        Ok(PutResult { e_tag: Some(tag), version: None, extensions: Default::default() })
     }
 
     async fn put_multipart_opts(
@@ -268,22 +306,37 @@ impl ObjectStore for Folder {
         at: &Path,
         opts: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        self.store(at).await?.put_multipart_opts(at, opts).await
+        let store = self.store(at).await?;
+        self.within(at, true).await?;
+        store.put_multipart_opts(at, opts).await
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
-        self.reading(at).await?.get_opts(at, options).await
+        self.reading(at).await?;
+        let (root, at) = (self.0.root.clone(), at.clone());
+        tokio::task::spawn_blocking(move || get(&root, &at, &options)).await?
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[std::ops::Range<u64>]) -> Result<Vec<Bytes>> {
-        self.reading(at).await?.get_ranges(at, ranges).await
+        let mut found = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let options = GetOptions { range: Some(range.clone().into()), ..GetOptions::new() };
+            found.push(self.get_opts(at, options).await?.bytes().await?);
+        }
+        Ok(found)
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let this = self.clone();
         let stream = async move {
             match this.store(&Path::default()).await {
-                Ok(store) => store.delete_stream(paths),
+                Ok(store) => {
+                    let checked = paths.and_then(move |at| {
+                        let this = this.clone();
+                        async move { this.within(&at, false).await.map(|()| at) }
+                    });
+                    store.delete_stream(checked.boxed())
+                }
                 Err(e) => futures::stream::once(async { Err(e) }).boxed(),
             }
         };
@@ -291,8 +344,7 @@ impl ObjectStore for Folder {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let prefix = prefix.cloned();
-        self.clone().listing(move |s| s.list(prefix.as_ref()))
+        self.clone().listing(prefix.cloned(), None)
     }
 
     fn list_with_offset(
@@ -300,19 +352,41 @@ impl ObjectStore for Folder {
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
-        let (prefix, offset) = (prefix.cloned(), offset.clone());
-        self.clone().listing(move |s| s.list_with_offset(prefix.as_ref(), &offset))
+        self.clone().listing(prefix.cloned(), Some(offset.clone()))
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.reading(&Path::default()).await?.list_with_delimiter(prefix).await
+        let all: Vec<ObjectMeta> = self.list(prefix).try_collect().await?;
+        let mut found =
+            ListResult { common_prefixes: Vec::new(), objects: Vec::new(), extensions: Default::default() };
+        let base = prefix.cloned().unwrap_or_default();
+        for object in all {
+            let mut parts = object.location.prefix_match(&base).into_iter().flatten();
+            match (parts.next(), parts.next()) {
+                (Some(folder), Some(_)) => {
+                    let folder = base.clone().join(folder);
+                    if !found.common_prefixes.contains(&folder) {
+                        found.common_prefixes.push(folder);
+                    }
+                }
+                _ => found.objects.push(object.clone()),
+            }
+        }
+        found.common_prefixes.sort_unstable();
+        Ok(found)
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.store(to).await?.copy_opts(from, to, options).await
+        let store = self.store(to).await?;
+        self.within(from, false).await?;
+        self.within(to, true).await?;
+        store.copy_opts(from, to, options).await
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        self.store(to).await?.rename_opts(from, to, options).await
+        let store = self.store(to).await?;
+        self.within(from, false).await?;
+        self.within(to, true).await?;
+        store.rename_opts(from, to, options).await
     }
 }
