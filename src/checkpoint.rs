@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
-use crate::format::checkpoint::{MAX_PART_LEN, Manifest, Part, PartBuilder, PartInfo, parse_part};
+use crate::format::checkpoint::{
+    MAX_PART_LEN, Manifest, ManifestHash, Part, PartBuilder, PartInfo, parse_part,
+};
 use crate::format::codec::FormatError;
 use crate::format::names::{MANIFEST, ObjectName, checkpoint_folder, checkpoint_stem, part_file};
 use crate::format::segment::SegmentHash;
@@ -87,6 +89,17 @@ pub struct Dump {
     raw_bytes: u64,
 }
 
+/// A checkpoint that is complete on local disk.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// The hash of the manifest's bytes, which the log is to name.
+    pub hash: ManifestHash,
+}
+
 /// What a scan of the tables gives: keys and values, in order.
 pub type Batch<E> = Result<Vec<(Bytes, Bytes)>, E>;
 
@@ -159,7 +172,7 @@ impl Dump {
 
     /// Writes the manifest and moves the folder into `staging` under its final name. After a crash there is either
     /// the whole checkpoint or nothing of that name.
-    pub fn finish(self, end: End, staging: &Path) -> Result<(PathBuf, Manifest), CheckpointError> {
+    pub fn finish(self, end: End, staging: &Path) -> Result<Finished, CheckpointError> {
         let manifest = Manifest {
             volume: self.begin.volume,
             number: end.number,
@@ -174,17 +187,20 @@ impl Dump {
             raw_bytes: self.raw_bytes,
             parts: self.parts,
         };
-        write_synced(&self.folder.join(MANIFEST), &manifest.encode()?)?;
-        sync_folder(&self.folder)?;
+        let bytes = manifest.encode()?;
         let path = staging.join(checkpoint_stem(end.number, end.epoch));
         if path.exists() {
             // Of the same segment, so it says the same; the older one may be in use by a shipper.
             fs::remove_dir_all(&self.folder).map_err(at(&self.folder))?;
-            return Ok((path, manifest));
+            let bytes = read_bounded(&path.join(MANIFEST), crate::format::MAX_JSON as u64)?;
+            let manifest = Manifest::decode(&bytes, end.number, end.epoch)?;
+            return Ok(Finished { path, manifest, hash: ManifestHash::of(&bytes) });
         }
+        write_synced(&self.folder.join(MANIFEST), &bytes)?;
+        sync_folder(&self.folder)?;
         fs::rename(&self.folder, &path).map_err(at(&path))?;
         sync_folder(staging)?;
-        Ok((path, manifest))
+        Ok(Finished { path, manifest, hash: ManifestHash::of(&bytes) })
     }
 }
 

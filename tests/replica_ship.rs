@@ -48,6 +48,10 @@ impl Outbox for StagedFiles {
         None
     }
 
+    fn hash(&self, _: SegmentNo) -> Option<SegmentHash> {
+        None
+    }
+
     fn watch(&self) -> watch::Receiver<SegmentNo> {
         self.newest.subscribe()
     }

@@ -47,7 +47,8 @@ fn a_checkpoint_holds_the_replicated_tables() {
         fs::create_dir_all(temp.join("left over")).unwrap();
         let dump = dump(&scan(&t), begin(), &temp).unwrap();
         assert_eq!(dump.is_empty(), n == 0);
-        let (path, manifest) = dump.finish(end(), staging.path()).unwrap();
+        let Finished { path, manifest, hash } = dump.finish(end(), staging.path()).unwrap();
+        assert_eq!(hash, ManifestHash::of(&fs::read(path.join(MANIFEST)).unwrap()));
         assert!(!temp.exists());
         assert_eq!(manifest.entries, u64::from(n));
         assert_eq!(manifest.parts.len(), if n == 10_000 { 2 } else { n as usize });
@@ -76,8 +77,8 @@ fn leftovers_and_halves_are_removed_and_a_second_finish_is_harmless() {
     let staging = tempfile::tempdir().unwrap();
     let t = table(5, 5);
     let make = |name: &str| dump(&scan(&t), begin(), &staging.path().join(name)).unwrap();
-    let (path, _) = make("a").finish(end(), staging.path()).unwrap();
-    let (again, _) = make("b").finish(end(), staging.path()).unwrap();
+    let path = make("a").finish(end(), staging.path()).unwrap().path;
+    let again = make("b").finish(end(), staging.path()).unwrap().path;
     assert_eq!(path, again);
     make("c");
     let half = staging.path().join("0000000000000009-00000001");
@@ -93,7 +94,7 @@ fn leftovers_and_halves_are_removed_and_a_second_finish_is_harmless() {
 fn damage_and_a_failing_scan_are_errors() {
     let staging = tempfile::tempdir().unwrap();
     let t = table(5, 5);
-    let (path, manifest) =
+    let Finished { path, manifest, .. } =
         dump(&scan(&t), begin(), &staging.path().join("new")).unwrap().finish(end(), staging.path()).unwrap();
     let part = path.join("part-00000");
     let mut bytes = fs::read(&part).unwrap();

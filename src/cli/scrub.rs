@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
   mirrorfs scrub --dry-run --wait ~/files
   mirrorfs scrub status --json
   mirrorfs scrub pause && mirrorfs scrub resume
-With --wait it ends with 7 when something could not be mended, and with 6 when a replica could not be looked at.")]
+With --wait it ends with 7 when something could not be mended or was forged, and with 6 when a replica could not be looked at.")]
 pub(super) struct Args {
     /// What to do: start (unless said otherwise), pause, resume, stop or status; then the mountpoint
     #[arg(value_name = "ACTION] [MOUNTPOINT", num_args = 0..=2)]
@@ -205,6 +205,12 @@ fn verdict(statuses: &[ScrubStatus], given_up: &[ReplicaName]) -> Outcome {
         let text = format!("something is wrong on {} (see above)", names(&found));
         return Err(CommandError::new(Exit::Damaged, text));
     }
+    let forged = |s: &ScrubStatus| last(s).counters.forged > 0;
+    if statuses.iter().any(forged) {
+        let text =
+            format!("someone else has written objects of this volume to {} (see above)", names(&forged));
+        return Err(CommandError::new(Exit::Damaged, text));
+    }
     let failed = |s: &ScrubStatus| given_up.contains(&s.replica) || last(s).error.is_some();
     if statuses.iter().any(failed) {
         let why = |s: &ScrubStatus| {
@@ -263,6 +269,13 @@ fn show(statuses: &[ScrubStatus], now: f64) -> String {
             let line = format!("{}: {objects} that are not mirrorfs's are left alone", s.replica);
             output::push_line(&mut text, line);
         }
+        if s.counters.forged > 0 {
+            text += &format!(
+                "{}: {} that no writer of this volume made, as far as its log says: not copied, left alone\n",
+                s.replica,
+                human::count(s.counters.forged, "object")
+            );
+        }
         if s.counters.left_over > 0 {
             let objects = human::count(s.counters.left_over, "object");
             output::push_line(
@@ -320,6 +333,9 @@ mod tests {
         assert_eq!(verdict(&[s.clone()], &["a".parse().unwrap()]).unwrap_err().exit, Exit::Unreachable);
         s.last.as_mut().unwrap().counters.left = 1;
         assert_eq!(verdict(&[s.clone()], &[]).unwrap_err().exit, Exit::Damaged);
+        let mut forged = status();
+        forged.last.as_mut().unwrap().counters.forged = 1;
+        assert_eq!(verdict(&[forged], &[]).unwrap_err().exit, Exit::Damaged);
         let text = show(&[s], 100.0);
         assert!(
             text.contains("a        idle   3 of 3 objects, 2.0 KiB  0    0         0     in 1 m"),

@@ -8,13 +8,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use crate::cache::BlockStore;
-use crate::format::local::SegmentValue;
-use crate::format::segment::SegmentHash;
-use crate::format::tables::{BlockEntry, local_key, segment_key};
+use crate::format::checkpoint::ManifestHash;
+use crate::format::tables::{BlockEntry, local_key, prefix_range, split_checkpoint_key, table};
 use crate::ids::SegmentNo;
 use crate::journal::{Journal, JournalError};
-use crate::reconcile::{Catalog, Sealed};
+use crate::reconcile::{Catalog, NamedCheckpoints, Sealed};
+use crate::replica::{Outbox, Staged};
 use crate::txg::Staging;
+
+/// Rows read at a time.
+const PAGE: usize = 1000;
 
 /// The local tables as the reconciler sees them.
 pub(super) struct Tables {
@@ -33,17 +36,25 @@ fn name(key: &str) -> Bytes {
 impl Catalog for Tables {
     fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String> {
         let staged = self.staging.known_after(after, limit);
-        staged
-            .into_iter()
-            .map(|staged| {
-                let value = self.journal.get(&segment_key(staged.number)).map_err(|e| e.to_string())?;
-                let hash = match value {
-                    Some(value) => SegmentValue::decode(&value).map_err(|e| e.to_string())?.blake3,
-                    None => [0; 32],
-                };
-                Ok(Sealed { staged, hash: (hash != [0; 32]).then_some(SegmentHash(hash)) })
-            })
-            .collect()
+        let sealed = |staged: Staged| {
+            let hash = self.staging.hash(staged.number);
+            Sealed { staged, hash }
+        };
+        Ok(staged.into_iter().map(sealed).collect())
+    }
+
+    fn checkpoints(&self) -> Result<NamedCheckpoints, String> {
+        let mut named = NamedCheckpoints::new();
+        let (mut start, end) = prefix_range(&[table::CHECKPOINT]);
+        loop {
+            let page = self.journal.scan(&start, &end, PAGE).map_err(|e| e.to_string())?;
+            let Some((last, _)) = page.last() else { return Ok(named) };
+            start = [&last[..], &[0]].concat().into();
+            for (key, value) in &page {
+                let id = split_checkpoint_key(key).ok_or("a bad key in the table of checkpoints")?;
+                named.insert(id, ManifestHash::from_value(value).map_err(|e| e.to_string())?);
+            }
+        }
     }
 
     fn cached(&self, block: &BlockEntry) -> Option<Bytes> {

@@ -2,25 +2,38 @@
 //!
 //! Owns the rule. Runs on the sealing thread, between two groups.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::checkpoint::{Begin, End, dump};
+use crate::checkpoint::{Begin, End, Finished, dump};
 use crate::format::local::SegmentValue;
 use crate::format::segment::SegmentHash;
-use crate::format::tables::segment_key;
-use crate::ids::{Epoch, Lsn, VolumeId};
-use crate::journal::Journal;
+use crate::format::tables::{checkpoint_key, segment_key};
+use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::journal::{Journal, JournalError};
 use crate::replica::{Staged, StagedKind};
 use crate::txg::{CutSource, Sealer, Staging};
 
-/// A checkpoint is not due before the log since the last one has this many bytes.
+/// A checkpoint is not due before the log since the last one has this many bytes, ...
 pub(super) const LEAST_LOG: u64 = 4 << 20;
+/// ... or this many segments: a restore needs a request for each of them.
+pub(super) const LEAST_SEGMENTS: u64 = 256;
+/// A request costs a restore about as much time as this many bytes of a checkpoint.
+const REQUEST_BYTES: u64 = 64 << 10;
 
-/// Whether a checkpoint is due: when the log since the last one outgrows it, restoring from it costs more than twice
-/// what a new one would.
-fn is_due(log_bytes: u64, least_log: u64, last_checkpoint: u64) -> bool {
-    log_bytes >= least_log.max(last_checkpoint)
+/// What the log since the last checkpoint amounts to.
+#[derive(Clone, Copy, Debug)]
+struct Log {
+    bytes: u64,
+    segments: u64,
+}
+
+/// Returns true if a checkpoint is due: the log since the last one outgrows that, in bytes or in
+/// requests, so that restoring from it costs more than twice what a new one would.
+fn is_due(log: Log, least: Log, last_checkpoint: u64) -> bool {
+    log.bytes >= least.bytes.max(last_checkpoint)
+        || log.segments >= least.segments.max(last_checkpoint / REQUEST_BYTES)
 }
 
 /// Makes checkpoints as they fall due.
@@ -32,6 +45,8 @@ pub(super) struct Checkpoints {
     pub epoch: Epoch,
     /// Bytes of log before which none is due.
     pub least_log: u64,
+    /// Segments before which none is due.
+    pub least_segments: u64,
     /// Bytes of the last checkpoint; 0 when unknown.
     pub last_len: u64,
     /// A checkpoint up to this segment is damaged everywhere: a newer one is due at once.
@@ -44,7 +59,9 @@ impl Checkpoints {
         let mark = *sealer.mark();
         let replace = self.wanted.load(Ordering::Relaxed);
         let lost = replace > 0 && mark.checkpoint.0 <= replace && mark.segment.0 > replace;
-        if mark.segment.0 == 0 || !(lost || is_due(mark.log_bytes, self.least_log, self.last_len)) {
+        let log = Log { bytes: mark.log_bytes, segments: mark.segment.0.saturating_sub(mark.checkpoint.0) };
+        let least = Log { bytes: self.least_log, segments: self.least_segments };
+        if mark.segment.0 == 0 || !(lost || is_due(log, least, self.last_len)) {
             return Ok(());
         }
         // It is worth no writer's space; the next group asks again.
@@ -52,48 +69,73 @@ impl Checkpoints {
             log::debug!("a checkpoint is due, and put off for want of space");
             return Ok(());
         }
-        let commit = |number| -> Result<Lsn, String> {
-            let value = self.journal.get(&segment_key(number)).map_err(|e| e.to_string())?;
-            let value = value.ok_or_else(|| format!("segment {number} is not in the tables"))?;
-            Ok(SegmentValue::decode(&value).map_err(|e| e.to_string())?.commit)
-        };
         let begin = Begin {
             volume: self.volume,
-            lsn: commit(mark.segment)?,
+            lsn: self.commit_of(mark.segment)?,
             replay_from: mark.segment.next(),
             previous: SegmentHash(mark.blake3),
         };
-        let area = self.staging.checkpoints();
-        let scan = |start: &[u8], end: &[u8], limit: usize| self.journal.scan(start, end, limit);
-        let building = area.join("building");
-        let dumped = dump(&scan, begin, &building).map_err(|e| {
-            // What there is of it only takes space.
-            let _ = std::fs::remove_dir_all(&building);
-            e.to_string()
+        let building = self.staging.checkpoints().join("building");
+        let made = self.make(sealer, begin, &building);
+        // What there is of it only takes space.
+        let _ = std::fs::remove_dir_all(&building);
+        let finished = made?;
+        let folder = finished.path.clone();
+        let named = self.log_it(sealer, &finished).inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&folder);
         })?;
+        let (number, entries) = (finished.manifest.number, finished.manifest.entries);
+        log::info!("checkpoint as of segment {number}: {entries} entries, {} bytes", self.last_len);
+        let staged = Staged {
+            kind: StagedKind::Checkpoint,
+            number,
+            epoch: self.epoch,
+            path: finished.path,
+            len: self.last_len,
+            cut_at: super::unix_now(),
+        };
+        self.staging.publish_checkpoint(staged, named);
+        Ok(())
+    }
+
+    /// What a sealed segment commits.
+    fn commit_of(&self, number: SegmentNo) -> Result<Lsn, String> {
+        let value = self.journal.get(&segment_key(number)).map_err(|e| e.to_string())?;
+        let value = value.ok_or_else(|| format!("segment {number} is not in the tables"))?;
+        Ok(SegmentValue::decode(&value).map_err(|e| e.to_string())?.commit)
+    }
+
+    /// Dumps the tables and seals the group that makes the dump usable.
+    fn make(&mut self, sealer: &mut Sealer, begin: Begin, building: &Path) -> Result<Finished, String> {
+        let scan = |start: &[u8], end: &[u8], limit: usize| self.journal.scan(start, end, limit);
+        let dumped = dump(&scan, begin, building).map_err(|e| e.to_string())?;
         let seen = self.journal.last_lsn();
         // What the scan saw may be newer than the last group: the next one, cut now, covers it.
         let cut = self.source.cut()?;
         let sealed = sealer.seal(&cut, super::wall_clock()).map_err(|e| e.to_string())?;
         let number = sealer.mark().segment;
-        let commit_lsn = commit(number)?;
-        // Nothing sealed: nothing replicated has changed since the last group, and the scan saw exactly that.
+        let commit_lsn = self.commit_of(number)?;
+        // Nothing sealed: nothing replicated has changed since the last group, and the scan saw
+        // exactly that.
         let lsn = if sealed.is_some() { seen } else { begin.lsn };
         let end = End { lsn, number, epoch: self.epoch, commit_lsn, created_at: super::unix_now() as u64 };
-        let len = dumped.len();
-        let (path, manifest) = dumped.finish(end, &area).map_err(|e| e.to_string())?;
-        self.last_len = len;
+        self.last_len = dumped.len();
+        dumped.finish(end, &self.staging.checkpoints()).map_err(|e| e.to_string())
+    }
+
+    /// Writes name and hash of a checkpoint into the log, and seals that at once: a replica gets
+    /// the checkpoint only after the segment that names it, which is returned.
+    fn log_it(&self, sealer: &mut Sealer, finished: &Finished) -> Result<SegmentNo, String> {
+        let number = finished.manifest.number;
         sealer.checkpointed(number).map_err(|e| e.to_string())?;
-        log::info!("checkpoint as of segment {number}: {} entries, {len} bytes", manifest.entries);
-        self.staging.publish_checkpoint(Staged {
-            kind: StagedKind::Checkpoint,
-            number,
-            epoch: self.epoch,
-            path,
-            len,
-            cut_at: super::unix_now(),
+        let logged = self.journal.transact::<_, JournalError>(|tx| {
+            tx.put(checkpoint_key(number, self.epoch), finished.hash.0.to_vec());
+            Ok(())
         });
-        Ok(())
+        logged.map_err(|e| e.to_string())?;
+        let cut = self.source.cut()?;
+        sealer.seal(&cut, super::wall_clock()).map_err(|e| e.to_string())?;
+        Ok(sealer.mark().segment)
     }
 }
 
@@ -101,11 +143,25 @@ impl Checkpoints {
 mod tests {
     use super::*;
 
+    fn due(bytes: u64, segments: u64, last: u64) -> bool {
+        let least = Log { bytes: LEAST_LOG, segments: LEAST_SEGMENTS };
+        is_due(Log { bytes, segments }, least, last)
+    }
+
     #[test]
     fn due_when_the_log_outgrows_the_last_one() {
-        assert!(!is_due(LEAST_LOG - 1, LEAST_LOG, 0));
-        assert!(is_due(LEAST_LOG, LEAST_LOG, 0));
-        assert!(!is_due(LEAST_LOG * 2, LEAST_LOG, LEAST_LOG * 3));
-        assert!(is_due(LEAST_LOG * 3, LEAST_LOG, LEAST_LOG * 3));
+        assert!(!due(LEAST_LOG - 1, 1, 0));
+        assert!(due(LEAST_LOG, 1, 0));
+        assert!(!due(LEAST_LOG * 2, 1, LEAST_LOG * 3));
+        assert!(due(LEAST_LOG * 3, 1, LEAST_LOG * 3));
+    }
+
+    #[test]
+    fn due_when_many_small_groups_cost_a_request_each() {
+        assert!(!due(1000, LEAST_SEGMENTS - 1, 0));
+        assert!(due(1000, LEAST_SEGMENTS, 0));
+        // A checkpoint of 64 MiB is worth a thousand requests.
+        assert!(!due(1000, 1023, 64 << 20));
+        assert!(due(1000, 1024, 64 << 20));
     }
 }

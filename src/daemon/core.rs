@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::catalog::Tables;
-use super::checkpoints::{Checkpoints, LEAST_LOG};
+use super::checkpoints::{Checkpoints, LEAST_LOG, LEAST_SEGMENTS};
 use super::fleet::{Fleet, FleetParts, Shipping};
 use super::members::{self, Members};
 use super::parts::{self, Parts};
@@ -431,6 +431,7 @@ fn assemble(
                 volume: volume.volume,
                 epoch,
                 least_log: core_options.checkpoint_after,
+                least_segments: LEAST_SEGMENTS,
                 last_len: 0,
                 wanted: Arc::clone(&wanted),
             };

@@ -75,6 +75,30 @@ pub struct PartInfo {
     pub entries: u64,
 }
 
+/// BLAKE3 of a manifest's bytes: what the log says of the checkpoint. The manifest in turn names the hash of each part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ManifestHash(pub [u8; 32]);
+
+impl ManifestHash {
+    /// The hash of a manifest object.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+
+    /// Reads the value that stands under the key of a checkpoint in the tables.
+    pub fn from_value(value: &[u8]) -> Result<Self, FormatError> {
+        let bytes = value.try_into();
+        bytes.map(Self).map_err(|_| FormatError::new("checkpoint entry", "it is not 32 bytes long"))
+    }
+}
+
+impl std::fmt::Display for ManifestHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0[..8].iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
 /// A checkpoint's manifest, written after its parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {

@@ -2,11 +2,14 @@
 //!
 //! Owns no behaviour.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
+use crate::format::checkpoint::ManifestHash;
 use crate::format::segment::SegmentHash;
 use crate::format::tables::BlockEntry;
-use crate::ids::SegmentNo;
+use crate::ids::{Epoch, SegmentNo};
 use crate::replica::Staged;
 
 /// A sealed segment, as the local tables know it.
@@ -18,13 +21,19 @@ pub struct Sealed {
     pub hash: Option<SegmentHash>,
 }
 
+/// Checkpoints with the hashes of their manifests.
+pub type NamedCheckpoints = BTreeMap<(SegmentNo, Epoch), ManifestHash>;
+
 /// What the volume holds, and a place for the reconciler's memory. Blocking.
 pub trait Catalog: Send + Sync {
     /// Every sealed segment with a number above `after`, in order, at most `limit`.
     fn segments(&self, after: SegmentNo, limit: usize) -> Result<Vec<Sealed>, String>;
+    /// Every checkpoint that the log names, with the hash of its manifest.
+    fn checkpoints(&self) -> Result<NamedCheckpoints, String>;
     /// The raw content of a block, its hash checked, if it is at hand locally; asks no replica.
     fn cached(&self, block: &BlockEntry) -> Option<Bytes>;
-    /// Checkpoint `number` is nowhere whole any more: one newer than that is to be made, if there is none.
+    /// Checkpoint `number` is nowhere whole any more: one newer than that is to be made, if there
+    /// is none.
     fn want_checkpoint(&self, number: SegmentNo);
     /// What was last saved under `key`.
     fn load(&self, key: &str) -> Result<Option<Vec<u8>>, String>;

@@ -22,7 +22,7 @@ mod repair;
 mod runner;
 mod types;
 
-pub use catalog::{Catalog, Sealed};
+pub use catalog::{Catalog, NamedCheckpoints, Sealed};
 pub use check::{Known, Verdict, check};
 pub use runner::{Reconciler, Settings, Shared};
 pub use types::{Counters, FindingText, ScrubRequest, ScrubState, ScrubStatus, Summary};

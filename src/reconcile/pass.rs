@@ -12,16 +12,16 @@ use futures::StreamExt;
 use futures::stream;
 use parking_lot::Mutex;
 
-use super::catalog::Sealed;
+use super::catalog::{NamedCheckpoints, Sealed};
 use super::inventory::Inventory;
 use super::memory::Current;
 use super::plan::{Expected, Plan, Wrong};
 use super::repair::{Mender, Outcome, Stop, Target};
-use crate::format::checkpoint::Manifest;
+use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::names::ObjectName;
 use crate::ids::{Epoch, SegmentNo};
 use crate::replica::volume::{self, Found, VolumeError};
-use crate::replica::{Backlog, Fence, Outbox, ReplicaState, StoreError};
+use crate::replica::{Backlog, Fence, Outbox, ReplicaState, Staged, StoreError, chain};
 
 /// Objects looked at at a time.
 const AT_ONCE: usize = 4;
@@ -63,7 +63,7 @@ impl From<StoreError> for Broken {
 /// Listens to a pass.
 pub(super) trait Listener: Send + Sync {
     /// How much there is to do.
-    fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64);
+    fn sized(&self, objects: u64, bytes: u64, plan: &Plan);
     /// An object is behind the pass. `position` moves on when it is given.
     fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>);
     /// What the pass waits for at the moment; `stuck` says that it does not go on by itself.
@@ -88,50 +88,56 @@ struct Ground {
     expected: Expected,
     sealed: BTreeMap<SegmentNo, Sealed>,
     manifests: BTreeMap<(SegmentNo, Epoch), Arc<Manifest>>,
+    named: NamedCheckpoints,
     staged: BTreeMap<(SegmentNo, Epoch), PathBuf>,
 }
 
 impl Pass {
     /// Runs the pass from where `current` is. Dropping it does no harm.
-    /// With `whole` it first waits until the replica holds everything that was sealed by now.
+    /// With `whole` it first waits until the replica holds everything that was sealed by now, and what it lacks at the end is told.
     pub async fn run(&self, current: &Current, whole: bool, listener: &dyn Listener) -> Result<(), Broken> {
         let replica = &self.mender.replica;
         let mut set_backs = 0;
+        // What the replica is to hold at the end, also where its cursor was set back. Otherwise it may lag.
+        let mut goal = SegmentNo(0);
+        // What was found missing and was left to the shipper: repaired when it is there.
+        let mut filled = BTreeSet::new();
         if whole && !current.dry_run {
-            let newest = *self.outbox.watch().borrow();
-            self.filled(newest, None, listener).await?;
+            goal = *self.outbox.watch().borrow();
+            if !self.filled(goal, None, listener).await? {
+                // Nothing moves: what can be had is mended one by one.
+                set_backs = SET_BACKS;
+            }
         }
         loop {
             self.check_fence(Duration::ZERO).await?;
             self.check_volume(current.dry_run).await?;
-            let cursor = replica.cursor();
+            let cursor = replica.cursor().max(goal);
             let found = self.mender.insist(|| Inventory::take(&self.mender.store)).await?;
-            let ground = self.ground(cursor, &found).await?;
+            let ground = self.ground(cursor, &found, current.deep).await?;
             let plan = ground.expected.compare(&found.0);
             if plan.set_back && !current.dry_run && set_backs < SET_BACKS {
                 set_backs += 1;
-                let newest = *self.outbox.watch().borrow();
+                goal = goal.max(*self.outbox.watch().borrow());
                 log::warn!(
                     "replica {}: {} objects are missing, the newest among them: it was wiped or set back, and is filled again",
                     replica.name(),
                     plan.wrong.len()
                 );
-                if !self.refill(newest, listener).await? {
+                let missing = plan.wrong.iter().filter(|(_, wrong)| *wrong == Wrong::Missing);
+                filled.extend(missing.map(|(name, _)| name.path()));
+                if !self.refill(goal, listener).await? {
                     // What can be had is mended one by one.
                     set_backs = SET_BACKS;
                 }
-                self.report(&plan, listener);
                 continue;
             }
-            return self.work(current, &ground, plan, listener).await;
-        }
-    }
-
-    /// Counts what was missing and has been filled in order.
-    fn report(&self, plan: &Plan, listener: &dyn Listener) {
-        let missing = plan.wrong.iter().filter(|(_, wrong)| *wrong == Wrong::Missing);
-        for (name, _) in missing {
-            listener.seen(name, 0, &Outcome::Repaired("missing".into(), 0), None);
+            let mended = self.work(current, &ground, plan, &filled, listener).await?;
+            if mended && !current.dry_run && replica.cursor() < goal {
+                // All is there now, and its shipper has yet to see that.
+                self.refill(goal, listener).await?;
+            }
+            return Ok(());
         }
     }
 
@@ -189,30 +195,40 @@ impl Pass {
         }
     }
 
+    /// Mends and reads what the plan names; returns true if nothing bad is left. `filled` are objects that were missing before: each
+    /// counts as repaired when it is there, in a deep pass when it was read and is right.
     async fn work(
         &self,
         current: &Current,
         ground: &Ground,
         plan: Plan,
+        filled: &BTreeSet<String>,
         listener: &dyn Listener,
-    ) -> Result<(), Broken> {
-        let mut present = plan.present;
+    ) -> Result<bool, Broken> {
         let behind = |name: &ObjectName| !current.position.is_empty() && name.path() <= current.position;
-        present.retain(|(name, _)| !behind(name));
+        let mut present = plan.present.clone();
+        present.retain(|(name, _)| !behind(name) || filled.contains(&name.path()));
         let to_read: &[(ObjectName, u64)] = if current.deep { &present } else { &[] };
         let wrong: Vec<Target> = plan.wrong.iter().map(|(name, _)| ground.target(*name, 0)).collect();
         let bytes = to_read.iter().map(|(_, len)| len).chain(wrong.iter().map(|t| &t.len)).sum();
         let objects = (plan.wrong.len() + if current.deep { to_read.len() } else { present.len() }) as u64;
-        listener.sized(objects, bytes, plan.foreign.len() as u64, plan.left_over.len() as u64);
+        listener.sized(objects, bytes, &plan);
         for path in &plan.foreign {
             log::debug!("replica {}: {path} is not mirrorfs's", self.mender.replica.name());
         }
-        self.mend_missing(current, &plan.wrong, wrong, listener).await?;
+        for (name, why) in &plan.forged {
+            self.tell(name, &format!("{name} is not copied: {why}"));
+        }
+        let mut mended = self.mend_missing(current, &plan.wrong, wrong, listener).await?;
+        let was_missing = |name: &ObjectName, len, outcome| match outcome {
+            Outcome::Intact if filled.contains(&name.path()) => Outcome::Repaired("missing".into(), len),
+            other => other,
+        };
         if !current.deep {
-            for (name, _) in &present {
-                listener.seen(name, 0, &Outcome::Intact, None);
+            for (name, len) in &present {
+                listener.seen(name, 0, &was_missing(name, *len, Outcome::Intact), None);
             }
-            return Ok(());
+            return Ok(mended);
         }
         let mut examined = stream::iter(present)
             .map(|(name, len)| async move {
@@ -221,19 +237,30 @@ impl Pass {
             })
             .buffered(AT_ONCE);
         while let Some((name, len, outcome)) = examined.next().await {
-            listener.seen(&name, len, &outcome?, Some(&name.path()));
+            let outcome = was_missing(&name, len, outcome?);
+            mended &= !is_left(&outcome);
+            let path = name.path();
+            listener.seen(&name, len, &outcome, Some(path.as_str()).filter(|_| !behind(&name)));
         }
-        Ok(())
+        Ok(mended)
     }
 
-    /// Writes what the listing lacks. A checkpoint's manifest only after all of its parts.
+    /// Says something of an object, the first time as an error.
+    fn tell(&self, name: &ObjectName, text: &str) {
+        let first = self.told.lock().insert(name.path());
+        let level = if first { log::Level::Error } else { log::Level::Debug };
+        log::log!(level, "replica {}: {text}", self.mender.replica.name());
+    }
+
+    /// Writes what the listing lacks, a checkpoint's manifest only after all of its parts. Returns true if nothing is left.
     async fn mend_missing(
         &self,
         current: &Current,
         wrong: &[(ObjectName, Wrong)],
         targets: Vec<Target>,
         listener: &dyn Listener,
-    ) -> Result<(), Broken> {
+    ) -> Result<bool, Broken> {
+        let mut all = true;
         let text = |wrong: &Wrong| match wrong {
             Wrong::Missing => "missing".to_owned(),
             Wrong::Size(size) => format!("{size} bytes long"),
@@ -268,6 +295,7 @@ impl Pass {
                 .buffered(AT_ONCE);
             while let Some((name, len, outcome)) = mended.next().await {
                 let outcome = outcome?;
+                all &= !is_left(&outcome);
                 if let (
                     ObjectName::CheckpointPart(n, e, _),
                     Outcome::Left(..) | Outcome::Useless(_) | Outcome::Other(_),
@@ -278,7 +306,7 @@ impl Pass {
                 listener.seen(&name, len, &outcome, None);
             }
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Looks at one object and mends it. One that cannot be read again and again is passed over.
@@ -307,14 +335,8 @@ impl Pass {
             return Ok(Outcome::Useless(what.clone()));
         }
         if let Outcome::Left(what, Some(why)) = &outcome {
-            let text = format!(
-                "replica {}: {} is bad ({what}) and cannot be mended: {why}",
-                self.mender.replica.name(),
-                target.name
-            );
             // Tried again and again, told once.
-            let first = self.told.lock().insert(target.name.path());
-            log::log!(if first { log::Level::Error } else { log::Level::Debug }, "{text}");
+            self.tell(&target.name, &format!("{} is bad ({what}) and cannot be mended: {why}", target.name));
         }
         Ok(outcome)
     }
@@ -415,10 +437,46 @@ impl Pass {
         sealed.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)
     }
 
-    /// Gathers what the replica should hold.
-    async fn ground(&self, cursor: SegmentNo, found: &Inventory) -> Result<Ground, Broken> {
+    /// The checkpoints that the log names.
+    async fn named(&self) -> Result<NamedCheckpoints, Broken> {
+        let catalog = Arc::clone(&self.mender.catalog);
+        let named = tokio::task::spawn_blocking(move || catalog.checkpoints()).await;
+        named.map_err(|e| Broken::Later(e.to_string()))?.map_err(Broken::Later)
+    }
+
+    /// Learns the hashes of segments that a restore did not read, from `from` on.
+    async fn learn(&self, from: SegmentNo) {
+        let (replicas, volume) = (self.mender.roster.all(), self.mender.identity.volume.volume);
+        chain::learn(&self.outbox, &replicas, volume, from).await;
+    }
+
+    /// All sealed segments. Those that are to be read, or to be copied, with their hashes.
+    async fn all_sealed(
+        &self,
+        cursor: SegmentNo,
+        found: &Inventory,
+        deep: bool,
+    ) -> Result<BTreeMap<SegmentNo, Sealed>, Broken> {
         let sealed = self.sealed(SegmentNo(0), usize::MAX).await?;
-        let sealed: BTreeMap<_, _> = sealed.into_iter().map(|s| (s.staged.number, s)).collect();
+        let is_wrong = |s: &Staged| {
+            found.0.get(&ObjectName::Segment(s.number, s.epoch).path()).is_none_or(|len| *len != s.len)
+        };
+        let unknown = sealed.iter().filter(|s| s.hash.is_none() && s.staged.number <= cursor);
+        let lowest = unknown.filter(|s| deep || is_wrong(&s.staged)).map(|s| s.staged.number).min();
+        let sealed = match lowest {
+            None => sealed,
+            Some(lowest) => {
+                self.learn(lowest).await;
+                self.sealed(SegmentNo(0), usize::MAX).await?
+            }
+        };
+        Ok(sealed.into_iter().map(|s| (s.staged.number, s)).collect())
+    }
+
+    /// Gathers what the replica should hold: by the tables and the log, never by what some replica holds.
+    async fn ground(&self, cursor: SegmentNo, found: &Inventory, deep: bool) -> Result<Ground, Broken> {
+        let sealed = self.all_sealed(cursor, found, deep).await?;
+        let named = self.named().await?;
         let mut keys: BTreeSet<_> = found.checkpoints().collect();
         let mut releases: BTreeSet<_> = found.releases().collect();
         for peer in self.peers() {
@@ -435,8 +493,9 @@ impl Pass {
         }
         let mut manifests = BTreeMap::new();
         let mut checkpoints = BTreeMap::new();
-        for key in keys.into_iter().filter(|(number, _)| *number <= cursor) {
-            let manifest = self.manifest(key).await;
+        for key in keys.into_iter().filter(|key| key.0 <= cursor) {
+            let Some(hash) = named.get(&key) else { continue };
+            let manifest = self.manifest(key, *hash).await;
             checkpoints.insert(key, manifest.as_ref().map(|m| m.parts.iter().map(|p| p.len).collect()));
             manifests.extend(manifest.map(|m| (key, Arc::new(m))));
         }
@@ -448,8 +507,9 @@ impl Pass {
             claims: self.mender.identity.claims.clone(),
             releases,
             checkpoints,
+            named: Some(named.keys().copied().collect()),
         };
-        Ok(Ground { expected, sealed, manifests, staged })
+        Ok(Ground { expected, sealed, manifests, named, staged })
     }
 
     fn peers(&self) -> Vec<Arc<crate::replica::Replica>> {
@@ -458,13 +518,14 @@ impl Pass {
         others
     }
 
-    /// A checkpoint's manifest, from whoever has an intact one.
-    async fn manifest(&self, (number, epoch): (SegmentNo, Epoch)) -> Option<Manifest> {
+    /// A checkpoint's manifest, from a replica that has the one that the log names.
+    async fn manifest(&self, (number, epoch): (SegmentNo, Epoch), named: ManifestHash) -> Option<Manifest> {
         let path = ObjectName::CheckpointManifest(number, epoch).path();
         let volume = self.mender.identity.volume.volume;
         for replica in std::iter::once(Arc::clone(&self.mender.replica)).chain(self.peers()) {
             let Ok(bytes) = replica.store().get(&path).await else { continue };
-            if let Ok(manifest) = Manifest::decode(&bytes, number, epoch)
+            if ManifestHash::of(&bytes) == named
+                && let Ok(manifest) = Manifest::decode(&bytes, number, epoch)
                 && manifest.volume == volume
             {
                 return Some(manifest);
@@ -475,22 +536,42 @@ impl Pass {
 
     /// What is known of an object that was named while reading.
     pub async fn target_of(&self, name: ObjectName) -> Result<Target, Broken> {
-        let ObjectName::Segment(number, _) = name else {
-            return Ok(Target::named(name));
-        };
-        let sealed = self.sealed(SegmentNo(number.0.saturating_sub(1)), 1).await?;
-        let sealed = sealed.into_iter().next().filter(|s| s.staged.number == number);
-        Ok(segment_target(name, 0, sealed.as_ref()))
+        match name {
+            ObjectName::Segment(number, _) => {
+                let one = || self.sealed(SegmentNo(number.0.saturating_sub(1)), 1);
+                let mut sealed = one().await?;
+                if sealed.first().is_some_and(|s| s.hash.is_none()) {
+                    self.learn(number).await;
+                    sealed = one().await?;
+                }
+                let sealed = sealed.into_iter().next().filter(|s| s.staged.number == number);
+                Ok(segment_target(name, 0, sealed.as_ref()))
+            }
+            ObjectName::CheckpointPart(number, epoch, _) | ObjectName::CheckpointManifest(number, epoch) => {
+                let named = self.named().await?.get(&(number, epoch)).copied();
+                let manifest = match named {
+                    Some(named) => self.manifest((number, epoch), named).await.map(Arc::new),
+                    None => None,
+                };
+                Ok(Target { manifest, named, ..Target::named(name) })
+            }
+            _ => Ok(Target::named(name)),
+        }
     }
+}
+
+/// Whether something bad stays as it is.
+fn is_left(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Left(..) | Outcome::Other(_))
 }
 
 fn segment_target(name: ObjectName, len: u64, sealed: Option<&Sealed>) -> Target {
     Target {
-        name,
         len: sealed.map_or(len, |s| s.staged.len),
         hash: sealed.and_then(|s| s.hash),
-        manifest: None,
+        staged: sealed.map(|s| s.staged.clone()),
         local: sealed.map(|s| s.staged.path.clone()),
+        ..Target::named(name)
     }
 }
 
@@ -503,11 +584,13 @@ impl Ground {
                 let right =
                     manifest.as_ref().and_then(|m| m.parts.get(index as usize)).map_or(len, |p| p.len);
                 let local = self.staged.get(&(number, epoch)).cloned();
-                Target { name, len: right, hash: None, manifest, local }
+                let named = self.named.get(&(number, epoch)).copied();
+                Target { len: right, manifest, local, named, ..Target::named(name) }
             }
             ObjectName::CheckpointManifest(number, epoch) => {
                 let local = self.staged.get(&(number, epoch)).cloned();
-                Target { len, local, ..Target::named(name) }
+                let named = self.named.get(&(number, epoch)).copied();
+                Target { len, local, named, ..Target::named(name) }
             }
             _ => Target { len, ..Target::named(name) },
         }

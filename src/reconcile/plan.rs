@@ -1,7 +1,7 @@
 //! What should lie on a replica, against what does.
 //!
-//! Pure. Owns the rule what is missing, what is of the wrong size, what to read in a deep pass, and what is none of our business. Knows
-//! no network; sizes come from listings.
+//! Pure. Owns the rule what is missing, what is of the wrong size, what to read in a deep pass, and
+//! what is none of our business. Knows no network; sizes come from listings.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,8 +21,11 @@ pub struct Expected {
     pub claims: Vec<Claim>,
     /// Marks of an orderly end that some replica holds.
     pub releases: BTreeSet<Epoch>,
-    /// Checkpoints that some replica holds, with the sizes of their parts when their manifest could be read somewhere.
+    /// Checkpoints that the log names and some replica holds, with the sizes of their parts when
+    /// their manifest could be read somewhere.
     pub checkpoints: BTreeMap<(SegmentNo, Epoch), Option<Vec<u64>>>,
+    /// All checkpoints that the log names; `None` when that is not known.
+    pub named: Option<BTreeSet<(SegmentNo, Epoch)>>,
 }
 
 /// What is wrong with an object by its listing.
@@ -41,13 +44,21 @@ pub struct Plan {
     pub wrong: Vec<(ObjectName, Wrong)>,
     /// Objects that look right, by path: what a deep pass reads.
     pub present: Vec<(ObjectName, u64)>,
-    /// `volume.json` or the segment at the cursor is gone: the replica was wiped or set back, and is to be filled in order.
+    /// `volume.json` or the segment at the cursor is gone: the replica was wiped or set back, and
+    /// is to be filled in order.
     pub set_back: bool,
     /// Objects that mirrorfs would not make.
     pub foreign: Vec<String>,
+    /// Objects with names of ours that no writer of this volume made, as far as the log says; why
+    /// that is thought.
+    pub forged: Vec<(ObjectName, &'static str)>,
     /// Objects that nothing needs.
     pub left_over: Vec<(String, &'static str)>,
 }
+
+/// Why a checkpoint is not copied.
+pub(super) const UNNAMED: &str =
+    "the log does not name this checkpoint: it was forged, or the record of it is lost";
 
 impl Expected {
     /// Compares with a listing of paths and sizes.
@@ -70,7 +81,8 @@ impl Expected {
             look(ObjectName::Segment(*number, *epoch), Some(*len));
         }
         for ((number, epoch), parts) in self.checkpoints.range(..=(self.cursor, Epoch(u32::MAX))) {
-            // Its manifest cannot be read anywhere: then nothing can be said of its parts, and it is of no use.
+            // Its manifest cannot be read anywhere: then nothing can be said of its parts, and it
+            // is of no use.
             for (i, len) in parts.iter().flatten().enumerate() {
                 look(ObjectName::CheckpointPart(*number, *epoch, i as u32), Some(*len));
             }
@@ -100,6 +112,18 @@ impl Expected {
                 ObjectName::Segment(number, epoch) => {
                     let lost = valid_epoch(&self.claims, number).is_some_and(|valid| epoch < valid);
                     lost.then_some("of a lost branch")
+                }
+                ObjectName::CheckpointPart(number, epoch, _)
+                | ObjectName::CheckpointManifest(number, epoch)
+                    if valid_epoch(&self.claims, number).is_some_and(|valid| epoch < valid) =>
+                {
+                    Some("of a lost branch")
+                }
+                ObjectName::CheckpointManifest(number, epoch) => {
+                    if self.named.as_ref().is_some_and(|named| !named.contains(&(number, epoch))) {
+                        plan.forged.push((name, UNNAMED));
+                    }
+                    None
                 }
                 ObjectName::CheckpointPart(number, epoch, index) => {
                     match self.checkpoints.get(&(number, epoch)) {
@@ -142,6 +166,7 @@ mod tests {
                 ((SegmentNo(9), Epoch(2)), Some(vec![1])),
             ]
             .into(),
+            named: None,
         }
     }
 
@@ -220,5 +245,21 @@ mod tests {
         let left: Vec<_> = plan.left_over.iter().map(|(p, _)| p.as_str()).collect();
         assert_eq!(left, [stale.as_str(), lost.as_str(), "selftest/1"]);
         assert!(plan.wrong.is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_that_the_log_does_not_name_is_told() {
+        let (named, lost) = ((SegmentNo(2), Epoch(1)), (SegmentNo(4), Epoch(1)));
+        let mut found = whole();
+        for (number, epoch) in [lost, (SegmentNo(4), Epoch(2)), (SegmentNo(900), Epoch(2))] {
+            found.insert(ObjectName::CheckpointManifest(number, epoch).path(), 50);
+        }
+        let expected = Expected { named: Some([named].into()), ..expected() };
+        let plan = expected.compare(&found);
+        let forged: Vec<_> = plan.forged.iter().map(|(name, _)| *name).collect();
+        let manifest = |n, e| ObjectName::CheckpointManifest(SegmentNo(n), Epoch(e));
+        assert_eq!(forged, [manifest(4, 2), manifest(900, 2)]);
+        assert_eq!(plan.left_over, [(manifest(4, 1).path(), "of a lost branch")]);
+        assert!(plan.wrong.is_empty(), "nothing is expected because some replica has it");
     }
 }

@@ -10,13 +10,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::catalog::Catalog;
-use super::check::{Known, Verdict, check};
+use super::check::{Known, Verdict, check, may_copy};
 use super::mend::piece_together;
-use crate::format::checkpoint::Manifest;
+use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::names::{MANIFEST, ObjectName, part_file};
-use crate::format::segment::SegmentHash;
+use crate::format::segment::{SegmentHash, parse_footer};
+use crate::format::volume::Release;
 use crate::replica::health::{self, Event, HealthState};
-use crate::replica::{Created, ErrorKind, Identity, Replica, Roster, Store, StoreError, jitter};
+use crate::replica::{
+    Created, ErrorKind, Identity, Replica, Roster, Staged, Store, StoreError, chain, jitter,
+};
 
 /// How often an object is asked for before it is given up, and the first wait in between.
 const TRIES: u32 = 4;
@@ -32,6 +35,10 @@ pub(super) struct Target {
     pub hash: Option<SegmentHash>,
     /// A checkpoint's manifest, for its parts.
     pub manifest: Option<Arc<Manifest>>,
+    /// The hash of a checkpoint's manifest, as the log names it.
+    pub named: Option<ManifestHash>,
+    /// A segment as the tables know it.
+    pub staged: Option<Staged>,
     /// Where its file, or for a checkpoint its folder, may lie on local disk.
     pub local: Option<PathBuf>,
 }
@@ -39,11 +46,23 @@ pub(super) struct Target {
 impl Target {
     /// An object of which nothing is known but its name.
     pub fn named(name: ObjectName) -> Self {
-        Self { name, len: 0, hash: None, manifest: None, local: None }
+        Self { name, len: 0, hash: None, manifest: None, named: None, staged: None, local: None }
     }
 
     pub fn known(&self) -> Known<'_> {
-        Known { hash: self.hash, manifest: self.manifest.as_deref() }
+        Known { hash: self.hash, manifest: self.manifest.as_deref(), named: self.named }
+    }
+
+    /// Why no replica's copy of the object may be taken: nothing here says what it must be. (A release is compared with
+    /// the claims, see `check`.)
+    fn unknown(&self, identity: &Identity) -> Option<&'static str> {
+        let known = match self.name {
+            ObjectName::Volume | ObjectName::Release(_) | ObjectName::Segment(..) => true,
+            ObjectName::Claim(epoch) => identity.claims.iter().any(|c| c.epoch == epoch),
+            ObjectName::CheckpointManifest(..) => self.named.is_some(),
+            ObjectName::CheckpointPart(..) => self.named.is_some() && self.manifest.is_some(),
+        };
+        (!known).then_some("nothing here says what it must be, so no replica's copy is taken")
     }
 }
 
@@ -61,6 +80,8 @@ pub(super) enum Outcome {
     Useless(String),
     /// It is whole but not what it should be, or newer: left alone.
     Other(String),
+    /// It has a name of ours, and no writer of this volume made it as far as the log says: never copied, and left alone.
+    Forged(String),
 }
 
 /// Why looking at objects cannot go on.
@@ -122,6 +143,8 @@ impl Mender {
                     self.replica.name()
                 );
                 self.replica.forget_damage(&path);
+                // Others may wait for an intact copy of it.
+                self.roster.all().iter().for_each(|r| r.source_repaired());
                 Ok(Outcome::Repaired(what, len))
             }
             Verdict::Damaged(again) | Verdict::Other(again) => {
@@ -154,6 +177,9 @@ impl Mender {
         if let Some(bytes) = self.made_here(target) {
             return Ok(Ok((bytes, "local knowledge".into())));
         }
+        if let Some(why) = target.unknown(&self.identity) {
+            return Ok(Err(why.to_owned()));
+        }
         let (mut said, mut damaged) = (Vec::new(), Vec::new());
         if let Some(bytes) = self.local_file(target).await {
             match self.check(target, bytes.clone()).await? {
@@ -169,7 +195,10 @@ impl Mender {
         for peer in self.peers(target.len) {
             match peer.store().background().get(&path).await {
                 Ok(bytes) => match self.check(target, bytes.clone()).await? {
-                    Verdict::Intact => return Ok(Ok((bytes, format!("replica {}", peer.name())))),
+                    Verdict::Intact => match self.agreed(target, &bytes).await {
+                        Ok(()) => return Ok(Ok((bytes, format!("replica {}", peer.name())))),
+                        Err(why) => said.push(format!("replica {}: {why}", peer.name())),
+                    },
                     Verdict::Damaged(why) => {
                         damaged.push(bytes);
                         said.push(format!("replica {}: {why}", peer.name()));
@@ -182,7 +211,8 @@ impl Mender {
                 }
             }
         }
-        if let ObjectName::Segment(..) = target.name {
+        // Without a hash, what is put together could be what a forged copy says.
+        if let (ObjectName::Segment(..), Some(_)) = (target.name, target.hash) {
             damaged.extend(self.store.get(&path).await.ok());
             let (target, identity, catalog) =
                 (target.clone(), Arc::clone(&self.identity), Arc::clone(&self.catalog));
@@ -197,6 +227,24 @@ impl Mender {
             true => "there is no other copy".to_owned(),
             false => said.join("; "),
         }))
+    }
+
+    /// Whether another replica's copy, intact by itself, may be taken. A release must fit the claims; where a segment's hash
+    /// is not known, all replicas must hold the same.
+    async fn agreed(&self, target: &Target, bytes: &Bytes) -> Result<(), String> {
+        if let ObjectName::Release(epoch) = target.name {
+            let release = Release::decode(bytes, epoch).map_err(|e| e.to_string())?;
+            return match may_copy(&release, &self.identity) {
+                true => Ok(()),
+                false => Err("it does not fit the claims of this volume, so it is not copied".to_owned()),
+            };
+        }
+        let (ObjectName::Segment(..), None, Some(staged)) = (target.name, target.hash, &target.staged) else {
+            return Ok(());
+        };
+        let footer = parse_footer(bytes, bytes.len() as u64).map_err(|e| e.to_string())?;
+        let others = self.roster.others(self.replica.name());
+        chain::agree(&others, self.identity.volume.volume, staged, footer.hash).await
     }
 
     /// The small objects that we can write out of our head.

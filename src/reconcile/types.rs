@@ -27,6 +27,9 @@ pub struct Counters {
     pub left: u64,
     /// Objects that mirrorfs did not make; left alone.
     pub foreign: u64,
+    /// Objects with names of the volume's own that no writer made, as far as the log says: never copied, left alone.
+    #[serde(default)]
+    pub forged: u64,
     /// Objects of lost branches, interrupted self-tests and unfinished checkpoints; they do no harm and are left alone.
     pub left_over: u64,
 }

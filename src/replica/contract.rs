@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::shelf::Shelf;
+use crate::format::segment::SegmentHash;
 use crate::format::tables::BlockEntry;
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
@@ -82,6 +83,10 @@ pub trait Outbox: Send + Sync {
     fn backlog(&self, after: SegmentNo) -> Backlog;
     /// The newest checkpoint whose number is at most `cursor` and above `after`, if one is staged.
     fn checkpoint(&self, after: SegmentNo, cursor: SegmentNo) -> Option<Staged>;
+    /// The hash of a sealed segment, when it is known; `None` when a restore did not read it.
+    fn hash(&self, number: SegmentNo) -> Option<SegmentHash>;
+    /// Takes note of what the chain of hashes says of a segment that a restore did not read.
+    fn learned(&self, _number: SegmentNo, _epoch: Epoch, _hash: SegmentHash, _len: Option<u64>) {}
     /// Where segments stand that are still in memory, when they are kept.
     fn shelf(&self) -> Option<Arc<Shelf>> {
         None

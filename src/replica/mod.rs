@@ -4,6 +4,7 @@
 
 mod absence;
 mod attach;
+pub mod chain;
 mod contract;
 mod digest;
 mod error;

@@ -165,6 +165,8 @@ pub struct Replica {
     attention: AtomicBool,
     /// It is being filled for the first time.
     joining: AtomicBool,
+    /// Its shipper waits because no intact copy of a segment is to be had.
+    waits_for_source: AtomicBool,
     recheck: Notify,
     damaged: Notify,
     /// The newest checkpoint that it has, or will not be sent.
@@ -189,6 +191,7 @@ impl Replica {
             outage: AtomicBool::new(false),
             attention: AtomicBool::new(false),
             joining: AtomicBool::new(false),
+            waits_for_source: AtomicBool::new(false),
             recheck: Notify::new(),
             damaged: Notify::new(),
             checkpoint: AtomicU64::new(0),
@@ -300,6 +303,18 @@ impl Replica {
     /// Has the shipper look at the replica anew, as after a failure: something there is not as it was.
     pub fn recheck(&self) {
         self.recheck.notify_one();
+    }
+
+    /// Notes whether its shipper waits for an intact copy of a segment.
+    pub(super) fn set_waits_for_source(&self, waits: bool) {
+        self.waits_for_source.store(waits, Ordering::SeqCst);
+    }
+
+    /// A copy was repaired somewhere: has the shipper go on if it waits for one.
+    pub fn source_repaired(&self) {
+        if self.waits_for_source.swap(false, Ordering::SeqCst) {
+            self.recheck();
+        }
     }
 
     pub(super) async fn recheck_asked(&self) {

@@ -20,13 +20,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::attach::{self, AttachError, Attached, Identity};
+use super::chain;
 use super::contract::{CursorStore, Outbox, Staged, StagedKind};
 use super::fence::{self, Fence, FenceReason, Fenced};
 use super::health::{Event, backoff};
 use super::roster::Roster;
 use super::shared::{Replica, ReplicaStatus, Stopped, jitter, unix_now};
 use super::ship_plan::ShipPlan;
-use super::transfer::{self, SendError};
+use super::transfer::{self, SendError, Source};
 use super::volume::valid_epoch;
 use crate::ids::SegmentNo;
 
@@ -195,6 +196,13 @@ impl Shipper {
                 }
                 self.move_cursor(attached.cursor).await;
                 self.replica.set_attached(true);
+                self.replica.set_waits_for_source(false);
+                let (from, volume) = (attached.cursor.next(), self.identity.volume.volume);
+                let (mut closing, peers) = (self.closing.clone(), self.peers.all());
+                tokio::select! {
+                    () = closed(&mut closing) => return End::Closing,
+                    () = chain::learn(&self.outbox, &peers, volume, from) => {}
+                }
                 self.ship(attached, failures).await
             }
             Err(e) => self.failed(e),
@@ -439,12 +447,12 @@ impl Shipper {
         let (replica, peers) = (Arc::clone(&self.replica), self.peers.all());
         let shelf = self.outbox.shelf();
         let volume = self.identity.volume.volume;
+        let hash = self.outbox.hash(staged.number);
         async move {
             match staged.kind {
                 StagedKind::Segment => {
-                    let result =
-                        transfer::send_segment(&replica, &peers, shelf.as_deref(), volume, &staged, listed)
-                            .await;
+                    let source = Source { volume, peers: &peers, shelf: shelf.as_deref(), hash };
+                    let result = transfer::send_segment(&replica, &source, &staged, listed).await;
                     Done::Segment(staged, result)
                 }
                 StagedKind::Checkpoint => {

@@ -49,11 +49,27 @@ pub fn segment(number: u64, epoch: u32, blocks: &[Vec<u8>]) -> (Vec<u8>, Vec<Blo
     (builder.finish(Some(Lsn(number))).unwrap().0.to_vec(), entries)
 }
 
+/// A segment without content that names the one before it, and its hash.
+pub fn chained(number: u64, previous: SegmentHash) -> (Vec<u8>, SegmentHash) {
+    let builder = SegmentBuilder::new(SegmentHeader {
+        volume: volume(1).volume,
+        number: SegmentNo(number),
+        epoch: Epoch(1),
+        cut_at: Time { secs: 1_790_000_000, nanos: 0 },
+        txg_first: SegmentNo(number),
+        previous,
+    });
+    let (bytes, summary) = builder.finish(Some(Lsn(number))).unwrap();
+    (bytes.to_vec(), summary.hash)
+}
+
 /// Staged objects as files.
 pub struct FakeOutbox {
     dir: tempfile::TempDir,
     segments: Mutex<BTreeMap<SegmentNo, Staged>>,
     checkpoints: Mutex<Vec<Staged>>,
+    /// What is known of segments' hashes.
+    pub hashes: Mutex<BTreeMap<SegmentNo, SegmentHash>>,
     newest: watch::Sender<SegmentNo>,
 }
 
@@ -63,6 +79,7 @@ impl FakeOutbox {
             dir: tempfile::tempdir().unwrap(),
             segments: Mutex::default(),
             checkpoints: Mutex::default(),
+            hashes: Mutex::default(),
             newest: watch::channel(SegmentNo(0)).0,
         })
     }
@@ -72,6 +89,8 @@ impl FakeOutbox {
         let number = self.newest.borrow().0 + 1;
         let (bytes, entries) = segment(number, epoch, &[content(number, len)]);
         self.stage(number, epoch, &bytes);
+        let footer = crate::format::segment::parse_footer(&bytes, bytes.len() as u64).unwrap();
+        self.hashes.lock().insert(SegmentNo(number), footer.hash);
         (bytes, entries[0])
     }
 
@@ -143,6 +162,14 @@ impl Outbox for FakeOutbox {
             .filter(|c| c.number > after && c.number <= cursor)
             .max_by_key(|c| c.number)
             .cloned()
+    }
+
+    fn hash(&self, number: SegmentNo) -> Option<SegmentHash> {
+        self.hashes.lock().get(&number).copied()
+    }
+
+    fn learned(&self, number: SegmentNo, _: Epoch, hash: SegmentHash, _: Option<u64>) {
+        self.hashes.lock().insert(number, hash);
     }
 
     fn watch(&self) -> watch::Receiver<SegmentNo> {

@@ -1,13 +1,15 @@
 //! Carrying one staged object to a replica.
 //!
-//! Owns where its bytes come from (local disk, else another replica that has it) and that they are checked before they are sent, so that
-//! damage on one disk does not spread. Knows no cursor, no order and no backoff.
+//! Owns where its bytes come from (local disk, else another replica that has it) and that they are
+//! compared with the hash that the tables know before they are sent, so that neither damage nor a
+//! forgery spreads. Knows no cursor, no order and no backoff.
 
 use std::path::Path as FsPath;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::chain;
 use super::contract::Staged;
 use super::error::{ErrorKind, StoreError};
 use super::health;
@@ -39,43 +41,59 @@ impl From<StoreError> for SendError {
     }
 }
 
-/// Sees that `to` holds a segment; its bytes come from memory (`shelf`), its file or one of `peers`. Gives the bytes sent: none when an equal one is
-/// there already. `listed` says that there is something of its name. An intact segment is never replaced by another one.
+/// Where a segment's bytes come from, and what they must be.
+pub(super) struct Source<'a> {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The replicas to ask; the one that lacks the segment among them does no harm.
+    pub peers: &'a [Arc<Replica>],
+    /// Segments in memory.
+    pub shelf: Option<&'a Shelf>,
+    /// The segment's hash, when it is known. Nothing else is sent under its name.
+    pub hash: Option<SegmentHash>,
+}
+
+/// Sees that `to` holds a segment; its bytes come from memory, its file or a peer. Gives the bytes
+/// sent: none when an equal one is there already. `listed` says that there is something of its
+/// name. An intact segment is never replaced by another one.
 pub(super) async fn send_segment(
     to: &Replica,
-    peers: &[Arc<Replica>],
-    shelf: Option<&Shelf>,
-    volume: VolumeId,
+    source: &Source<'_>,
     staged: &Staged,
     listed: bool,
 ) -> Result<u64, SendError> {
+    let volume = source.volume;
     let object = ObjectName::Segment(staged.number, staged.epoch).path();
     if staged.len > MOST_IN_MEMORY {
-        match send_large(to, volume, staged, &object).await {
+        match send_large(to, source, staged, &object).await {
             // Its file is gone or cut off: below, others are asked.
             Err(SendError::Replica(e)) if matches!(e.kind, ErrorKind::Absent | ErrorKind::Corrupt) => {}
             done => return done,
         }
     }
-    let read = read_checked(&staged.path, volume, staged);
-    let local = match shelf {
+    let read = read_checked(&staged.path, volume, staged, source.hash);
+    let local = match source.shelf {
         Some(shelf) => shelf.get(staged.number, staged.epoch, staged.len, read).await,
         None => read.await,
     };
     let local = match local {
         Ok(bytes) => Ok(bytes),
-        Err(local) => from_peers(to, peers, volume, staged, &object).await.map_err(|peers| match peers {
+        Err(local) => from_peers(to, source, staged, &object).await.map_err(|peers| match peers {
             _ if peers.is_empty() => format!("local copy: {local}"),
             peers => format!("local copy: {local}; {peers}"),
         }),
     };
     let bytes = match local {
         Ok(bytes) => bytes,
-        // Then the replica's own copy, which does not look as expected, may be the only good one.
-        Err(_) if listed && matches!(there(to, volume, staged, &object).await?, There::Intact(_)) => {
-            return Ok(0);
-        }
         Err(why) => {
+            // Then the replica's own copy, which does not look as expected, may be the only good
+            // one.
+            if listed
+                && let There::Intact(hash) = there(to, volume, staged, &object).await?
+                && source.hash.is_none_or(|known| known == hash)
+            {
+                return Ok(0);
+            }
             return Err(SendError::Source(format!("no intact copy of {object} is to be had: {why}")));
         }
     };
@@ -94,13 +112,24 @@ pub(super) async fn send_segment(
     Ok(len)
 }
 
-/// Sends a segment that is not to be held in memory from its file. Rare, so that one more request to look first does no harm.
-async fn send_large(to: &Replica, volume: VolumeId, staged: &Staged, object: &str) -> Result<u64, SendError> {
+/// Sends a segment that is not to be held in memory from its file. Rare, so that one more request
+/// to look first does no harm.
+async fn send_large(
+    to: &Replica,
+    source: &Source<'_>,
+    staged: &Staged,
+    object: &str,
+) -> Result<u64, SendError> {
+    let at = staged.len.saturating_sub(FOOTER_LEN as u64);
+    let footer = to.store().read_local(object, &staged.path, at, FOOTER_LEN as u64).await?;
+    let found = segment::parse_footer(&footer, staged.len).map_err(|e| SendError::Source(e.to_string()))?;
+    if source.hash.is_some_and(|known| known != found.hash) {
+        let text = format!("{} is not the segment that was sealed here", staged.path.display());
+        return Err(SendError::Source(text));
+    }
     match to.store().head(object).await {
         Ok(_) => {
-            let at = staged.len - FOOTER_LEN as u64;
-            let footer = to.store().read_local(object, &staged.path, at, FOOTER_LEN as u64).await?;
-            if is_there(to, volume, staged, object, &footer).await? {
+            if is_there(to, source.volume, staged, object, &footer).await? {
                 return Ok(0);
             }
         }
@@ -119,7 +148,8 @@ enum There {
     Damaged,
 }
 
-/// Whether the replica holds the segment that ends with the bytes of `ours`; an error when it holds another intact one.
+/// Whether the replica holds the segment that ends with the bytes of `ours`; an error when it holds
+/// another intact one.
 async fn is_there(
     to: &Replica,
     volume: VolumeId,
@@ -209,25 +239,31 @@ fn files_of(dir: &FsPath) -> std::io::Result<Vec<(String, u64)>> {
     Ok(files)
 }
 
-async fn read_checked(path: &FsPath, volume: VolumeId, staged: &Staged) -> Result<Bytes, String> {
+async fn read_checked(
+    path: &FsPath,
+    volume: VolumeId,
+    staged: &Staged,
+    known: Option<SegmentHash>,
+) -> Result<Bytes, String> {
     let (path, number, epoch) = (path.to_owned(), staged.number, staged.epoch);
     let read = move || -> Result<Bytes, String> {
         let bytes = direct::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        check_segment(&bytes, volume, number, epoch).map_err(|e| format!("{}: {e}", path.display()))?;
+        check_known(&bytes, volume, number, epoch, known).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(bytes.into())
     };
     tokio::task::spawn_blocking(read).await.map_err(|e| e.to_string())?
 }
 
-/// Asks the peers for a segment, those first that should have it and are near; the error says what each answered.
+/// Asks the peers for a segment, those first that should have it and are near; the error says what
+/// each answered.
 async fn from_peers(
     to: &Replica,
-    peers: &[Arc<Replica>],
-    volume: VolumeId,
+    source: &Source<'_>,
     staged: &Staged,
     object: &str,
 ) -> Result<Bytes, String> {
-    let peers: Vec<_> = peers.iter().filter(|p| p.name() != to.name()).collect();
+    let volume = source.volume;
+    let peers: Vec<_> = source.peers.iter().filter(|p| p.name() != to.name()).collect();
     let healths: Vec<_> = peers.iter().map(|p| p.health()).collect();
     let mut order = health::order(&healths, staged.len, std::time::Instant::now());
     order.sort_by_key(|i| peers.get(*i).is_none_or(|p| p.cursor() < staged.number));
@@ -243,14 +279,19 @@ async fn from_peers(
                 continue;
             }
         };
-        let (number, epoch, checked) = (staged.number, staged.epoch, bytes.clone());
-        let check = tokio::task::spawn_blocking(move || check_segment(&checked, volume, number, epoch));
+        let (number, epoch, known, checked) = (staged.number, staged.epoch, source.hash, bytes.clone());
+        let check = tokio::task::spawn_blocking(move || check_known(&checked, volume, number, epoch, known));
         match check.await {
-            Ok(Ok(_)) => {
+            Ok(Ok(hash)) => {
+                if known.is_none() {
+                    chain::agree(source.peers, volume, staged, hash).await?;
+                }
                 log::info!("replica {}: taking {object} from replica {}", to.name(), peer.name());
                 return Ok(bytes);
             }
             Ok(Err(e)) => {
+                // First, so that the repair of the copy finds who waits for it.
+                to.set_waits_for_source(true);
                 peer.note_damage(Damage {
                     object: object.to_owned(),
                     segment: staged.number,
@@ -265,6 +306,24 @@ async fn from_peers(
         }
     }
     Err(said.join("; "))
+}
+
+/// As [`check_segment`], and that it has the known hash.
+fn check_known(
+    bytes: &[u8],
+    volume: VolumeId,
+    number: SegmentNo,
+    epoch: Epoch,
+    known: Option<SegmentHash>,
+) -> Result<SegmentHash, FormatError> {
+    let hash = check_segment(bytes, volume, number, epoch)?;
+    match known {
+        Some(known) if known != hash => {
+            let why = format!("it is not the one that the log knows (hash {hash}, not {known})");
+            Err(FormatError::new("segment", why))
+        }
+        _ => Ok(hash),
+    }
 }
 
 /// Checks that `bytes` are that segment, every one of them; gives its hash.

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use futures::stream::{self, StreamExt};
 
 use super::{Damage, Place, Plan, Start};
-use crate::format::checkpoint::Manifest;
+use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentHash, SegmentMeta};
-use crate::format::tables::{BlockEntry, Time, block_key, is_replicated};
+use crate::format::tables::{BlockEntry, Time, block_key, is_replicated, split_checkpoint_key};
 use crate::format::volume::Volume;
 use crate::ids::{BlockId, Epoch, Lsn, SegmentNo};
 use crate::replica::Store;
@@ -137,7 +137,8 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         sink.reset().map_err(LoadError::Sink)?;
         let mut loader =
             Loader { plan, start, reader: reader.clone(), damaged: &mut damaged, state: State::new(start) };
-        match loader.run(sink).await? {
+        let run = loader.run(sink).await?;
+        match run.and_then(|()| vouched(plan, start, &loader.state)) {
             Ok(()) => {
                 let state = loader.state;
                 let lengths = lengths(&reader, plan, &state, &mut damaged).await?;
@@ -149,6 +150,30 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         }
     }
     Err(LoadError::Nothing(reasons))
+}
+
+/// Whether the log vouches for the checkpoint with which a load began. A true checkpoint is named, with the hash of its
+/// manifest, by a segment after it. Where the log says otherwise, the checkpoint is forged. Where the log says nothing,
+/// it counts only if most replicas hold it.
+fn vouched(plan: &Plan, start: &Start, state: &State) -> Result<(), String> {
+    let Some((manifest, holders)) = &start.checkpoint else { return Ok(()) };
+    let id = (manifest.number, manifest.epoch);
+    let named = state.named.get(&id);
+    let why = match named {
+        Some(named) if start.hash == Some(*named) => return Ok(()),
+        None if start.agreed => return Ok(()),
+        Some(named) => format!("the log names another one (hash {named})"),
+        None => "the log does not name it, and only a minority of the replicas holds it".to_owned(),
+    };
+    let names: Vec<_> =
+        holders.iter().filter_map(|i| plan.replicas.get(*i)).map(ToString::to_string).collect();
+    Err(format!(
+        "checkpoint {} of epoch {} on replica {} was not used: {why}. It was forged, or its record is lost; to use it \
+         all the same, name only that replica",
+        id.0,
+        id.1,
+        names.join(", ")
+    ))
 }
 
 /// The lengths of segments that the load had no need to read and whose holders differ about it: one of them is cut off, and nothing
@@ -267,6 +292,8 @@ struct State {
     /// Of complete groups that changed nothing but brought content: they count when a later group comes, which names them.
     early: Vec<(BlockId, BlockEntry)>,
     lost: Option<(SegmentNo, String)>,
+    /// Checkpoints that complete groups of the log have named.
+    named: BTreeMap<(SegmentNo, Epoch), ManifestHash>,
 }
 
 impl State {
@@ -282,6 +309,7 @@ impl State {
             pending_records: Vec::new(),
             early: Vec::new(),
             lost: None,
+            named: BTreeMap::new(),
         };
         if let Some((manifest, _)) = &start.checkpoint {
             state.hash = manifest.previous;
@@ -345,10 +373,19 @@ impl State {
         if is_early {
             return None;
         }
+        self.named.extend(self.pending_records.iter().flat_map(|r| &r.ops).filter_map(named_checkpoint));
         Some(Group {
             index: std::mem::take(&mut self.early),
             records: std::mem::take(&mut self.pending_records),
         })
+    }
+}
+
+/// The checkpoint that an operation of the log names.
+fn named_checkpoint(op: &Op) -> Option<((SegmentNo, Epoch), ManifestHash)> {
+    match op {
+        Op::Put { key, value } => Some((split_checkpoint_key(key)?, ManifestHash::from_value(value).ok()?)),
+        Op::Delete { .. } => None,
     }
 }
 

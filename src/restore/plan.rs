@@ -6,11 +6,13 @@
 //!   other epochs under that number are a lost branch.
 //! * A start is a checkpoint (or nothing) and an unbroken run of valid segments. Starts are ordered by how far their run
 //!   reaches, then by how little they replay.
+//! * A checkpoint that only a minority of the replicas holds comes after all other starts, however far it reaches: whoever
+//!   writes to one replica can forge a checkpoint that reaches further than any true one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Damage, Found, Inventory};
-use crate::format::checkpoint::Manifest;
+use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::volume::{Claim, Volume};
 use crate::ids::{Epoch, ReplicaName, SegmentNo, VolumeId};
 
@@ -66,6 +68,11 @@ pub struct Place {
 pub struct Start {
     /// The checkpoint to load and its holders; `None` replays from the first segment.
     pub checkpoint: Option<(Manifest, Vec<usize>)>,
+    /// The hash of its manifest.
+    pub hash: Option<ManifestHash>,
+    /// Whether most of the replicas that were read hold this checkpoint (true when there is none): then it
+    /// counts although the log does not name it.
+    pub agreed: bool,
     /// First segment to replay.
     pub first: SegmentNo,
     /// Last segment of the unbroken run; below `first` when there is nothing to replay.
@@ -282,7 +289,9 @@ fn starts(
             if !valid || !counts(found, *epoch, claims) {
                 continue;
             }
-            let same = |s: &&mut Start| s.checkpoint.as_ref().is_some_and(|(m, _)| m == manifest);
+            let hash = found.manifests.get(&(*number, *epoch)).copied();
+            let same =
+                |s: &&mut Start| s.checkpoint.as_ref().is_some_and(|(m, _)| m == manifest) && s.hash == hash;
             if let Some((_, holders)) = starts.iter_mut().find(same).and_then(|s| s.checkpoint.as_mut()) {
                 holders.push(*i);
                 continue;
@@ -295,6 +304,8 @@ fn starts(
             }
             starts.push(Start {
                 checkpoint: Some((manifest.clone(), vec![*i])),
+                hash,
+                agreed: false,
                 first: manifest.replay_from,
                 last,
             });
@@ -303,15 +314,19 @@ fn starts(
     let first = SegmentNo(1);
     let fresh = segments.is_empty() && starts.is_empty() && unusable.is_empty();
     if fresh || segments.contains_key(&first) {
-        starts.push(Start { checkpoint: None, first, last: reach(segments, first) });
+        let last = reach(segments, first);
+        starts.push(Start { checkpoint: None, hash: None, agreed: true, first, last });
     }
     if starts.is_empty() {
         unusable.push("no usable checkpoint, and segment 1 is gone".to_owned());
         unusable.dedup();
         return Err(PlanError::Broken(unusable.join("; ")));
     }
+    for start in &mut starts {
+        start.agreed |= start.checkpoint.as_ref().is_some_and(|(_, held)| held.len() * 2 > usable.len());
+    }
     let number = |s: &Start| s.checkpoint.as_ref().map(|(m, _)| m.number);
-    starts.sort_by_key(|s| std::cmp::Reverse((s.last, number(s))));
+    starts.sort_by_key(|s| std::cmp::Reverse((s.agreed, s.last, number(s))));
     Ok(starts)
 }
 

@@ -10,7 +10,7 @@ use futures::stream::{self, StreamExt};
 use super::Damage;
 use super::fetch::{Meaning, Patience, list, meaning, read};
 use crate::format::MAX_JSON;
-use crate::format::checkpoint::Manifest;
+use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::codec::FormatError;
 use crate::format::names::ObjectName;
 use crate::format::volume::{Claim, Release, Volume};
@@ -49,6 +49,8 @@ pub struct Found {
     pub segments: BTreeMap<(SegmentNo, Epoch), u64>,
     /// Its checkpoints with an intact manifest and, by their listed sizes, all parts.
     pub checkpoints: BTreeMap<(SegmentNo, Epoch), Manifest>,
+    /// The hashes of their manifests, by which the log names them.
+    pub manifests: BTreeMap<(SegmentNo, Epoch), ManifestHash>,
     /// What of all that is damaged.
     pub damaged: Vec<Damage>,
 }
@@ -164,7 +166,10 @@ impl Surveyor<'_> {
                 continue;
             };
             let manifest = match body {
-                Ok(bytes) => self.take(&path, Manifest::decode(&bytes, number, epoch))?,
+                Ok(bytes) => {
+                    self.found.manifests.insert((number, epoch), ManifestHash::of(&bytes));
+                    self.take(&path, Manifest::decode(&bytes, number, epoch))?
+                }
                 Err(why) => {
                     self.damaged(&path, why);
                     None

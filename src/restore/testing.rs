@@ -6,11 +6,12 @@ use bytes::Bytes;
 
 use super::{Sink, Tables};
 use crate::checkpoint;
+use crate::format::checkpoint::ManifestHash;
 use crate::format::frame;
 use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader};
-use crate::format::tables::{BlockEntry, Time, block_key, is_replicated, table};
+use crate::format::tables::{BlockEntry, Time, block_key, checkpoint_key, is_replicated, table};
 use crate::format::volume::{Claim, Volume, testing};
 use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo};
 use crate::replica::Store;
@@ -166,7 +167,12 @@ impl World {
     }
 
     /// Takes a checkpoint of `seen`, a state of the tables that needs replay from `replay_from` to the last segment.
-    pub async fn checkpoint_of(&self, seen: &BTreeMap<Bytes, Bytes>, begin: Lsn, replay_from: SegmentNo) {
+    pub async fn checkpoint_of(
+        &self,
+        seen: &BTreeMap<Bytes, Bytes>,
+        begin: Lsn,
+        replay_from: SegmentNo,
+    ) -> ManifestHash {
         let folder = tempfile::tempdir().unwrap();
         let scan = |start: &[u8], end: &[u8], limit: usize| {
             let range = (
@@ -190,15 +196,23 @@ impl World {
             created_at: 5,
         };
         let dump = checkpoint::dump(&scan, begin, &folder.path().join("new")).unwrap();
-        let (path, manifest) = dump.finish(end, folder.path()).unwrap();
+        let checkpoint::Finished { path, manifest, hash } = dump.finish(end, folder.path()).unwrap();
         for (object, file) in checkpoint::objects(&manifest, &path) {
             self.put_all(&object, std::fs::read(file).unwrap()).await;
         }
+        hash
     }
 
     /// A checkpoint of the last commit: nothing to replay.
-    pub async fn checkpoint(&self) {
-        self.checkpoint_of(&self.live, self.lsn, self.number.next()).await;
+    pub async fn checkpoint(&self) -> ManifestHash {
+        self.checkpoint_of(&self.live, self.lsn, self.number.next()).await
+    }
+
+    /// Names the checkpoint as of the last segment in the log, as a writer does.
+    pub async fn name_checkpoint(&mut self, hash: ManifestHash) {
+        let key = checkpoint_key(self.number, self.epoch);
+        self.record(vec![Op::put(key, hash.0.to_vec())]);
+        self.cut(1, true).await;
     }
 
     /// Flips a bit of an object on one replica; `at` counts from its end.

@@ -22,6 +22,7 @@ use crate::direct;
 use crate::format::codec::FormatError;
 use crate::format::local::SegmentValue;
 use crate::format::names::ObjectName;
+use crate::format::segment::SegmentHash;
 use crate::format::tables::{FrameLoc, number_of_key, table};
 use crate::ids::{Epoch, SegmentNo};
 use crate::journal::{Journal, JournalError};
@@ -70,7 +71,8 @@ struct State {
     /// Files that are complete and not published yet. Their blocks count as sealed before the segment is published, and may be
     /// evicted at once: until then nobody else has them.
     written: BTreeMap<SegmentNo, Epoch>,
-    checkpoints: BTreeMap<SegmentNo, Staged>,
+    /// Each with the segment that names it in the log.
+    checkpoints: BTreeMap<SegmentNo, (Staged, SegmentNo)>,
     /// Bytes of segments' files.
     bytes: u64,
 }
@@ -78,7 +80,7 @@ struct State {
 impl State {
     /// Bytes of all files.
     fn total(&self) -> u64 {
-        self.bytes + self.checkpoints.values().map(|c| c.len).sum::<u64>()
+        self.bytes + self.checkpoints.values().map(|(c, _)| c.len).sum::<u64>()
     }
 }
 
@@ -86,8 +88,17 @@ impl State {
 struct Known {
     epoch: Epoch,
     len: u64,
+    /// `None` when a restore did not read the segment, and nobody has learned it since.
+    hash: Option<SegmentHash>,
     cut_at: f64,
     on_disk: bool,
+}
+
+impl Known {
+    fn new(v: &SegmentValue, on_disk: bool) -> Self {
+        let hash = (v.blake3 != [0; 32]).then_some(SegmentHash(v.blake3));
+        Self { epoch: v.epoch, len: v.len, hash, cut_at: v.cut_at, on_disk }
+    }
 }
 
 impl Staging {
@@ -105,7 +116,7 @@ impl Staging {
         scan_table::<StagingError>(journal, table::SEGMENT, |key, value| {
             let v = SegmentValue::decode(value)?;
             let number = SegmentNo(number_of_key(key).unwrap_or(0));
-            let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: false };
+            let known = Known::new(&v, false);
             state.known.insert(number, known);
             Ok(())
         })?;
@@ -215,7 +226,7 @@ impl Staging {
         let mut state = self.state.lock();
         for (number, v) in segments {
             state.bytes += v.len;
-            let known = Known { epoch: v.epoch, len: v.len, cut_at: v.cut_at, on_disk: true };
+            let known = Known::new(v, true);
             state.known.insert(*number, known);
             state.written.remove(number);
         }
@@ -225,13 +236,13 @@ impl Staging {
         }
     }
 
-    /// Hands a finished checkpoint to the shippers; older ones go.
-    pub fn publish_checkpoint(&self, staged: Staged) {
+    /// Hands a finished checkpoint, which segment `named` names in the log, to the shippers; older ones go.
+    pub fn publish_checkpoint(&self, staged: Staged, named: SegmentNo) {
         let mut state = self.state.lock();
         let newest = staged.number;
-        state.checkpoints.insert(newest, staged);
+        state.checkpoints.insert(newest, (staged, named));
         let kept = state.checkpoints.split_off(&newest);
-        for old in std::mem::replace(&mut state.checkpoints, kept).into_values() {
+        for (old, _) in std::mem::replace(&mut state.checkpoints, kept).into_values() {
             let _ = fs::remove_dir_all(&old.path);
         }
         self.blocks.space.set_staged(state.total());
@@ -261,7 +272,7 @@ impl Staging {
             self.blocks.space.set_staged(state.total());
             gone
         };
-        for (number, checkpoint) in gone {
+        for (number, (checkpoint, _)) in gone {
             if number > upto {
                 log::info!("the checkpoint of segment {number} is given up: there is no space for it");
             }
@@ -378,9 +389,23 @@ impl Outbox for Staging {
             .lock()
             .checkpoints
             .range(after.next()..=cursor.max(after.next()))
-            .next_back()
-            .map(|(_, s)| s.clone())
-            .filter(|s| s.number <= cursor)
+            .rev()
+            // What the replica's own log does not name yet could not be told from a forgery there.
+            .find(|(number, (_, named))| **number <= cursor && *named <= cursor)
+            .map(|(_, (staged, _))| staged.clone())
+    }
+
+    fn hash(&self, number: SegmentNo) -> Option<SegmentHash> {
+        self.state.lock().known.get(&number).and_then(|k| k.hash)
+    }
+
+    fn learned(&self, number: SegmentNo, epoch: Epoch, hash: SegmentHash, len: Option<u64>) {
+        let mut state = self.state.lock();
+        let Some(known) = state.known.get_mut(&number).filter(|k| k.epoch == epoch) else { return };
+        known.hash = Some(hash);
+        if let Some(len) = len.filter(|_| !known.on_disk) {
+            known.len = len;
+        }
     }
 
     fn shelf(&self) -> Option<Arc<Shelf>> {

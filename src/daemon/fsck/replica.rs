@@ -288,7 +288,7 @@ async fn deep(
             ObjectName::Segment(number, _) => known.get(&number).map(|v| v.blake3).filter(|h| *h != [0; 32]),
             _ => None,
         };
-        let known = Known { hash: hash.map(SegmentHash), manifest: None };
+        let known = Known { hash: hash.map(SegmentHash), ..Known::default() };
         let why = match got {
             Ok(bytes) => match reconcile::check(&object, &bytes, &identity, known) {
                 Verdict::Intact => continue,

@@ -7,7 +7,7 @@
 
 use bytes::Bytes;
 
-use crate::ids::{BlockHash, BlockId, Ino, SegmentNo};
+use crate::ids::{BlockHash, BlockId, Epoch, Ino, SegmentNo};
 
 /// One-byte table prefixes.
 pub mod table {
@@ -29,6 +29,8 @@ pub mod table {
     pub const ORPHAN: u8 = 0x08;
     /// name -> a named past of the volume (LSN, time).
     pub const SNAPSHOT: u8 = 0x09;
+    /// Segment number, epoch -> hash of the manifest of a checkpoint that a writer of this volume made.
+    pub const CHECKPOINT: u8 = 0x0a;
     /// First byte that is local: never shipped, never in a checkpoint.
     pub const FIRST_LOCAL: u8 = 0x80;
     /// Local: BlockId -> a block that no segment holds yet.
@@ -127,6 +129,22 @@ pub fn block_key(id: BlockId) -> Bytes {
 #[must_use]
 pub fn block_refs_key(id: BlockId) -> Bytes {
     key_u64(table::BLOCK_REFS, id.0)
+}
+
+/// Key of a checkpoint that the log names; its value is the hash of the manifest.
+#[must_use]
+pub fn checkpoint_key(number: SegmentNo, epoch: Epoch) -> Bytes {
+    key_u64_bytes(table::CHECKPOINT, number.0, &epoch.0.to_be_bytes())
+}
+
+/// Number and epoch out of a checkpoint's key.
+#[must_use]
+pub fn split_checkpoint_key(key: &[u8]) -> Option<(SegmentNo, Epoch)> {
+    let (table, rest) = key.split_first()?;
+    let (number, epoch) = rest.split_first_chunk::<8>()?;
+    let epoch: [u8; 4] = epoch.try_into().ok()?;
+    (*table == table::CHECKPOINT)
+        .then(|| (SegmentNo(u64::from_be_bytes(*number)), Epoch(u32::from_be_bytes(epoch))))
 }
 
 /// Local key of a dirty block.
@@ -255,5 +273,14 @@ mod tests {
         assert!(is_replicated(&inode_key(Ino(1))));
         assert!(!is_replicated(&dirty_key(BlockId(1))));
         assert!(!is_replicated(b""));
+    }
+
+    #[test]
+    fn a_checkpoint_key_parses_back() {
+        let key = checkpoint_key(SegmentNo(7), Epoch(9));
+        assert!(is_replicated(&key));
+        assert_eq!(split_checkpoint_key(&key), Some((SegmentNo(7), Epoch(9))));
+        assert_eq!(split_checkpoint_key(&key[..12]), None);
+        assert_eq!(split_checkpoint_key(&segment_key(SegmentNo(7))), None);
     }
 }

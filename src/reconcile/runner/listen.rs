@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::super::memory::Current;
 use super::super::pass::Listener;
+use super::super::plan::Plan;
 use super::super::repair::Outcome;
 use super::super::types::ScrubState;
 use super::worker::{SAVE_EVERY, Worker};
@@ -30,12 +31,16 @@ impl Watch {
 }
 
 impl Listener for Watch {
-    fn sized(&self, objects: u64, bytes: u64, foreign: u64, left_over: u64) {
+    fn sized(&self, objects: u64, bytes: u64, plan: &Plan) {
         self.with_current(|current| {
             let c = &mut current.counters;
             (c.total, c.total_bytes) = (c.examined + objects, c.examined_bytes + bytes);
-            (c.foreign, c.left_over) = (foreign, left_over);
+            (c.foreign, c.left_over) = (plan.foreign.len() as u64, plan.left_over.len() as u64);
+            c.forged = plan.forged.len() as u64;
         });
+        for (name, why) in &plan.forged {
+            self.worker.note(name, &Outcome::Forged((*why).to_owned()));
+        }
     }
 
     fn seen(&self, name: &ObjectName, len: u64, outcome: &Outcome, position: Option<&str>) {
@@ -45,6 +50,7 @@ impl Listener for Watch {
             c.examined_bytes += len;
             match outcome {
                 Outcome::Intact => {}
+                Outcome::Forged(_) => c.forged += 1,
                 Outcome::Useless(_) => c.left_over += 1,
                 Outcome::Repaired(_, bytes) => {
                     c.bad += 1;

@@ -475,6 +475,13 @@ impl Worker {
                 (what.clone(), "left alone: no replica has it any more, and nothing needs it".to_owned())
             }
             Outcome::Other(what) => (what.clone(), "left alone".to_owned()),
+            Outcome::Forged(what) => (
+                what.clone(),
+                format!(
+                    "not copied to other replicas, left alone; find out who wrote it to {}, then remove it",
+                    self.replica().store().url()
+                ),
+            ),
         };
         let mut live = self.live.lock();
         let finding = FindingText { object: name.path(), problem, outcome };

@@ -13,6 +13,8 @@ use crate::replica::fence::confirm;
 use crate::replica::testing::{FakeCursors, FakeOutbox, faulty, identity};
 use crate::replica::{ErrorKind, ReplicaState, Store};
 
+mod copies;
+
 const SOON: Duration = Duration::from_secs(20);
 
 struct Bench {

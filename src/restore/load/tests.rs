@@ -1,11 +1,13 @@
 //! Tests of loading: exact states, and every kind of damage.
 
+use bytes::Bytes;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::super::testing::World;
 use super::super::{Tables, plan, survey};
 use super::*;
+use crate::format::checkpoint::ManifestHash;
 use crate::ids::Ino;
 use crate::replica::ErrorKind;
 use crate::replica::fault::{Fault, Op as FaultOp, Rule};
@@ -412,4 +414,70 @@ async fn how_fast_a_checkpoint_loads() {
     let loaded = loads(&world, 1).await;
     let rate = files as f64 / begun.elapsed().as_secs_f64();
     println!("load: {rate:.0} files/s, {} bytes", loaded.bytes);
+}
+
+/// Puts a checkpoint of made-up tables, as of segment `number`, onto one replica.
+async fn forge(world: &World, replica: usize, number: u64) -> ManifestHash {
+    let mut forger = world.clone();
+    forger.stores = vec![world.stores[replica].clone()];
+    forger.number = SegmentNo(number);
+    forger.lsn = world.commits.range(..=SegmentNo(number)).next_back().unwrap().1.0;
+    forger.live = [(Bytes::from_static(b"\x01forged"), Bytes::from_static(b"yes"))].into();
+    forger.checkpoint().await
+}
+
+#[tokio::test]
+async fn a_checkpoint_forged_on_one_of_three_replicas_is_not_begun_with() {
+    // Of the newest segment, of one that is still to come, of an older one.
+    for number in [8, 9, 1000, 4] {
+        let world = five(3).await;
+        forge(&world, 2, number).await;
+        let loaded = loads(&world, 8).await;
+        assert_eq!((loaded.checkpoint, loaded.segments.len()), (None, 8), "{number}");
+    }
+    // Beside a true one that the log names, and under its name.
+    for number in [9, 1000, 8] {
+        let mut world = five(3).await;
+        let hash = world.checkpoint().await;
+        world.name_checkpoint(hash).await;
+        forge(&world, 2, number).await;
+        assert_eq!(loads(&world, 9).await.checkpoint, Some((SegmentNo(8), Epoch(1))), "{number}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_log_says_of_a_checkpoint_counts_more_than_its_holders() {
+    let mut world = five(3).await;
+    let hash = world.checkpoint().await;
+    world.name_checkpoint(hash).await;
+    for replica in [1, 2] {
+        forge(&world, replica, 8).await;
+    }
+    let loaded = loads(&world, 9).await;
+    assert_eq!(loaded.checkpoint, None, "the log comes before a checkpoint that only one replica holds");
+    let told = loaded.warnings.join("; ");
+    assert!(told.contains("the log names another one") && told.contains("beta, gamma"), "{told}");
+    // Where the log does not go back that far, the one that it names is used, though only one replica holds it.
+    for replica in 0..3 {
+        let path = world.segment(SegmentNo(1));
+        world.delete(replica, &path).await;
+    }
+    let loaded = loads(&world, 9).await;
+    assert_eq!(loaded.checkpoint, Some((SegmentNo(8), Epoch(1))));
+}
+
+#[tokio::test]
+async fn a_minority_alone_is_used_only_when_it_is_named_alone() {
+    let world = five(3).await;
+    forge(&world, 2, 8).await;
+    for replica in 0..3 {
+        let path = world.segment(SegmentNo(1));
+        world.delete(replica, &path).await;
+    }
+    let (loaded, _) = attempt(&world).await;
+    let error = loaded.unwrap_err().to_string();
+    assert!(error.contains("only a minority of the replicas holds it") && error.contains("gamma"), "{error}");
+    let mut alone = world.clone();
+    alone.stores = vec![world.stores[2].clone()];
+    assert_eq!(attempt(&alone).await.0.unwrap().checkpoint, Some((SegmentNo(8), Epoch(1))));
 }

@@ -509,14 +509,15 @@ fn staged_checkpoints_count_and_go_when_nobody_waits_for_them_or_writers_do() {
         let path = f.staging.checkpoints().join(number.to_string());
         fs::create_dir(&path).unwrap();
         fs::write(path.join("part"), [1; 10]).unwrap();
-        f.staging.publish_checkpoint(Staged {
+        let staged = Staged {
             kind: StagedKind::Checkpoint,
             number: SegmentNo(number),
             epoch: Epoch(1),
             path: path.clone(),
             len,
             cut_at: 0.0,
-        });
+        };
+        f.staging.publish_checkpoint(staged, SegmentNo(number + 1));
         path
     };
     let first = stage(3, 1000);
@@ -525,6 +526,8 @@ fn staged_checkpoints_count_and_go_when_nobody_waits_for_them_or_writers_do() {
     assert_eq!((f.staging.oldest().1, f.blocks.space.staged()), (2000, 2000), "the older one is gone");
     assert!(!first.exists());
     f.staging.trim_checkpoints(SegmentNo(4));
+    let offered = |cursor| f.staging.checkpoint(SegmentNo(0), SegmentNo(cursor)).is_some();
+    assert!(!offered(5) && offered(6), "a replica gets the segment that names it first");
     assert!(second.exists() && f.staging.checkpoint(SegmentNo(0), SegmentNo(9)).is_some());
     f.staging.trim_checkpoints(SegmentNo(5));
     assert!(!second.exists() && f.staging.checkpoint(SegmentNo(0), SegmentNo(9)).is_none());
