@@ -3,8 +3,9 @@
 //! The guardian writes it; `mirrorfs status` and the next daemon read it. It is a hint for people, so a damaged note counts as
 //! none.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::state::{Holder, write_durably};
@@ -27,9 +28,13 @@ pub fn note_crash(state: &Path, note: &CrashNote) -> io::Result<()> {
 /// The note in the state folder `state`.
 #[must_use]
 pub fn last_crash(state: &Path) -> Option<CrashNote> {
-    let path = state.join(FILE);
-    fs::metadata(&path).ok().filter(|m| m.is_file() && m.len() <= LONGEST)?;
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    // Root reads it in the folder of another user, who may have put anything there.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(state.join(FILE)).ok()?;
+    file.metadata().ok().filter(|m| m.is_file() && m.len() <= LONGEST)?;
+    let mut bytes = Vec::new();
+    file.take(LONGEST).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// The mount that the daemon `pid` had last, as it noted in the lock of the state folder `state`; `None` when it had none.
@@ -51,6 +56,10 @@ mod tests {
         let note = CrashNote { at: 1.5, pid: 7, how: "killed by signal 9".into(), then: Then::GaveUp };
         note_crash(dir.path(), &note).unwrap();
         assert_eq!(last_crash(dir.path()), Some(note));
+        fs::rename(dir.path().join(FILE), dir.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", dir.path().join(FILE)).unwrap();
+        assert_eq!(last_crash(dir.path()), None, "a link is not followed");
+        fs::remove_file(dir.path().join(FILE)).unwrap();
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert_eq!(last_crash(dir.path()), None);
     }
