@@ -53,6 +53,7 @@ impl Config {
             ("acl", yes_no(!self.mount.noacl)),
             ("noacl", yes_no(self.mount.noacl)),
             ("low_latency", low_latency.to_owned()),
+            ("no_restart", yes_no(self.mount.no_restart)),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()
