@@ -12,6 +12,7 @@ mod content;
 pub(crate) mod fetch;
 mod load;
 mod plan;
+mod sound;
 mod survey;
 mod tables;
 #[cfg(test)]
@@ -22,6 +23,7 @@ mod write;
 pub use content::Source;
 pub use load::{LoadError, Loaded, Lost, SegmentSeen, Sink, load};
 pub use plan::{Place, Plan, PlanError, Start, plan, valid_epoch};
+pub use sound::{Flaw, wrong_counter};
 pub use survey::{Found, Inventory, SurveyError, survey};
 pub use tables::Tables;
 pub(crate) use tree::text;

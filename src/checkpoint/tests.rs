@@ -30,7 +30,7 @@ fn table(n: u32, len: usize) -> Table {
     let mut t: Table = (0..n)
         .map(|i| {
             let mut k = vec![2];
-            k.extend_from_slice(&i.to_be_bytes());
+            k.extend_from_slice(&u64::from(i).to_be_bytes());
             (k, blake3::hash(&i.to_le_bytes()).as_bytes().iter().copied().cycle().take(len).collect())
         })
         .collect();
@@ -55,7 +55,7 @@ fn a_checkpoint_holds_the_replicated_tables() {
         assert_eq!(read_manifest(&path, SegmentNo(5), Epoch(1)).unwrap(), manifest);
         let mut got = Table::new();
         read(&path, &manifest, &mut |part| {
-            got.extend(part.entries.iter().map(|(k, v)| (k.to_vec(), v.to_vec())));
+            got.extend(part.to_vec().unwrap().iter().map(|(k, v)| (k.to_vec(), v.to_vec())));
             Ok(())
         })
         .unwrap();

@@ -358,6 +358,7 @@ fn assemble(
         remote_fsync: config.fsync != Fsync::Local && !config.read_only,
         space_wait: config.space_wait,
     };
+    super::restore::check_local(&journal)?;
     let vfs = Vfs::open(Arc::clone(&journal), Arc::clone(&blocks), options).map_err(|e| failure(&e))?;
     vfs.set_atime(match &config.mount {
         mount if mount.noatime => vfs::Atime::Never,

@@ -4,7 +4,6 @@
 //! to one list. Knows nothing of a replica but its description.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -102,7 +101,7 @@ impl Members {
                 ),
             )
         };
-        match fs::read(&path) {
+        match super::state::read_at_most(&path, crate::format::MAX_JSON as u64) {
             Ok(bytes) => {
                 let members: Self = serde_json::from_slice(&bytes).map_err(|e| failed(e.to_string()))?;
                 match members.version {
@@ -215,6 +214,8 @@ impl Added {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn spec(name: &str, url: &str) -> ReplicaSpec {

@@ -13,13 +13,15 @@ use crate::exit::Exit;
 use crate::format::local::{FrameValue, SEALED_MARK, SealedMark, SegmentValue};
 use crate::format::record::{Op, Record};
 use crate::format::tables::{
-    BlockEntry, block_key, dirty_key, frame_key, local_key, prefix_range, segment_key, table, volume_key,
+    BlockEntry, FileKind, Inode, block_key, dirty_key, frame_key, inode_key, local_key, number_of_key,
+    orphan_key, prefix_range, segment_key, table, volume_key,
 };
 use crate::format::volume::Claim;
-use crate::ids::{BlockHash, BlockId, Epoch, Lsn, ReplicaName, SegmentNo};
+use crate::ids::{BlockHash, BlockId, Epoch, Ino, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
 use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, SurveyError, Tables};
+use crate::vfs::NEXT_INO;
 
 /// A volume's tables as replicas hold them.
 pub(super) struct Restored {
@@ -66,7 +68,8 @@ pub(super) async fn fetch(
     permit(&inventories, &plan)?;
     let mut tables = Tables::default();
     let began = Instant::now();
-    let loaded = restore::load(&plan, stores, &mut tables).await?;
+    let mut loaded = restore::load(&plan, stores, &mut tables).await?;
+    refuse_flaws(&mut loaded)?;
     log::debug!("{} entries read from the replicas in {:.3?}", tables.len(), began.elapsed());
     let cursors = stores
         .iter()
@@ -76,6 +79,65 @@ pub(super) async fn fetch(
     let listed = listed_in(&inventories);
     let claims = plan.claims.values().cloned().collect();
     Ok(Restored { loaded, tables, cursors, claims, listed })
+}
+
+/// Refuses tables with which a mount could destroy something or never end; warns of other
+/// contradictions.
+fn refuse_flaws(loaded: &mut Loaded) -> Result<(), Error> {
+    let Some(flaw) = loaded.flaws.first() else { return Ok(()) };
+    let (flaw, more) = (flaw.clone(), loaded.flaws.len() - 1);
+    let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+    if flaw.fatal {
+        return Err(Error::new(
+            Exit::Damaged,
+            format!(
+                "the tables that the replicas hold as of segment {} contradict themselves: {flaw}{more}. They are not mounted. \
+                 Look at each replica with mirrorfs fsck --replica NAME, leave out one that holds other tables than the rest, \
+                 or copy the files out with mirrorfs restore",
+                loaded.last_segment
+            ),
+        ));
+    }
+    loaded.warnings.push(format!("the tables contradict themselves: {flaw}{more}: run mirrorfs fsck"));
+    Ok(())
+}
+
+/// Refuses local tables that would let new files overwrite others, or whose root cannot be one.
+/// Costs a few lookups.
+pub(super) fn check_local(journal: &Journal) -> Result<(), Error> {
+    let last = |table: u8| -> Result<u64, JournalError> {
+        let (start, end) = prefix_range(&[table]);
+        let last = journal.last_in(&start, &end)?;
+        Ok(last.and_then(|(key, _)| number_of_key(&key)).unwrap_or(0))
+    };
+    let inodes = last(table::INODE)?;
+    if inodes == 0 {
+        return Ok(());
+    }
+    let root = journal.get(&inode_key(Ino::ROOT))?.map(|v| Inode::decode(&v));
+    let mut why = match root {
+        Some(Ok(root)) if root.kind == FileKind::Directory => None,
+        _ => Some("the root directory (inode 1) is missing, or is no directory".to_owned()),
+    };
+    if journal.get(&orphan_key(Ino::ROOT))?.is_some() {
+        why = Some("the root directory is marked as deleted".to_owned());
+    }
+    let blocks = last(table::BLOCK)?.max(last(table::DIRTY)?);
+    let inodes = inodes.max(last(table::ORPHAN)?);
+    for (name, what, used) in [(NEXT_INO, "inode", inodes), (NEXT_BLOCK, "block", blocks)] {
+        let next = journal.get(&volume_key(name))?;
+        let next = next.map_or(Some(1), |v| v[..].try_into().ok().map(u64::from_le_bytes));
+        why = why.or_else(|| restore::wrong_counter(next, used, what));
+    }
+    match why {
+        None => Ok(()),
+        Some(why) => Err(Error::new(
+            Exit::Damaged,
+            format!(
+                "the local tables cannot be used: {why}. mirrorfs fsck says what else is wrong, and mirrorfs fsck --repair corrects it"
+            ),
+        )),
+    }
 }
 
 fn listed_in(inventories: &[Inventory]) -> BTreeSet<(SegmentNo, Epoch)> {
@@ -258,6 +320,49 @@ mod tests {
         assert_eq!(next(), Some(21u64.to_le_bytes().to_vec()));
         forget_unnamed(&journal, &[BlockId(3)]).unwrap();
         assert_eq!(next(), Some(21u64.to_le_bytes().to_vec()), "never lower");
+    }
+
+    #[test]
+    fn local_tables_that_would_overwrite_something_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) =
+            Journal::open(crate::journal::Options::new(dir.path(), Arc::new(|_| Ok(())))).unwrap();
+        let put = |key: bytes::Bytes, value: Vec<u8>| {
+            journal
+                .transact::<_, JournalError>(|tx| {
+                    tx.put(key.clone(), value.clone());
+                    Ok(())
+                })
+                .unwrap();
+        };
+        let next = |name, next: u64| put(volume_key(name), next.to_le_bytes().to_vec());
+        let says = |text: &str| {
+            let e = check_local(&journal).unwrap_err();
+            assert_eq!(e.exit_code(), Exit::Damaged);
+            assert!(e.to_string().contains(text) && e.to_string().contains("mirrorfs fsck"), "{e}");
+        };
+        check_local(&journal).unwrap();
+        let file = Inode::new(FileKind::Regular, 0o644, (0, 0), Default::default());
+        put(inode_key(Ino(7)), file.encode().to_vec());
+        next(NEXT_INO, 8);
+        next(NEXT_BLOCK, 1);
+        says("the root directory");
+        put(inode_key(Ino(1)), file.encode().to_vec());
+        says("the root directory");
+        let root = Inode { parent: Ino::ROOT, kind: FileKind::Directory, ..file };
+        put(inode_key(Ino(1)), root.encode().to_vec());
+        check_local(&journal).unwrap();
+        next(NEXT_INO, 7);
+        says("the next inode would get number 7");
+        next(NEXT_INO, u64::MAX - 3);
+        says("there are none from");
+        next(NEXT_INO, 8);
+        put(dirty_key(BlockId(1)), vec![]);
+        says("the next block would get number 1");
+        next(NEXT_BLOCK, 2);
+        check_local(&journal).unwrap();
+        put(orphan_key(Ino(1)), vec![]);
+        says("marked as deleted");
     }
 
     #[test]

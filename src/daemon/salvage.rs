@@ -348,7 +348,7 @@ impl Work<'_> {
             footer.expect(self.local.volume.volume, number, value.epoch).map_err(|e| e.to_string())?;
             // Another writer's segment cannot have our epoch, but a copy of this state may have written one.
             match footer.hash.0 == value.blake3 || value.blake3 == [0; 32] {
-                true => Ok(meta.records),
+                true => meta.records.to_vec().map_err(|e| e.to_string()),
                 false => Err("it is not the one that this state wrote".to_owned()),
             }
         };

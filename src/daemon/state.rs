@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::Error;
 use crate::exit::Exit;
-use crate::format::volume::{Claim, Volume};
+use crate::format::MAX_JSON;
+use crate::format::volume::{Claim, Volume, check_block_size};
 use crate::fuse::{MountIdentity, mountinfo};
 use crate::ids::Epoch;
 use crate::replica::FenceNote;
@@ -237,12 +238,16 @@ impl StateDir {
 
     fn read_in(dir: &Path) -> Result<Option<Local>, Error> {
         let path = dir.join("state.json");
-        let bytes = match fs::read(&path) {
+        let bytes = match read_at_most(&path, MAX_JSON as u64) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed("read", &path, &e)),
         };
-        let mut local: Local = serde_json::from_slice(&bytes).map_err(|e| {
+        let decoded = serde_json::from_slice(&bytes).map_err(|e| e.to_string()).and_then(|local: Local| {
+            check_block_size(local.volume.block_size).map_err(|e| e.to_string())?;
+            Ok(local)
+        });
+        let mut local = decoded.map_err(|e| {
             Error::new(
                 Exit::Damaged,
                 format!(
@@ -289,7 +294,7 @@ impl StateDir {
 
     /// The claims of earlier mounts with this folder that did not complete it.
     pub fn intended(&self) -> Vec<Claim> {
-        let bytes = fs::read(self.dir.join(CLAIMING)).unwrap_or_default();
+        let bytes = read_at_most(&self.dir.join(CLAIMING), MAX_JSON as u64).unwrap_or_default();
         // Damaged, it is only missing: then the person who mounts is asked.
         serde_json::from_slice(&bytes).unwrap_or_default()
     }
@@ -367,6 +372,16 @@ fn write_json<T: serde::Serialize>(dir: &Path, name: &str, value: &T) -> Result<
         .map_err(io::Error::from)
         .and_then(|bytes| write_durably(dir, name, &bytes));
     written.map_err(|e| failed("write", &dir.join(name), &e))
+}
+
+/// Reads a file that has at most `most` bytes.
+pub(super) fn read_at_most(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > most {
+        true => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {most} bytes"))),
+        false => Ok(bytes),
+    }
 }
 
 #[cfg(test)]

@@ -39,10 +39,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Decoder, FormatError, put_blob};
-use super::frame::{Codec, pack, unpack};
+use super::frame::{Codec, pack};
 use super::json;
+use super::limits::{MAX_KEY, MAX_VALUE, is_plausible};
 use super::segment::SegmentHash;
-use super::tables::is_replicated;
+use super::tables::{is_replicated, is_well_formed};
+use super::unpack::Unpacker;
 use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
 
 #[cfg(test)]
@@ -62,6 +64,12 @@ const VERSION: u16 = 1;
 const PART: &str = "checkpoint part";
 const MANIFEST: &str = "mirrorfs checkpoint";
 const LEVEL: i32 = 3;
+/// Bytes of the shortest entry: a key of 2 bytes, no value, and the lengths of both.
+const LEAST_ENTRY: u64 = 4;
+/// Most parts of a checkpoint.
+pub const MAX_PARTS: usize = 1 << 16;
+/// Keys and values that [`Part::batches`] gives at a time, in bytes.
+const BATCH: usize = 256 << 10;
 
 /// What a manifest says of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +104,13 @@ impl ManifestHash {
 impl std::fmt::Display for ManifestHash {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0[..8].iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl PartInfo {
+    fn is_possible(&self) -> bool {
+        let least = (HEADER_LEN + HASH_LEN) as u64;
+        (least..=MAX_PART_LEN).contains(&self.len) && self.entries <= MAX_PART_RAW as u64 / LEAST_ENTRY
     }
 }
 
@@ -137,7 +152,7 @@ impl Manifest {
 
     /// Reads a manifest that was found under the name of `number` and `epoch`.
     pub fn decode(bytes: &[u8], number: SegmentNo, epoch: Epoch) -> Result<Self, FormatError> {
-        let manifest: Self = json::decode(MANIFEST, bytes)?;
+        let manifest: Self = json::decode(MANIFEST, bytes, json::MAX_LEN)?;
         if (manifest.number, manifest.epoch) != (number, epoch) {
             return Err(FormatError::new(
                 MANIFEST,
@@ -155,7 +170,10 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<(), FormatError> {
-        let parts = self.parts.iter().all(|p| p.len <= MAX_PART_LEN);
+        let parts = self.parts.len() <= MAX_PARTS && self.parts.iter().all(PartInfo::is_possible);
+        // Each entry has two lengths beside its key and its value.
+        let raw = self.raw_bytes <= self.parts.len() as u64 * MAX_PART_RAW as u64
+            && self.entries <= self.raw_bytes / (LEAST_ENTRY - 2);
         let entries = self.parts.iter().try_fold(0u64, |sum, p| sum.checked_add(p.entries));
         let order = self.lsn_begin <= self.lsn_end
             && self.lsn_end <= self.commit_lsn
@@ -164,7 +182,7 @@ impl Manifest {
             && self.replay_from.0 != 0
             && self.replay_from <= self.number.next()
             && (self.replay_from <= self.number || self.lsn_begin == self.lsn_end);
-        if !parts || entries != Some(self.entries) || !order || u32::try_from(self.parts.len()).is_err() {
+        if !parts || !raw || entries != Some(self.entries) || !order {
             return Err(FormatError::new(MANIFEST, "impossible numbers"));
         }
         Ok(())
@@ -189,8 +207,14 @@ impl PartBuilder {
 
     /// Appends an entry; keys ascend and are replicated ones.
     pub fn push(&mut self, key: &[u8], value: &[u8]) -> Result<(), FormatError> {
-        if !is_replicated(key) {
-            return Err(FormatError::new(PART, "a local key"));
+        if !is_replicated(key) || !is_well_formed(key) || key.len() > MAX_KEY {
+            return Err(FormatError::new(
+                PART,
+                format!("the impossible key {:02x?}", &key[..key.len().min(20)]),
+            ));
+        }
+        if value.len() > MAX_VALUE {
+            return Err(FormatError::new(PART, format!("a value of {} bytes", value.len())));
         }
         if self.entries != 0 && key <= self.last.as_slice() {
             return Err(FormatError::new(PART, "keys do not ascend"));
@@ -223,7 +247,7 @@ impl PartBuilder {
         let raw = std::mem::take(&mut self.raw);
         let entries = std::mem::take(&mut self.entries);
         let raw_len = raw.len() as u32;
-        let (codec, stored) = pack(PART, raw, LEVEL)?;
+        let (codec, stored) = pack(PART, raw, u64::from(entries), LEVEL)?;
         let mut o = Vec::with_capacity(HEADER_LEN + stored.len() + HASH_LEN);
         o.extend_from_slice(&MAGIC);
         o.extend_from_slice(&VERSION.to_le_bytes());
@@ -243,7 +267,7 @@ impl PartBuilder {
     }
 }
 
-/// A part, verified.
+/// A part, verified. Its entries stay as they are stored, and are unpacked by each reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     /// The volume it belongs to.
@@ -252,8 +276,87 @@ pub struct Part {
     pub index: u32,
     /// The LSN at which its scan began.
     pub lsn_begin: Lsn,
-    /// Keys and values, ascending; slices of one buffer.
-    pub entries: Vec<(Bytes, Bytes)>,
+    /// Number of entries.
+    pub entries: u32,
+    /// Raw bytes of keys and values.
+    pub raw_bytes: u64,
+    /// The first and the last key; `None` without entries.
+    pub ends: Option<(Bytes, Bytes)>,
+    codec: Codec,
+    stored: Bytes,
+    raw_len: u64,
+}
+
+impl Part {
+    /// Calls `each` with keys and values in order, some at a time. Those of one call share their
+    /// memory.
+    pub fn batches<E: From<FormatError>>(
+        &self,
+        mut each: impl FnMut(Vec<(Bytes, Bytes)>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut u = Unpacker::new(PART, self.codec, &self.stored, self.raw_len)?;
+        let (mut bytes, mut lens) = (Vec::new(), Vec::new());
+        let share = |bytes: &mut Vec<u8>, lens: &mut Vec<(usize, usize)>| {
+            let all = Bytes::copy_from_slice(bytes);
+            bytes.clear();
+            let mut at = 0;
+            let pair = |(key, value)| {
+                let start = at;
+                at += key + value;
+                (all.slice(start..start + key), all.slice(start + key..at))
+            };
+            lens.drain(..).map(pair).collect::<Vec<_>>()
+        };
+        for _ in 0..self.entries {
+            u.begin_item();
+            let (key, value) = (u.blob(MAX_KEY)?, u.blob(MAX_VALUE)?);
+            lens.push((key.len(), value.len()));
+            bytes.extend_from_slice(u.bytes(key));
+            bytes.extend_from_slice(u.bytes(value));
+            if bytes.len() >= BATCH {
+                each(share(&mut bytes, &mut lens))?;
+            }
+        }
+        match lens.is_empty() {
+            true => Ok(()),
+            false => each(share(&mut bytes, &mut lens)),
+        }
+    }
+
+    /// All entries as a list. Takes a multiple of their bytes: not for what a stranger may have
+    /// written.
+    pub fn to_vec(&self) -> Result<Vec<(Bytes, Bytes)>, FormatError> {
+        let mut all = Vec::new();
+        self.batches(|mut batch| {
+            all.append(&mut batch);
+            Ok::<_, FormatError>(())
+        })?;
+        Ok(all)
+    }
+
+    /// Checks the order and form of all entries, with the memory of one.
+    fn check(&mut self, stored: &[u8]) -> Result<(), FormatError> {
+        let mut u = Unpacker::new(PART, self.codec, stored, self.raw_len)?;
+        if u64::from(self.entries) > self.raw_len / LEAST_ENTRY {
+            return Err(u.error(format!("{} entries in {} bytes", self.entries, self.raw_len)));
+        }
+        let mut first = None;
+        let mut before: Vec<u8> = Vec::new();
+        for n in 0..self.entries {
+            u.begin_item();
+            let (key, value) = (u.blob(MAX_KEY)?, u.blob(MAX_VALUE)?);
+            self.raw_bytes += (key.len() + value.len()) as u64;
+            let key = u.bytes(key);
+            if !is_well_formed(key) || (n > 0 && key <= before.as_slice()) {
+                return Err(u.error("a key out of order or out of place"));
+            }
+            before.clear();
+            before.extend_from_slice(key);
+            first.get_or_insert_with(|| Bytes::copy_from_slice(&before));
+        }
+        self.ends = first.map(|first| (first, Bytes::from(before)));
+        u.finish()
+    }
 }
 
 /// Reads a part as what a manifest promises.
@@ -265,7 +368,7 @@ pub fn parse_part(bytes: &[u8], manifest: &Manifest, index: u32) -> Result<Part,
     }
     let part = verify_part(bytes)?;
     if (part.volume, part.index, part.lsn_begin) != (manifest.volume, index, manifest.lsn_begin)
-        || part.entries.len() as u64 != info.entries
+        || u64::from(part.entries) != info.entries
     {
         return Err(bad("it belongs to another checkpoint"));
     }
@@ -296,27 +399,25 @@ pub fn verify_part(bytes: &[u8]) -> Result<Part, FormatError> {
     let index = d.u32()?;
     let volume = VolumeId(uuid::Uuid::from_bytes(d.array()?));
     let lsn_begin = Lsn(d.u64()?);
-    let (count, raw_len, stored_len) = (d.u32()?, d.u32()? as usize, d.u32()? as usize);
+    let (entries, raw_len, stored_len) = (d.u32()?, u64::from(d.u32()?), d.u32()? as usize);
     d.bytes(12)?;
     let stored = d.rest();
-    if stored.len() != stored_len || raw_len > MAX_PART_RAW {
+    let plausible = codec == Codec::Raw || is_plausible(stored.len() as u64, raw_len, u64::from(entries));
+    if stored.len() != stored_len || raw_len > MAX_PART_RAW as u64 || !plausible {
         return Err(bad("impossible lengths"));
     }
-    let entries = parse_entries(&unpack(PART, codec, stored, raw_len)?, count)?;
-    Ok(Part { volume, index, lsn_begin, entries })
-}
-
-fn parse_entries(raw: &Bytes, count: u32) -> Result<Vec<(Bytes, Bytes)>, FormatError> {
-    let mut d = Decoder::new(PART, raw);
-    let mut entries: Vec<(Bytes, Bytes)> = Vec::with_capacity((count as usize).min(raw.len() / 2));
-    for _ in 0..count {
-        let key = raw.slice_ref(d.blob()?);
-        let value = raw.slice_ref(d.blob()?);
-        if !is_replicated(&key) || entries.last().is_some_and(|(before, _)| *before >= key) {
-            return Err(d.error("a key out of order or out of place"));
-        }
-        entries.push((key, value));
-    }
-    d.finish()?;
-    Ok(entries)
+    let mut part = Part {
+        volume,
+        index,
+        lsn_begin,
+        entries,
+        raw_bytes: 0,
+        ends: None,
+        codec,
+        stored: Bytes::new(),
+        raw_len,
+    };
+    part.check(stored)?;
+    part.stored = Bytes::copy_from_slice(stored);
+    Ok(part)
 }

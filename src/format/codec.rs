@@ -110,19 +110,8 @@ impl<'a> Decoder<'a> {
 
     /// Takes an unsigned LEB128 number of at most 64 bits.
     pub fn varint(&mut self) -> Result<u64, FormatError> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let byte = self.u8()?;
-            let bits = u64::from(byte & 0x7f);
-            if shift == 63 && bits > 1 {
-                break;
-            }
-            value |= bits << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(self.error("a variable-length number is longer than 64 bits"))
+        let what = self.what;
+        varint_of(what, || self.u8())
     }
 
     /// Takes a byte string preceded by its length as a variable-length number.
@@ -140,6 +129,26 @@ impl<'a> Decoder<'a> {
             Err(self.error(format!("{} bytes too many", self.rest.len())))
         }
     }
+}
+
+/// Reads an unsigned LEB128 number of at most 64 bits out of single bytes.
+pub(super) fn varint_of(
+    what: &'static str,
+    mut next: impl FnMut() -> Result<u8, FormatError>,
+) -> Result<u64, FormatError> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let byte = next()?;
+        let bits = u64::from(byte & 0x7f);
+        if shift == 63 && bits > 1 {
+            break;
+        }
+        value |= bits << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(FormatError::new(what, "a variable-length number is longer than 64 bits"))
 }
 
 /// Appends an unsigned LEB128 number.

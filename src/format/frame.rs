@@ -21,6 +21,7 @@
 use bytes::Bytes;
 
 use super::codec::{Decoder, FormatError};
+use super::limits::is_plausible;
 use super::tables::BlockEntry;
 use super::volume::MAX_BLOCK_SIZE;
 use crate::ids::BlockHash;
@@ -266,36 +267,31 @@ fn decode_unverified(stored: &Bytes) -> Result<Bytes, FormatError> {
             format!("{} bytes of payload, {} expected", payload.len(), header.payload_len),
         ));
     }
-    match header.codec {
-        Codec::Raw => Ok(payload),
-        codec => unpack(WHAT, codec, &payload, header.raw_len as usize),
+    if header.codec == Codec::Raw {
+        return Ok(payload);
     }
-}
-
-/// Undoes `codec`; the result has exactly `raw_len` bytes, which the caller has bounded.
-pub(super) fn unpack(
-    what: &'static str,
-    codec: Codec,
-    payload: &[u8],
-    raw_len: usize,
-) -> Result<Bytes, FormatError> {
-    let raw = match codec {
-        Codec::Raw => payload.to_vec(),
-        Codec::Zstd => zstd::bulk::decompress(payload, raw_len)
-            .map_err(|e| FormatError::new(what, format!("its compressed bytes are damaged: {e}")))?,
-    };
+    // Unpacks straight into memory of the promised length: what is longer is an error, and no
+    // window is kept.
+    let raw_len = header.raw_len as usize;
+    let raw = zstd::bulk::decompress(&payload, raw_len)
+        .map_err(|e| FormatError::new(WHAT, format!("its compressed bytes are damaged: {e}")))?;
     if raw.len() != raw_len {
-        return Err(FormatError::new(what, format!("{} bytes of content, {raw_len} expected", raw.len())));
+        return Err(FormatError::new(WHAT, format!("{} bytes of content, {raw_len} expected", raw.len())));
     }
     Ok(raw.into())
 }
 
-/// Compresses a section when that pays.
-pub(super) fn pack(what: &'static str, raw: Vec<u8>, level: i32) -> Result<(Codec, Vec<u8>), FormatError> {
+/// Compresses a section of `ops` entries when that pays, and a reader takes it.
+pub(super) fn pack(
+    what: &'static str,
+    raw: Vec<u8>,
+    ops: u64,
+    level: i32,
+) -> Result<(Codec, Vec<u8>), FormatError> {
     if raw.len() >= MIN_PACK {
         let small =
             zstd::bulk::compress(&raw, level).map_err(|e| FormatError::new(what, format!("zstd: {e}")))?;
-        if pays(raw.len(), small.len()) {
+        if pays(raw.len(), small.len()) && is_plausible(small.len() as u64, raw.len() as u64, ops) {
             return Ok((Codec::Zstd, small));
         }
     }

@@ -23,7 +23,7 @@ use super::codec::FormatError;
 
 /// The version of all JSON objects that this program writes.
 pub(super) const VERSION: u32 = 1;
-/// Largest JSON object that is read, in bytes.
+/// Largest manifest that is read, in bytes. Other objects are smaller, see `limits`.
 pub const MAX_LEN: usize = 16 << 20;
 
 const BEFORE_HASH: &str = ",\n  \"blake3\": \"";
@@ -44,7 +44,31 @@ struct Envelope {
     format: String,
     format_version: u32,
     #[serde(default)]
-    requires: Vec<String>,
+    requires: FirstOf,
+}
+
+/// The first of a list of names: one that is not known is reason enough, however many there are.
+#[derive(Default)]
+struct FirstOf(Option<String>);
+
+impl<'de> Deserialize<'de> for FirstOf {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Names;
+        impl<'de> serde::de::Visitor<'de> for Names {
+            type Value = FirstOf;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of names")
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut names: A) -> Result<FirstOf, A::Error> {
+                let first = names.next_element()?;
+                while names.next_element::<serde::de::IgnoredAny>()?.is_some() {}
+                Ok(FirstOf(first))
+            }
+        }
+        d.deserialize_seq(Names)
+    }
 }
 
 /// The bytes of `body` as an object of kind `what`.
@@ -63,10 +87,15 @@ pub(super) fn encode<T: Serialize>(what: &'static str, body: &T) -> Result<Vec<u
     Ok(out)
 }
 
-/// Reads an object of kind `what` after checking its checksum and version.
-pub(super) fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, FormatError> {
+/// Reads an object of kind `what` and of at most `most` bytes after checking its checksum and
+/// version.
+pub(super) fn decode<T: DeserializeOwned>(
+    what: &'static str,
+    bytes: &[u8],
+    most: usize,
+) -> Result<T, FormatError> {
     let bad = |why: String| FormatError::new(what, why);
-    if bytes.len() > MAX_LEN {
+    if bytes.len() > most {
         return Err(bad(format!("{} bytes are too many", bytes.len())));
     }
     let text = std::str::from_utf8(bytes).map_err(|_| bad("not UTF-8".into()))?;
@@ -80,7 +109,7 @@ pub(super) fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> R
     }
     let envelope: Envelope = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
     if envelope.format != what {
-        return Err(bad(format!("it is a {:?}", envelope.format)));
+        return Err(bad(format!("it is a {:?}", envelope.format.chars().take(40).collect::<String>())));
     }
     if envelope.format_version > VERSION {
         return Err(FormatError::newer(what, envelope.format_version, VERSION));
@@ -88,7 +117,8 @@ pub(super) fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> R
     if envelope.format_version == 0 {
         return Err(bad("format version 0".into()));
     }
-    if let Some(feature) = envelope.requires.first() {
+    if let Some(feature) = envelope.requires.0 {
+        let feature: String = feature.chars().take(40).collect();
         return Err(FormatError::newer(what, format_args!("needs {feature:?}"), VERSION));
     }
     serde_json::from_str(text).map_err(|e| bad(e.to_string()))
@@ -122,6 +152,8 @@ pub(super) mod hex {
         d: D,
     ) -> Result<[u8; N], D::Error> {
         let text = String::deserialize(d)?;
-        parse(&text).ok_or_else(|| D::Error::custom(format!("{:?} is not {N} bytes in hexadecimal", text)))
+        parse(&text).ok_or_else(|| {
+            D::Error::custom(format!("{} characters are not {N} bytes in hexadecimal", text.len()))
+        })
     }
 }

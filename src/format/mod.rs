@@ -7,11 +7,13 @@ pub mod checkpoint;
 pub mod codec;
 pub mod frame;
 mod json;
+pub mod limits;
 pub mod local;
 pub mod names;
 pub mod record;
 pub mod segment;
 pub mod tables;
+mod unpack;
 pub mod volume;
 
 /// Largest JSON object (volume, claim, manifest) that is read, in bytes.

@@ -62,17 +62,22 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Decoder, FormatError};
-use super::frame::{Codec, HEADER_LEN as FRAME_HEADER_LEN, MAX_RAW, MAX_STORED, unpack};
+use super::frame::{Codec, HEADER_LEN as FRAME_HEADER_LEN, MAX_RAW, MAX_STORED};
 use super::json;
-use super::record::Record;
+use super::limits::is_plausible;
 use super::tables::{BlockEntry, Time};
 use crate::ids::{BlockId, Epoch, Lsn, SegmentNo, VolumeId};
 
 mod builder;
+mod forge;
+mod log;
 #[cfg(test)]
 mod tests;
 
 pub use builder::{SegmentBuilder, SegmentSummary};
+#[doc(hidden)]
+pub use forge::reseal;
+pub use log::RecordLog;
 
 /// Bytes of a segment's header.
 pub const HEADER_LEN: usize = 128;
@@ -82,8 +87,14 @@ pub const FOOTER_LEN: usize = 328;
 pub const INDEX_ENTRY_LEN: usize = 8 + BlockEntry::LEN;
 /// Largest segment that is written or read. A cut aims at 16 MiB; one frame or record more may follow.
 pub const MAX_LEN: u64 = 256 << 20;
-/// Largest raw length of the records of one segment, and of its index.
-pub const MAX_META: u64 = 64 << 20;
+/// Largest raw length of the records of one segment.
+pub const MAX_RECORDS: u64 = 64 << 20;
+/// Largest length of the stored records and the index of one segment together: a restore has them
+/// in memory.
+pub const MAX_META: u64 = 32 << 20;
+/// Bytes of the shortest record: LSN, count, kind of operation, and a key of 2 bytes with its
+/// length.
+const LEAST_RECORD: u64 = 6;
 
 const MAGIC: [u8; 8] = *b"MFSEGMNT";
 const END: [u8; 6] = *b"MFSEND";
@@ -344,10 +355,17 @@ pub fn parse_footer(tail: &[u8], object_len: u64) -> Result<Footer, FormatError>
         && object_len <= MAX_LEN
         && sum == Some(object_len)
         && index_len == u64::from(entries) * INDEX_ENTRY_LEN as u64
-        && index_len <= MAX_META
-        && records_raw <= MAX_META
+        && records_len + index_len <= MAX_META
+        && records_raw <= MAX_RECORDS
         && records_len <= records_raw
-        && (records_codec != Codec::Raw || records_len == records_raw);
+        && u64::from(frames) <= frames_len / FRAME_HEADER_LEN as u64
+        && frames_raw <= u64::from(frames) * MAX_RAW as u64
+        && u64::from(records) <= records_raw / LEAST_RECORD
+        && match records_codec {
+            Codec::Raw => records_len == records_raw,
+            // At least one operation a record.
+            Codec::Zstd => is_plausible(records_len, records_raw, u64::from(records)),
+        };
     let lsns = if records == 0 {
         first.0 == 0 && last.0 == 0 && records_raw == 0
     } else {
@@ -368,7 +386,7 @@ pub struct SegmentMeta {
     /// What this segment says of blocks, ascending by number.
     pub index: Vec<(BlockId, BlockEntry)>,
     /// The metadata changes that travel in it, ascending by LSN.
-    pub records: Vec<Record>,
+    pub records: RecordLog,
 }
 
 /// Reads records and index (`meta` is exactly [`Footer::meta_range`]) and checks them against the footer.
@@ -385,27 +403,8 @@ pub fn parse_meta(footer: &Footer, meta: &[u8]) -> Result<SegmentMeta, FormatErr
     }
     let (records, index) = meta.split_at(footer.records_len as usize);
     let index = parse_index(footer, index)?;
-    let raw = unpack(WHAT, footer.records_codec, records, footer.records_raw as usize)?;
-    let records = parse_records(footer, &raw)?;
+    let records = RecordLog::new(footer, records)?;
     Ok(SegmentMeta { footer: *footer, index, records })
-}
-
-fn parse_records(footer: &Footer, raw: &[u8]) -> Result<Vec<Record>, FormatError> {
-    let mut d = Decoder::new("records of a segment", raw);
-    let mut records: Vec<Record> = Vec::with_capacity((footer.records as usize).min(raw.len() / 2));
-    for _ in 0..footer.records {
-        let record = Record::decode(&mut d)?;
-        if records.last().is_some_and(|before| before.lsn >= record.lsn) {
-            return Err(d.error(format!("record {} is out of order", record.lsn)));
-        }
-        records.push(record);
-    }
-    let found = records.first().zip(records.last()).map(|(a, b)| (a.lsn, b.lsn));
-    if found != footer.lsns {
-        return Err(d.error("first or last record is not the one promised"));
-    }
-    d.finish()?;
-    Ok(records)
 }
 
 fn parse_index(footer: &Footer, bytes: &[u8]) -> Result<Vec<(BlockId, BlockEntry)>, FormatError> {

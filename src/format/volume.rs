@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::FormatError;
 use super::json;
+use super::limits::MAX_SMALL_JSON;
 use crate::ids::{Epoch, SegmentNo, VolumeId};
 
 /// Smallest block size of a volume, in bytes.
@@ -53,7 +54,7 @@ impl Volume {
 
     /// Reads `volume.json`.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        let volume: Self = json::decode(VOLUME, bytes)?;
+        let volume: Self = json::decode(VOLUME, bytes, MAX_SMALL_JSON)?;
         volume.check()?;
         Ok(volume)
     }
@@ -119,7 +120,7 @@ impl Claim {
 
     /// Reads a claim that was found under the name of `epoch`.
     pub fn decode(bytes: &[u8], epoch: Epoch) -> Result<Self, FormatError> {
-        let claim: Self = json::decode(CLAIM, bytes)?;
+        let claim: Self = json::decode(CLAIM, bytes, MAX_SMALL_JSON)?;
         if claim.epoch != epoch {
             return Err(FormatError::new(CLAIM, format!("it claims epoch {}, not {epoch}", claim.epoch)));
         }
@@ -154,7 +155,7 @@ impl Release {
 
     /// Reads the mark that was found under the name of `epoch`.
     pub fn decode(bytes: &[u8], epoch: Epoch) -> Result<Self, FormatError> {
-        let release: Self = json::decode(RELEASE, bytes)?;
+        let release: Self = json::decode(RELEASE, bytes, MAX_SMALL_JSON)?;
         if release.epoch != epoch {
             return Err(FormatError::new(
                 RELEASE,

@@ -6,6 +6,7 @@ use super::blocks::{Blocks, Look, next_of};
 use super::names::{Missing, Node, Nodes, UNREADABLE};
 use super::types::{Findings, Fix, Kind, Totals};
 use super::{Input, Rows, Stop};
+use crate::format::limits::NUMBERS_END;
 use crate::format::tables::{
     BLOCKS_PER_CHUNK, Body, Extents, FileKind, INLINE_MAX, Inode, chunk_of_extent_key, table,
 };
@@ -260,7 +261,8 @@ fn check_usage(input: &Input<'_>, used: Usage, findings: &mut Findings) -> Resul
     Ok(())
 }
 
-/// Numbers that are in use must lie below the next one to be given.
+/// Numbers that are in use must lie below the next one to be given, and that below the end of all
+/// numbers.
 pub(super) fn check_next(
     input: &Input<'_>,
     name: &'static str,
@@ -270,7 +272,19 @@ pub(super) fn check_next(
     findings: &mut Findings,
 ) -> Result<(), Stop> {
     let stored = next_of(input, name, without)?;
-    if stored < least {
+    if least > NUMBERS_END {
+        findings.about(Kind::NextNumber, None, || {
+            format!(
+                "{what} number {} is in use, and there are none from {NUMBERS_END} on: bring the volume back from a replica \
+                 without it",
+                least - 1
+            )
+        });
+    } else if stored >= NUMBERS_END {
+        findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least.max(without) }), || {
+            format!("the next {what} would get number {stored}, and there are none from {NUMBERS_END} on")
+        });
+    } else if stored < least {
         findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least }), || {
             format!("the next {what} would get number {stored}, but numbers up to {} are in use", least - 1)
         });

@@ -17,8 +17,7 @@ use crate::format::record::Op;
 use crate::format::segment::verify_whole;
 use crate::format::tables::{
     BlockEntry, Body, Dirent, Extents, FileKind, Inode, Time, block_key, block_refs_key, cached_key,
-    dirent_key, extent_key, frame_key, inode_key, is_replicated, local_key, orphan_key, segment_key,
-    volume_key, xattr_key,
+    dirent_key, extent_key, frame_key, inode_key, local_key, orphan_key, segment_key, volume_key, xattr_key,
 };
 use crate::ids::{BlockHash, BlockId, Epoch, Ino, VolumeId};
 use crate::journal::{JournalError, Options as JournalOptions, Tx};
@@ -172,7 +171,7 @@ impl World {
         for Staged { number, epoch, path, len, .. } in self.staging.segments_after(SegmentNo(0), usize::MAX) {
             let meta = verify_whole(&std::fs::read(path).unwrap()).unwrap();
             ops.extend(meta.index.into_iter().map(|(id, e)| Op::put(block_key(id), e.encode())));
-            ops.extend(meta.records.into_iter().flat_map(|r| r.ops).filter(|op| is_replicated(op.key())));
+            ops.extend(meta.records.to_vec().unwrap().into_iter().flat_map(|r| r.ops));
             let commit = meta.footer.commit.unwrap_or_default();
             segments
                 .insert(number, SegmentValue { epoch, len, blake3: [0; 32], commit, cut_at: 0.0, live: 0 });

@@ -6,30 +6,33 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 
+use super::sound::Flaw;
 use super::{Damage, Place, Plan, Start};
-use crate::format::checkpoint::{Manifest, ManifestHash};
+use crate::format::checkpoint::{Manifest, Part};
+use crate::format::codec::FormatError;
 use crate::format::names::ObjectName;
-use crate::format::record::{Op, Record};
+use crate::format::record::Op;
 use crate::format::segment::{SegmentHash, SegmentMeta};
-use crate::format::tables::{BlockEntry, Time, block_key, is_replicated, split_checkpoint_key};
+use crate::format::tables::Time;
 use crate::format::volume::Volume;
 use crate::ids::{BlockId, Epoch, Lsn, SegmentNo};
 use crate::replica::Store;
 
+mod group;
 mod reader;
 #[cfg(test)]
 mod tests;
 
-use reader::{Fetched, Reader, Task, settle};
+use group::State;
+use reader::{Fetched, Reader, Task, When, settle};
 
 /// Segments fetched at a time.
 const SEGMENTS_IN_FLIGHT: usize = 8;
 /// Checkpoint parts fetched at a time.
 const PARTS_IN_FLIGHT: usize = 4;
-/// Changes given to the sink at a time, about.
-const BATCH: usize = 8192;
 
 /// Takes the tables as they are loaded. Nothing that it was given counts before [`load`] has returned.
 pub trait Sink {
@@ -37,6 +40,9 @@ pub trait Sink {
     fn reset(&mut self) -> Result<(), String>;
     /// Applies changes, in order, to the replicated tables.
     fn apply(&mut self, ops: Vec<Op>) -> Result<(), String>;
+    /// What of it contradicts itself, in a volume of this block size. Another start is tried when
+    /// there is any.
+    fn flaws(&self, block_size: u32) -> Vec<Flaw>;
 }
 
 /// What is known of a segment after loading.
@@ -99,6 +105,8 @@ pub struct Loaded {
     pub warnings: Vec<String>,
     /// Damaged objects that were met, for repair.
     pub damaged: Vec<Damage>,
+    /// What the tables have of contradictions, whatever start is taken.
+    pub flaws: Vec<Flaw>,
 }
 
 /// Why a volume could not be brought back.
@@ -128,28 +136,104 @@ pub enum LoadError {
     Sink(String),
 }
 
+/// For what was checked already when it is unpacked again: it cannot fail any more.
+impl From<FormatError> for LoadError {
+    fn from(e: FormatError) -> Self {
+        Self::Nothing(vec![e.to_string()])
+    }
+}
+
 /// Brings the volume's tables back into `sink`. `stores` are those that were surveyed, in the same order.
+///
+/// An attacker who can write to a replica may store a checkpoint that is whole but nonsense. So a
+/// start whose tables contradict themselves is used only when no other one that reaches as far
+/// gives tables with fewer contradictions.
 pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<Loaded, LoadError> {
-    let mut reasons = Vec::new();
-    let mut damaged: Vec<Damage> = plan.damaged.clone();
-    let reader = Reader::new(stores, plan.volume.volume);
+    let mut load = Load {
+        plan,
+        reader: Reader::new(stores, plan.volume.volume),
+        damaged: plan.damaged.clone(),
+        reasons: Vec::new(),
+    };
+    let mut flawed: Option<(&Start, SegmentNo, Vec<Flaw>)> = None;
     for start in &plan.starts {
-        sink.reset().map_err(LoadError::Sink)?;
-        let mut loader =
-            Loader { plan, start, reader: reader.clone(), damaged: &mut damaged, state: State::new(start) };
-        let run = loader.run(sink).await?;
-        match run.and_then(|()| vouched(plan, start, &loader.state)) {
-            Ok(()) => {
-                let state = loader.state;
-                let lengths = lengths(&reader, plan, &state, &mut damaged).await?;
-                let mut met = HashSet::new();
-                damaged.retain(|d| met.insert((d.replica.clone(), d.object.clone())));
-                return Ok(finish(plan, start, state, &lengths, damaged, reasons, reader.bytes()));
+        // One that ends earlier would be an older state: worse than one with flaws.
+        if flawed.as_ref().is_some_and(|(_, reached, _)| start.last < *reached) {
+            continue;
+        }
+        let state = match load.attempt(start, sink).await {
+            Ok(state) => state,
+            // There is one that can be used, so this one need not be reached.
+            Err(e @ (LoadError::Unavailable { .. } | LoadError::Newer { .. })) if flawed.is_some() => {
+                load.reasons.push(format!("{} was not tried: {e}", describe(start)));
+                continue;
             }
-            Err(why) => reasons.push(why),
+            Err(e) => return Err(e),
+        };
+        let Some(state) = state else { continue };
+        if flawed.as_ref().is_some_and(|(_, reached, _)| state.last < *reached) {
+            continue;
+        }
+        let flaws = sink.flaws(plan.volume.block_size);
+        let Some(flaw) = flaws.first() else { return load.finish(start, state, flaws).await };
+        load.reasons.push(format!("{} gives tables that contradict themselves: {flaw}", describe(start)));
+        if flawed.as_ref().is_none_or(|(_, _, others)| badness(&flaws) < badness(others)) {
+            flawed = Some((start, state.last, flaws));
         }
     }
-    Err(LoadError::Nothing(reasons))
+    let Some((start, _, flaws)) = flawed else { return Err(LoadError::Nothing(load.reasons)) };
+    match load.attempt(start, sink).await? {
+        Some(state) => load.finish(start, state, flaws).await,
+        None => Err(LoadError::Nothing(load.reasons)),
+    }
+}
+
+/// Fatal contradictions, and all of them.
+fn badness(flaws: &[Flaw]) -> (usize, usize) {
+    (flaws.iter().filter(|f| f.fatal).count(), flaws.len())
+}
+
+fn describe(start: &Start) -> String {
+    match &start.checkpoint {
+        Some((manifest, _)) => format!("checkpoint {} of epoch {}", manifest.number, manifest.epoch),
+        None => format!("the log from segment {} on", start.first),
+    }
+}
+
+/// What attempts to load have in common.
+struct Load<'a> {
+    plan: &'a Plan,
+    reader: Reader,
+    damaged: Vec<Damage>,
+    /// Why starts led to nothing.
+    reasons: Vec<String>,
+}
+
+impl<'a> Load<'a> {
+    /// Loads from one start; `None` when it leads to nothing.
+    async fn attempt(&mut self, start: &'a Start, sink: &mut dyn Sink) -> Result<Option<State>, LoadError> {
+        sink.reset().map_err(LoadError::Sink)?;
+        let (plan, reader, damaged) = (self.plan, self.reader.clone(), &mut self.damaged);
+        let state = State::new(start, plan.volume.block_size);
+        let mut loader = Loader { plan, start, reader, damaged, state };
+        let run = loader.run(sink).await?;
+        match run.and_then(|()| vouched(plan, start, &loader.state)) {
+            Ok(()) => Ok(Some(loader.state)),
+            Err(why) => {
+                self.reasons.push(why);
+                Ok(None)
+            }
+        }
+    }
+
+    async fn finish(mut self, start: &Start, state: State, flaws: Vec<Flaw>) -> Result<Loaded, LoadError> {
+        let lengths = lengths(&self.reader, self.plan, &state, &mut self.damaged).await?;
+        let mut met = HashSet::new();
+        self.damaged.retain(|d| met.insert((d.replica.clone(), d.object.clone())));
+        let bytes = self.reader.bytes();
+        let loaded = finish(self.plan, start, state, &lengths, self.damaged, self.reasons, bytes);
+        Ok(Loaded { flaws, ..loaded })
+    }
 }
 
 /// Whether the log vouches for the checkpoint with which a load began. A true checkpoint is named, with the hash of its
@@ -221,8 +305,8 @@ fn finish(
     let mut warnings = plan.warnings.clone();
     warnings.extend(reasons);
     let highest = plan.segments.keys().next_back().copied().unwrap_or_default();
-    let uncommitted: Vec<_> = state.pending_segments.iter().map(|s| s.number).collect();
-    let unnamed = state.early.iter().map(|(id, _)| *id).collect();
+    let uncommitted: Vec<_> = state.pending().map(|s| s.number).collect();
+    let unnamed = state.unnamed().collect();
     let mut lost = state.lost;
     if lost.is_none() && highest > start.last {
         let from = start.last.next();
@@ -275,137 +359,7 @@ fn finish(
         bytes,
         warnings,
         damaged,
-    }
-}
-
-/// How far the replay is.
-struct State {
-    commit: Lsn,
-    last: SegmentNo,
-    last_epoch: Epoch,
-    /// Hash of `last`.
-    hash: SegmentHash,
-    seen: BTreeMap<SegmentNo, SegmentSeen>,
-    pending_segments: Vec<SegmentSeen>,
-    pending_index: Vec<(BlockId, BlockEntry)>,
-    pending_records: Vec<Record>,
-    /// Of complete groups that changed nothing but brought content: they count when a later group comes, which names them.
-    early: Vec<(BlockId, BlockEntry)>,
-    lost: Option<(SegmentNo, String)>,
-    /// Checkpoints that complete groups of the log have named.
-    named: BTreeMap<(SegmentNo, Epoch), ManifestHash>,
-}
-
-impl State {
-    fn new(start: &Start) -> Self {
-        let mut state = Self {
-            commit: Lsn(0),
-            last: SegmentNo(start.first.0.saturating_sub(1)),
-            last_epoch: Epoch(0),
-            hash: SegmentHash::default(),
-            seen: BTreeMap::new(),
-            pending_segments: Vec::new(),
-            pending_index: Vec::new(),
-            pending_records: Vec::new(),
-            early: Vec::new(),
-            lost: None,
-            named: BTreeMap::new(),
-        };
-        if let Some((manifest, _)) = &start.checkpoint {
-            state.hash = manifest.previous;
-            if manifest.replay_from > manifest.number {
-                state.commit = manifest.commit_lsn;
-                state.last_epoch = manifest.epoch;
-            }
-        }
-        state
-    }
-
-    /// What the next segment's header says of its predecessor when it continues the run.
-    fn previous(&self) -> SegmentHash {
-        self.pending_segments.last().and_then(|s| s.hash).unwrap_or(self.hash)
-    }
-
-    fn txg_first(&self) -> SegmentNo {
-        self.last.next()
-    }
-
-    /// Why `meta` does not go on where this state ends.
-    fn refuse(&self, meta: &SegmentMeta) -> Result<(), String> {
-        let header = &meta.footer.header;
-        if header.previous != self.previous() {
-            return Err("it does not continue the segment before it".into());
-        }
-        if header.txg_first != self.txg_first() {
-            return Err(format!("its group begins at {}, not at {}", header.txg_first, self.txg_first()));
-        }
-        let known = self.pending_records.last().map_or(self.commit, |r| r.lsn);
-        if meta.footer.lsns.is_some_and(|(first, _)| first <= known)
-            || meta.footer.commit.is_some_and(|commit| commit < known)
-        {
-            return Err(format!("its records do not follow record {known}"));
-        }
-        Ok(())
-    }
-
-    /// Takes a segment; gives the group's changes when it completes one that changes something.
-    fn push(&mut self, meta: SegmentMeta) -> Option<Group> {
-        let footer = meta.footer;
-        self.pending_index.extend(meta.index);
-        self.pending_records.extend(meta.records);
-        let seen = SegmentSeen {
-            number: footer.header.number,
-            epoch: footer.header.epoch,
-            len: footer.object_len,
-            hash: Some(footer.hash),
-            commit: footer.commit,
-            cut_at: Some(footer.header.cut_at),
-        };
-        self.pending_segments.push(seen);
-        let commit = footer.commit?;
-        let is_early = commit == self.commit && self.pending_records.is_empty();
-        self.commit = commit;
-        self.last = seen.number;
-        self.last_epoch = seen.epoch;
-        self.hash = footer.hash;
-        self.seen.extend(self.pending_segments.drain(..).map(|s| (s.number, s)));
-        self.early.append(&mut self.pending_index);
-        if is_early {
-            return None;
-        }
-        self.named.extend(self.pending_records.iter().flat_map(|r| &r.ops).filter_map(named_checkpoint));
-        Some(Group {
-            index: std::mem::take(&mut self.early),
-            records: std::mem::take(&mut self.pending_records),
-        })
-    }
-}
-
-/// The checkpoint that an operation of the log names.
-fn named_checkpoint(op: &Op) -> Option<((SegmentNo, Epoch), ManifestHash)> {
-    match op {
-        Op::Put { key, value } => Some((split_checkpoint_key(key)?, ManifestHash::from_value(value).ok()?)),
-        Op::Delete { .. } => None,
-    }
-}
-
-struct Group {
-    index: Vec<(BlockId, BlockEntry)>,
-    records: Vec<Record>,
-}
-
-impl Group {
-    fn apply(self, sink: &mut dyn Sink) -> Result<(), LoadError> {
-        let mut ops = Vec::new();
-        let entries = self.index.into_iter().map(|(id, entry)| Op::put(block_key(id), entry.encode()));
-        let changes = self.records.into_iter().flat_map(|r| r.ops).filter(|op| is_replicated(op.key()));
-        for op in entries.chain(changes) {
-            ops.push(op);
-            if ops.len() >= BATCH {
-                sink.apply(std::mem::take(&mut ops)).map_err(LoadError::Sink)?;
-            }
-        }
-        if ops.is_empty() { Ok(()) } else { sink.apply(ops).map_err(LoadError::Sink) }
+        flaws: Vec::new(),
     }
 }
 
@@ -427,7 +381,9 @@ impl Loader<'_> {
         {
             return Ok(Err(why));
         }
-        self.replay(sink).await?;
+        if let Err(why) = self.replay(sink).await? {
+            return Ok(Err(why));
+        }
         match &self.start.checkpoint {
             Some((manifest, _)) if self.state.last < manifest.number => Ok(Err(format!(
                 "checkpoint {} cannot be used: {}",
@@ -452,22 +408,35 @@ impl Loader<'_> {
             })
             .map(Task::join)
             .buffered(PARTS_IN_FLIGHT);
-        let mut entries = 0;
+        let (mut index, mut raw_bytes, mut last) = (0, 0, Bytes::new());
         while let Some(fetched) = parts.next().await {
             let fetched = fetched?;
-            let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, entries);
-            entries += 1;
-            match settle(&object, fetched, self.damaged)? {
-                Ok(part) => sink
-                    .apply(part.entries.into_iter().map(|(key, value)| Op::Put { key, value }).collect())
-                    .map_err(LoadError::Sink)?,
+            let object = ObjectName::CheckpointPart(manifest.number, manifest.epoch, index);
+            index += 1;
+            let part = match settle(&object, fetched, self.damaged)? {
+                Ok(part) => part,
                 Err(why) => return Ok(Err(why)),
+            };
+            raw_bytes += part.raw_bytes;
+            if let Some((first, end)) = part.ends.clone() {
+                if first <= last {
+                    return Ok(Err(format!("{object}: its keys do not follow those of the part before")));
+                }
+                last = end;
             }
+            put(&part, sink)?;
+        }
+        if raw_bytes != manifest.raw_bytes {
+            return Ok(Err(format!(
+                "checkpoint {}: its parts have {raw_bytes} bytes, its manifest says {}",
+                manifest.number, manifest.raw_bytes
+            )));
         }
         Ok(Ok(()))
     }
 
-    async fn replay(&mut self, sink: &mut dyn Sink) -> Result<(), LoadError> {
+    /// Replays as far as it goes. An error of the inner kind: what is in the sink is no state.
+    async fn replay(&mut self, sink: &mut dyn Sink) -> Outcome {
         let reader = self.reader.clone();
         let range = self.plan.segments.range(self.start.first..self.start.last.next().max(self.start.first));
         let mut queue: VecDeque<&Place> = range.map(|(_, place)| place).collect();
@@ -476,29 +445,36 @@ impl Loader<'_> {
             while flying.len() < SEGMENTS_IN_FLIGHT
                 && let Some(place) = queue.pop_front()
             {
-                flying.push_back((place, reader.begin(place, Vec::new())));
+                flying.push_back((place, reader.begin(place, Vec::new(), When::Ahead)));
             }
-            let Some((place, task)) = flying.pop_front() else { return Ok(()) };
+            let Some((place, task)) = flying.pop_front() else { return Ok(Ok(())) };
             let object = ObjectName::Segment(place.number, place.epoch);
-            let meta = match self.continuing(place, task.join().await?).await? {
-                Ok(meta) => meta,
+            let mut fetched = task.join().await?;
+            if fetched.postponed {
+                fetched = reader.begin(place, Vec::new(), When::Needed).join().await?;
+            }
+            let (meta, holder) = match self.continuing(place, fetched).await? {
+                Ok(found) => found,
                 Err(why) => {
                     self.state.lost = Some((place.number, format!("{object}: {why}")));
-                    return Ok(());
+                    return Ok(Ok(()));
                 }
             };
-            if let Some(group) = self.state.push(meta) {
-                group.apply(sink)?;
+            if let Some(group) = self.state.push(meta, place, holder)
+                && let Err((number, why)) = group.apply(sink, &reader, &mut self.state.named).await?
+            {
+                self.state.lost = Some((number, why.clone()));
+                return Ok(Err(why));
             }
         }
     }
 
-    /// The first copy of a segment that is intact and continues the run.
+    /// The first copy of a segment that is intact and continues the run, and its holder.
     async fn continuing(
         &mut self,
         place: &Place,
         mut fetched: Fetched<SegmentMeta>,
-    ) -> Result<Result<SegmentMeta, String>, LoadError> {
+    ) -> Result<Result<(SegmentMeta, usize), String>, LoadError> {
         let object = ObjectName::Segment(place.number, place.epoch);
         let mut refused = Vec::new();
         let mut contradicting = Vec::new();
@@ -515,14 +491,22 @@ impl Loader<'_> {
             let Err(why) = self.state.refuse(&meta) else {
                 // The copies that were refused contradict one that fits: a segment never changes, so they are wrong.
                 self.damaged.append(&mut contradicting);
-                return Ok(Ok(meta));
+                return Ok(Ok((meta, from.unwrap_or_default())));
             };
             let Some(holder) = from else { return Ok(Err(why)) };
             let replica = self.plan.replicas[holder].clone();
             reasons.push(format!("replica {replica}: {why}"));
             contradicting.push(Damage { replica, object: object.path(), why });
             refused.push(holder);
-            fetched = self.reader.begin(place, refused.clone()).join().await?;
+            fetched = self.reader.begin(place, refused.clone(), When::Needed).join().await?;
         }
     }
+}
+
+/// Gives the entries of a part to the sink.
+fn put(part: &Part, sink: &mut dyn Sink) -> Result<(), LoadError> {
+    part.batches(|batch| {
+        let ops = batch.into_iter().map(|(key, value)| Op::Put { key, value }).collect();
+        sink.apply(ops).map_err(LoadError::Sink)
+    })
 }

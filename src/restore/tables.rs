@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use super::load::Sink;
+use super::sound::Flaw;
 use super::tree::text;
 use crate::format::codec::FormatError;
 use crate::format::record::Op;
@@ -36,6 +37,10 @@ impl Sink for Tables {
             };
         }
         Ok(())
+    }
+
+    fn flaws(&self, block_size: u32) -> Vec<Flaw> {
+        super::sound::flaws(self, block_size)
     }
 }
 

@@ -11,9 +11,11 @@ use crate::format::frame;
 use crate::format::names::ObjectName;
 use crate::format::record::{Op, Record};
 use crate::format::segment::{SegmentBuilder, SegmentHash, SegmentHeader};
-use crate::format::tables::{BlockEntry, Time, block_key, checkpoint_key, is_replicated, table};
+use crate::format::tables::{
+    BlockEntry, FileKind, Inode, Time, block_key, checkpoint_key, inode_key, is_replicated, table, volume_key,
+};
 use crate::format::volume::{Claim, Volume, testing};
-use crate::ids::{BlockHash, BlockId, Epoch, Lsn, SegmentNo};
+use crate::ids::{BlockHash, BlockId, Epoch, Ino, Lsn, SegmentNo};
 use crate::replica::Store;
 use crate::replica::fault::Faults;
 
@@ -114,6 +116,15 @@ impl World {
 
     /// Some changes without meaning for a tree.
     pub fn noise(&mut self, n: u64) {
+        if !self.live.contains_key(&inode_key(Ino::ROOT)) {
+            let root = Inode::new(FileKind::Directory, 0o755, (0, 0), Time::default());
+            let next = |name| Op::put(volume_key(name), (1u64 << 40).to_le_bytes().to_vec());
+            self.record(vec![
+                Op::put(inode_key(Ino::ROOT), Inode { parent: Ino::ROOT, ..root }.encode()),
+                next("next_ino"),
+                next("next_block"),
+            ]);
+        }
         for _ in 0..n {
             let id = self.block(format!("block {}", self.next_block).into_bytes());
             let at = self.lsn.0;

@@ -126,7 +126,7 @@ impl Replay {
             assert_eq!(self.frames.get(&at), Some(&entry.hash), "block {id} lies in no frame that holds it");
             self.tables.insert(block_key(id), entry.encode());
         }
-        self.records.extend(meta.records);
+        self.records.extend(meta.records.to_vec().unwrap());
         let value = SegmentValue {
             epoch: header.epoch,
             len: bytes.len() as u64,

@@ -14,7 +14,7 @@ fn volume() -> VolumeId {
 
 fn key(n: u32) -> Vec<u8> {
     let mut k = vec![2];
-    k.extend_from_slice(&n.to_be_bytes());
+    k.extend_from_slice(&u64::from(n).to_be_bytes());
     k
 }
 
@@ -30,17 +30,24 @@ fn manifest(parts: Vec<PartInfo>) -> Manifest {
         previous: SegmentHash([8; 32]),
         created_at: 1_790_000_000,
         entries: parts.iter().map(|p| p.entries).sum(),
-        raw_bytes: 77,
+        raw_bytes: 107_777,
         parts,
     }
 }
 
-fn part(index: u32, keys: std::ops::Range<u32>, len: usize) -> (Vec<u8>, PartInfo) {
+fn part(index: u32, keys: std::ops::Range<u32>, len: usize) -> (Bytes, PartInfo) {
     let mut b = PartBuilder::new(volume(), Lsn(50));
     for k in keys {
         b.push(&key(k), &vec![k as u8; len]).unwrap();
     }
-    b.finish(index).unwrap()
+    let (bytes, info) = b.finish(index).unwrap();
+    (bytes.into(), info)
+}
+
+fn damaged(bytes: &Bytes, damage: impl FnOnce(&mut Vec<u8>)) -> Bytes {
+    let mut bad = bytes.to_vec();
+    damage(&mut bad);
+    bad.into()
 }
 
 #[test]
@@ -54,11 +61,14 @@ fn parts_and_manifest_round_trip() {
     let bytes = m.encode().unwrap();
     assert_eq!(Manifest::decode(&bytes, SegmentNo(9), Epoch(2)), Ok(m.clone()));
     assert!(Manifest::decode(&bytes, SegmentNo(9), Epoch(1)).is_err());
-    assert_eq!(parse_part(&a, &m, 0).unwrap().entries.len(), 2);
+    assert_eq!(parse_part(&a, &m, 0).unwrap().entries, 2);
     let got = parse_part(&b, &m, 1).unwrap();
-    assert_eq!(got.entries.len(), 898);
-    assert_eq!((&got.entries[0].0[..], &got.entries[0].1[..]), (&key(2)[..], &[2u8; 100][..]));
-    assert!(parse_part(&c, &m, 2).unwrap().entries.is_empty());
+    let entries = got.to_vec().unwrap();
+    assert_eq!((entries.len(), got.entries, got.raw_bytes), (898, 898, 898 * 109));
+    assert_eq!((&entries[0].0[..], &entries[0].1[..]), (&key(2)[..], &[2u8; 100][..]));
+    assert_eq!(got.ends, Some((key(2).into(), key(899).into())));
+    let empty = parse_part(&c, &m, 2).unwrap();
+    assert!(empty.to_vec().unwrap().is_empty() && empty.ends.is_none());
     for (bytes, index) in [(&a, 1), (&b, 0), (&a, 3)] {
         assert!(parse_part(bytes, &m, index).is_err());
     }
@@ -71,8 +81,7 @@ fn every_damage_is_refused() {
             assert!(verify_part(&bytes[..cut]).is_err(), "cut at {cut}");
         }
         for bit in 0..bytes.len() * 8 {
-            let mut bad = bytes.clone();
-            bad[bit / 8] ^= 1 << (bit % 8);
+            let bad = damaged(&bytes, |b| b[bit / 8] ^= 1 << (bit % 8));
             assert!(verify_part(&bad).is_err(), "bit {bit}");
         }
     }
@@ -84,22 +93,66 @@ fn every_damage_is_refused() {
     }
 }
 
+/// Makes the hash right again.
+fn seal(bytes: &mut [u8]) {
+    let at = bytes.len() - HASH_LEN;
+    let hash = *blake3::hash(&bytes[..at]).as_bytes();
+    bytes[at..].copy_from_slice(&hash);
+}
+
+#[test]
+fn a_part_cannot_unpack_to_more_than_its_bytes_are_worth() {
+    // What a writer would compress most: many short entries, and long values of zeros.
+    for (keys, len) in [(0..200_000u32, 0), (0..120, MAX_VALUE)] {
+        let (bytes, _) = part(0, keys.clone(), len);
+        let part = verify_part(&bytes).unwrap();
+        assert_eq!(part.entries as usize, keys.len());
+        let zstd = bytes[10] == Codec::Zstd as u8;
+        let stored = bytes.len() as u64 - 96;
+        assert!(!zstd || is_plausible(stored, part.raw_len, keys.len() as u64));
+    }
+    // The same by one who does not keep to that.
+    let forge = |raw: &[u8], entries: u32| {
+        let stored = zstd::bulk::compress(raw, 19).unwrap();
+        let (good, _) = part(0, 0..1, 0);
+        let mut bytes = good[..40].to_vec();
+        bytes[10] = Codec::Zstd as u8;
+        for n in [entries, raw.len() as u32, stored.len() as u32] {
+            bytes.extend_from_slice(&n.to_le_bytes());
+        }
+        bytes.resize(HEADER_LEN, 0);
+        bytes.extend_from_slice(&stored);
+        bytes.resize(bytes.len() + HASH_LEN, 0);
+        seal(&mut bytes);
+        Bytes::from(bytes)
+    };
+    assert!(verify_part(&forge(&[0; MAX_PART_RAW], MAX_PART_RAW as u32 / 2)).is_err());
+    assert!(verify_part(&forge(&[0; MAX_PART_RAW], u32::MAX)).is_err());
+    assert!(verify_part(&forge(&[0; 64], 32)).is_err(), "empty keys");
+    let mut one = Vec::new();
+    put_blob(&mut one, &key(7));
+    put_blob(&mut one, b"value");
+    assert_eq!(verify_part(&forge(&one, 1)).unwrap().to_vec().unwrap().len(), 1);
+    assert!(verify_part(&forge(&[&one[..], &[0]].concat(), 1)).is_err(), "more than the entries");
+    one[1] = 0x0a;
+    assert!(verify_part(&forge(&one, 1)).is_err(), "an unknown table");
+}
+
 #[test]
 fn forged_headers_never_panic() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let (bytes, _) = part(0, 0..100, 40);
     let mut newer = 0;
     for _ in 0..20_000 {
-        let mut bad = bytes.clone();
-        for _ in 0..rng.random_range(1..3) {
-            let at = rng.random_range(8..bad.len() - 32);
-            bad[at] = rng.random();
-        }
-        let at = bad.len() - 32;
-        let hash = *blake3::hash(&bad[..at]).as_bytes();
-        bad[at..].copy_from_slice(&hash);
+        let bad = damaged(&bytes, |bad| {
+            for _ in 0..rng.random_range(1..3) {
+                let at = rng.random_range(8..bad.len() - 32);
+                bad[at] = rng.random();
+            }
+            seal(bad);
+        });
         match verify_part(&bad) {
-            Ok(part) => assert!(part.entries.len() <= 100),
+            Ok(part) => assert!(part.entries <= 100),
             Err(e) => newer += u32::from(e.newer),
         }
     }
@@ -114,10 +167,12 @@ fn builders_and_manifests_refuse_nonsense() {
     assert!(b.push(b"", b"").is_err());
     b.push(&key(1), b"").unwrap();
     assert!(b.push(&key(1), b"").is_err());
-    assert!(b.push(&key(2), &vec![0; MAX_PART_RAW]).is_err());
-    b.push(&key(2), &vec![0; PART_TARGET]).unwrap();
+    assert!(b.push(&key(2), &vec![0; MAX_VALUE + 1]).is_err());
+    for n in 2..=PART_TARGET / MAX_VALUE + 2 {
+        b.push(&key(n as u32), &vec![0; MAX_VALUE]).unwrap();
+    }
     assert!(b.is_full());
-    let good = manifest(vec![]);
+    let good = Manifest { raw_bytes: 0, ..manifest(vec![]) };
     assert!(good.encode().is_ok());
     for bad in [
         Manifest { lsn_begin: Lsn(71), ..good.clone() },
@@ -126,6 +181,10 @@ fn builders_and_manifests_refuse_nonsense() {
         Manifest { replay_from: SegmentNo(10), ..good.clone() },
         Manifest { replay_from: SegmentNo(0), ..good.clone() },
         Manifest { entries: 1, ..good.clone() },
+        Manifest { raw_bytes: 1, ..good.clone() },
+        manifest(vec![PartInfo { len: MAX_PART_LEN + 1, blake3: [0; 32], entries: 1 }]),
+        manifest(vec![PartInfo { len: 95, blake3: [0; 32], entries: 1 }]),
+        manifest(vec![PartInfo { len: 100, blake3: [0; 32], entries: 1 << 32 }]),
     ] {
         assert!(bad.encode().is_err(), "{bad:?}");
     }

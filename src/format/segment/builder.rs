@@ -5,8 +5,8 @@
 use bytes::Bytes;
 
 use super::{
-    END, FOOTER_LEN, Footer, HEADER_LEN, INDEX_ENTRY_LEN, MAX_LEN, MAX_META, SegmentHash, SegmentHeader,
-    WHAT, check_entry,
+    END, FOOTER_LEN, Footer, HEADER_LEN, INDEX_ENTRY_LEN, MAX_LEN, MAX_META, MAX_RECORDS, SegmentHash,
+    SegmentHeader, WHAT, check_entry,
 };
 use crate::direct::Gathered;
 use crate::format::codec::{Decoder, FormatError};
@@ -37,6 +37,7 @@ pub struct SegmentBuilder {
     frames_raw: u64,
     records: Vec<u8>,
     record_count: u32,
+    ops: u64,
     lsns: Option<(Lsn, Lsn)>,
     index: Vec<(BlockId, BlockEntry)>,
 }
@@ -60,6 +61,7 @@ impl SegmentBuilder {
             frames_raw: 0,
             records: Vec::new(),
             record_count: 0,
+            ops: 0,
             lsns: None,
             index: Vec::new(),
         }
@@ -119,11 +121,15 @@ impl SegmentBuilder {
 
     /// Appends one record (the bytes of `format::record`, exactly one). LSNs must ascend.
     pub fn push_record(&mut self, record: &[u8]) -> Result<(), FormatError> {
-        let lsn = Lsn(Decoder::new("record", record).varint()?);
+        let mut d = Decoder::new("record", record);
+        let (lsn, ops) = (Lsn(d.varint()?), d.varint()?);
+        if ops == 0 {
+            return Err(FormatError::new(WHAT, format!("record {lsn} changes nothing")));
+        }
         if lsn.0 == 0 || self.lsns.is_some_and(|(_, last)| last >= lsn) {
             return Err(FormatError::new(WHAT, format!("record {lsn} is out of order")));
         }
-        if (self.records.len() + record.len()) as u64 > MAX_META {
+        if (self.records.len() + record.len()) as u64 > MAX_RECORDS {
             return Err(FormatError::new(WHAT, "it has too many records"));
         }
         self.room(record.len())?;
@@ -135,6 +141,7 @@ impl SegmentBuilder {
         }
         self.records.extend_from_slice(record);
         self.record_count += 1;
+        self.ops += ops;
         self.lsns = Some((self.lsns.map_or(lsn, |(first, _)| first), lsn));
         Ok(())
     }
@@ -174,7 +181,7 @@ impl SegmentBuilder {
         let frames_len = (self.out.len() - HEADER_LEN) as u64;
         let meta_start = self.out.len();
         let records_raw = self.records.len() as u64;
-        let (records_codec, records) = pack(WHAT, self.records, RECORD_LEVEL)?;
+        let (records_codec, records) = pack(WHAT, self.records, self.ops, RECORD_LEVEL)?;
         self.out.extend_from_slice(&records);
         self.index.sort_by_key(|(id, _)| *id);
         self.index.dedup();
@@ -188,6 +195,9 @@ impl SegmentBuilder {
         }
         self.out.extend_from_slice(&index);
         let index_len = index.len() as u64;
+        if records.len() as u64 + index_len > MAX_META {
+            return Err(FormatError::new(WHAT, "its records and its index are too long"));
+        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.out[..HEADER_LEN]);
         hasher.update(&self.out[meta_start..]);

@@ -4,10 +4,11 @@ use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
+use crate::format::codec::put_varint;
 use crate::format::frame;
-use crate::format::record::Op;
-use crate::format::tables::FrameLoc;
-use crate::ids::BlockHash;
+use crate::format::record::{Op, Record};
+use crate::format::tables::{FrameLoc, inode_key, orphan_key};
+use crate::ids::{BlockHash, Ino};
 
 fn header(number: u64) -> SegmentHeader {
     SegmentHeader {
@@ -21,10 +22,26 @@ fn header(number: u64) -> SegmentHeader {
 }
 
 fn record(lsn: u64, len: usize) -> Record {
-    Record { lsn: Lsn(lsn), ops: vec![Op::put(vec![2, 1, 2], vec![7; len]), Op::delete(vec![3, 9])] }
+    Record {
+        lsn: Lsn(lsn),
+        ops: vec![Op::put(inode_key(Ino(2)), vec![7; len]), Op::delete(orphan_key(Ino(9)))],
+    }
 }
 
-fn sample(blocks: usize, records: usize, commit: Option<Lsn>) -> (Vec<u8>, SegmentMeta) {
+/// What a segment was made of.
+#[derive(Clone, Debug, PartialEq)]
+struct Parts {
+    footer: Footer,
+    index: Vec<(BlockId, BlockEntry)>,
+    records: Vec<Record>,
+}
+
+fn parts(meta: SegmentMeta) -> Parts {
+    assert_eq!(meta.records.len(), meta.footer.records as usize);
+    Parts { footer: meta.footer, index: meta.index, records: meta.records.to_vec().unwrap() }
+}
+
+fn sample(blocks: usize, records: usize, commit: Option<Lsn>) -> (Vec<u8>, Parts) {
     let mut b = SegmentBuilder::new(header(9));
     let mut index = Vec::new();
     for i in (0..blocks as u64).rev() {
@@ -54,7 +71,7 @@ fn sample(blocks: usize, records: usize, commit: Option<Lsn>) -> (Vec<u8>, Segme
     let (bytes, summary) = b.finish(commit).unwrap();
     assert_eq!(bytes.len() as u64, summary.len);
     assert!(summary.len <= most);
-    (bytes.to_vec(), SegmentMeta { footer: summary.footer, index, records })
+    (bytes.to_vec(), Parts { footer: summary.footer, index, records })
 }
 
 #[test]
@@ -64,7 +81,7 @@ fn segments_round_trip() {
     {
         let (bytes, expected) = sample(blocks, records, commit);
         let meta = verify_whole(&bytes).unwrap();
-        assert_eq!(meta, expected);
+        assert_eq!(parts(meta.clone()), expected);
         assert_eq!(meta.footer.commit, commit);
         meta.footer.expect(header(9).volume, SegmentNo(9), Epoch(2)).unwrap();
         assert!(meta.footer.expect(header(9).volume, SegmentNo(8), Epoch(2)).is_err());
@@ -76,7 +93,7 @@ fn segments_round_trip() {
         let range = footer.meta_range();
         assert_eq!(range.end + FOOTER_LEN as u64, len);
         let part = &bytes[range.start as usize..range.end as usize];
-        assert_eq!(parse_meta(&footer, part).unwrap(), expected);
+        assert_eq!(parts(parse_meta(&footer, part).unwrap()), expected);
         for (_, entry) in expected.index.iter().filter(|(_, e)| e.loc.segment == SegmentNo(9)) {
             let at = entry.loc.offset as usize;
             let stored = &bytes[at..at + entry.loc.stored_len as usize];
@@ -227,4 +244,121 @@ fn the_builder_refuses_nonsense() {
     let mut b = SegmentBuilder::new(header(9));
     b.push(&record(5, 1)).unwrap();
     assert!(b.finish(Some(Lsn(4))).is_err());
+}
+
+/// A segment with these bytes as records, all its hashes right. It says what the bytes need.
+fn forged(codec: Codec, stored: &[u8], raw_len: u64, records: u32, lsns: (u64, u64)) -> Vec<u8> {
+    let mut out = header(9).encode().to_vec();
+    out.extend_from_slice(stored);
+    let footer = Footer {
+        header: header(9),
+        object_len: (HEADER_LEN + stored.len() + FOOTER_LEN) as u64,
+        frames_len: 0,
+        frames: 0,
+        frames_raw: 0,
+        records,
+        records_codec: codec,
+        records_len: stored.len() as u64,
+        records_raw: raw_len,
+        entries: 0,
+        index_len: 0,
+        lsns: Some((Lsn(lsns.0), Lsn(lsns.1))),
+        commit: Some(Lsn(lsns.1)),
+        meta_hash: *blake3::hash(&out).as_bytes(),
+        body_hash: *blake3::hash(&out).as_bytes(),
+        hash: SegmentHash::default(),
+    };
+    out.extend_from_slice(&footer.encode());
+    out
+}
+
+/// A record of `count` operations that are all `op`.
+fn many(lsn: u64, count: u64, op: &[u8]) -> Vec<u8> {
+    let mut raw = Vec::new();
+    put_varint(&mut raw, lsn);
+    put_varint(&mut raw, count);
+    raw.extend_from_slice(&op.repeat(count as usize));
+    raw
+}
+
+fn delete_of(key: &[u8]) -> Vec<u8> {
+    let mut op = vec![0];
+    crate::format::codec::put_blob(&mut op, key);
+    op
+}
+
+#[test]
+fn a_small_segment_cannot_unpack_to_millions_of_operations() {
+    let tomb = delete_of(&orphan_key(Ino(9)));
+    for op in [&delete_of(b"")[..], &tomb] {
+        let raw = many(5, (60 << 20) / op.len() as u64, op);
+        let stored = zstd::bulk::compress(&raw, 19).unwrap();
+        let bytes = forged(Codec::Zstd, &stored, raw.len() as u64, 1, (5, 5));
+        assert!(bytes.len() < 20_000, "{}", bytes.len());
+        let why = verify_whole(&bytes).unwrap_err().why;
+        assert!(why.contains("impossible numbers"), "{why}");
+    }
+    // Within the limit of bytes it is that of operations that ends it.
+    let raw = many(5, 5000, &tomb);
+    let stored = zstd::bulk::compress(&raw, 3).unwrap();
+    let padded = many(5, 50, &[&[1, 9][..], &orphan_key(Ino(9)), &[0x80, 0x04], &[7; 512]].concat());
+    assert!(stored.len() as u64 * 256 < raw.len() as u64, "{} {}", stored.len(), raw.len());
+    assert!(verify_whole(&forged(Codec::Raw, &padded, padded.len() as u64, 1, (5, 5))).is_ok());
+    let mut mixed = many(5, 20_000, &tomb);
+    let noise: Vec<u8> = (0..4000).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 23) as u8).collect();
+    let mut record = Vec::new();
+    Record { lsn: Lsn(6), ops: vec![Op::put(inode_key(Ino(3)), noise)] }.encode(&mut record);
+    mixed.extend_from_slice(&record);
+    let stored = zstd::bulk::compress(&mixed, 3).unwrap();
+    let why = verify_whole(&forged(Codec::Zstd, &stored, mixed.len() as u64, 2, (5, 6))).unwrap_err().why;
+    assert!(why.contains("operations in"), "{why}");
+}
+
+#[test]
+fn a_writer_keeps_to_the_limits_that_readers_hold_it_to() {
+    // Records that shrink to nothing.
+    for len in [0, 4096] {
+        let mut b = SegmentBuilder::new(header(9));
+        for lsn in 1..300 {
+            b.push(&Record { lsn: Lsn(lsn), ops: vec![Op::put(inode_key(Ino(2)), vec![0; len]); 5] })
+                .unwrap();
+        }
+        let (bytes, summary) = b.finish(None).unwrap();
+        let meta = verify_whole(&bytes).unwrap();
+        assert_eq!(meta.records.len(), 299);
+        assert_eq!(summary.footer.records_codec, Codec::Raw);
+    }
+}
+
+#[test]
+fn keys_that_no_table_has_are_refused() {
+    let good = delete_of(&inode_key(Ino(2)));
+    let block = crate::format::tables::block_key(BlockId(3));
+    let put = |key: &[u8]| [&[1][..], &delete_of(key)[1..], &[1, 0]].concat();
+    assert!(verify_whole(&forged(Codec::Raw, &many(5, 1, &good), 13, 1, (5, 5))).is_ok());
+    for (op, text) in [
+        (delete_of(b""), "impossible key"),
+        (delete_of(&[2]), "impossible key"),
+        (delete_of(&[2; 10]), "impossible key"),
+        (delete_of(&[0x0a; 9]), "impossible key"),
+        (delete_of(&[0x81; 9]), "impossible key"),
+        (put(&block), "a block's entry"),
+        (vec![2, 9, 2, 0, 0, 0, 0, 0, 0, 0, 2], "unknown operation"),
+    ] {
+        let raw = many(5, 1, &op);
+        let why = verify_whole(&forged(Codec::Raw, &raw, raw.len() as u64, 1, (5, 5))).unwrap_err().why;
+        // The shortest ones are below what a record can be.
+        assert!(why.contains(text) || raw.len() < 7, "{text}: {why}");
+    }
+    let raw = many(5, 1, &delete_of(&block));
+    assert!(verify_whole(&forged(Codec::Raw, &raw, raw.len() as u64, 1, (5, 5))).is_ok());
+    // A count that the bytes cannot hold, none at all, LSN 0.
+    for (lsn, count, records) in [(5, 1 << 40, 1), (5, 0, 1), (0, 1, 1), (5, 1, u32::MAX)] {
+        let mut raw = Vec::new();
+        put_varint(&mut raw, lsn);
+        put_varint(&mut raw, count);
+        raw.extend_from_slice(&good);
+        let bad = forged(Codec::Raw, &raw, raw.len() as u64, records, (5, 5));
+        assert!(verify_whole(&bad).is_err(), "{lsn} {count} {records}");
+    }
 }

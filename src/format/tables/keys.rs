@@ -55,6 +55,23 @@ pub fn is_replicated(key: &[u8]) -> bool {
     key.first().is_some_and(|t| *t < table::FIRST_LOCAL)
 }
 
+/// Whether `key` is one that a replicated table can have: of a known table, and of that table's
+/// form. What it names may still be nonsense.
+#[must_use]
+pub fn is_well_formed(key: &[u8]) -> bool {
+    let Some((table, rest)) = key.split_first() else { return false };
+    let len = rest.len();
+    match *table {
+        table::INODE | table::BLOCK | table::BLOCK_REFS | table::ORPHAN => len == 8,
+        table::EXTENT => len == 16,
+        table::CHECKPOINT => len == 12,
+        table::DIRENT => len > 16,
+        table::XATTR => len > 8,
+        table::VOLUME | table::SNAPSHOT => len > 0,
+        _ => false,
+    }
+}
+
 fn key_u64(table: u8, n: u64) -> Bytes {
     let mut k = Vec::with_capacity(9);
     k.push(table);
@@ -266,6 +283,32 @@ mod tests {
         assert!(key < start);
         let (s, e) = prefix_range(&[3, 0xff]);
         assert_eq!((&s[..], &e[..]), (&[3, 0xff][..], &[4][..]));
+    }
+
+    #[test]
+    fn keys_of_other_forms_are_told_apart() {
+        let (ino, block) = (Ino(7), BlockId(8));
+        for key in [
+            volume_key("usage"),
+            inode_key(ino),
+            dirent_key(ino, b"n"),
+            xattr_key(ino, b"user.x"),
+            extent_key(ino, 3),
+            block_key(block),
+            block_refs_key(block),
+            orphan_key(ino),
+            checkpoint_key(SegmentNo(9), Epoch(10)),
+        ] {
+            assert!(is_well_formed(&key), "{key:?}");
+            for other in [&key[..1], &[0x0a; 9], &[0; 9], &[]] {
+                assert!(!is_well_formed(other), "{other:?}");
+            }
+        }
+        assert!(!is_well_formed(&[&inode_key(ino)[..], b"x"].concat()));
+        assert!(!is_well_formed(&inode_key(ino)[..8]));
+        assert!(!is_well_formed(&dirent_key(ino, b"")));
+        assert!(!is_well_formed(&xattr_key(ino, b"")));
+        assert!(!is_well_formed(&dirty_key(block)));
     }
 
     #[test]

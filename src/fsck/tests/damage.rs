@@ -235,6 +235,20 @@ fn cases() -> Vec<Case> {
         case("next inode", &[(NextNumber, "the next inode would get number 3")], &[], |w, _| {
             w.change(|tx| tx.put(volume_key(crate::vfs::NEXT_INO), 3u64.to_le_bytes().to_vec()));
         }),
+        case(
+            "next inode beyond all",
+            &[(NextNumber, "would get number 18446744073709551614")],
+            &[],
+            |w, _| {
+                w.change(|tx| tx.put(volume_key("next_ino"), (u64::MAX - 1).to_le_bytes().to_vec()));
+            },
+        ),
+        case("next block beyond all", &[(NextNumber, "and there are none from")], &[], |w, _| {
+            w.change(|tx| tx.put(volume_key("next_block"), (1u64 << 62).to_le_bytes().to_vec()));
+        }),
+        case("root marked as deleted", &[(OrphanHasName, "/: it is on the list of")], &[], |w, _| {
+            w.change(|tx| tx.put(orphan_key(Ino::ROOT), Vec::new()));
+        }),
         case("next block", &[(NextNumber, "the next block would get number 1")], &[], |w, _| {
             w.change(|tx| tx.put(volume_key(crate::cache::store::NEXT_BLOCK), 1u64.to_le_bytes().to_vec()));
         }),

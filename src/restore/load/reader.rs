@@ -21,6 +21,9 @@ use crate::replica::{Store, StoreError};
 
 /// How much of a segment's end is asked for, in bytes; between these it follows what was needed lately.
 const TAIL: (u64, u64) = (64 << 10, 4 << 20);
+/// Records and index up to this length are fetched ahead of their turn. Larger ones wait for it, so
+/// that only one of them is in memory.
+const AHEAD: u64 = TAIL.1;
 
 /// A spawned task that ends with its handle.
 pub(super) struct Task<T>(JoinHandle<T>);
@@ -56,6 +59,17 @@ pub(super) struct Fetched<T> {
     silent: Vec<String>,
     /// Set when a copy is of a newer format.
     newer: Option<String>,
+    /// It is too large to be fetched ahead: to be asked for when it is needed.
+    pub postponed: bool,
+}
+
+/// When a segment is fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// Before it is needed, unless it is large.
+    Ahead,
+    /// Now that it is needed.
+    Needed,
 }
 
 /// The value; or why there is none; or an error when that is not certain.
@@ -91,6 +105,7 @@ pub(super) struct Reader {
 enum ReadError {
     Store(StoreError),
     Format(FormatError),
+    Postponed,
 }
 
 impl Reader {
@@ -105,13 +120,14 @@ impl Reader {
     }
 
     /// Begins to fetch a segment without its frames, asking its holders but those in `without`.
-    pub(super) fn begin(&self, place: &Place, without: Vec<usize>) -> Task<Fetched<SegmentMeta>> {
+    pub(super) fn begin(&self, place: &Place, without: Vec<usize>, when: When) -> Task<Fetched<SegmentMeta>> {
         let (reader, mut place) = (self.clone(), place.clone());
         place.holders.retain(|(holder, _)| !without.contains(holder));
         Task::spawn(async move {
             let object = ObjectName::Segment(place.number, place.epoch).path();
             let (reader, place, path) = (&reader, &place, object.as_str());
-            let get = |(holder, size), patience| reader.segment((holder, size), path, place, patience);
+            let get =
+                |(holder, size), patience| reader.segment((holder, size), path, place, (when, patience));
             reader.ask(path, &place.holders, |(holder, _)| *holder, get).await
         })
     }
@@ -203,7 +219,7 @@ impl Reader {
         (holder, size): (usize, u64),
         object: &str,
         place: &Place,
-        patience: Patience,
+        (when, patience): (When, Patience),
     ) -> Result<SegmentMeta, ReadError> {
         let ask = self.tail.load(Ordering::Relaxed).min(size);
         let tail = self.read(holder, object, (size - ask, ask), patience).await?;
@@ -213,8 +229,16 @@ impl Reader {
         let tail_start = size - ask;
         let needed = range.end - range.start + FOOTER_LEN as u64;
         self.tail.store((needed + needed / 4).clamp(TAIL.0, TAIL.1), Ordering::Relaxed);
+        if when == When::Ahead && needed > AHEAD {
+            return Err(ReadError::Postponed);
+        }
         let meta = if range.start >= tail_start {
             tail.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize)
+        } else if needed > AHEAD {
+            // What is large is read once more as a whole instead of being put together, which would
+            // take it twice in memory.
+            drop(tail);
+            self.read(holder, object, (range.start, range.end - range.start), patience).await?
         } else {
             let missing_end = tail_start.min(range.end);
             let missing = (range.start, missing_end - range.start);
@@ -243,6 +267,10 @@ impl Reader {
                 fetched.from = Some(holder);
                 return true;
             }
+            Err(ReadError::Postponed) => {
+                fetched.postponed = true;
+                return true;
+            }
             Err(ReadError::Format(e)) if e.newer => {
                 fetched.newer = Some(e.to_string());
                 return false;
@@ -261,6 +289,13 @@ impl Reader {
 
 impl<T> Fetched<T> {
     fn nothing() -> Self {
-        Self { value: None, from: None, damaged: Vec::new(), silent: Vec::new(), newer: None }
+        Self {
+            value: None,
+            from: None,
+            damaged: Vec::new(),
+            silent: Vec::new(),
+            newer: None,
+            postponed: false,
+        }
     }
 }

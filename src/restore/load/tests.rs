@@ -8,6 +8,7 @@ use super::super::testing::World;
 use super::super::{Tables, plan, survey};
 use super::*;
 use crate::format::checkpoint::ManifestHash;
+use crate::format::tables::{block_key, inode_key, orphan_key, volume_key, xattr_key};
 use crate::ids::Ino;
 use crate::replica::ErrorKind;
 use crate::replica::fault::{Fault, Op as FaultOp, Rule};
@@ -320,13 +321,92 @@ async fn large_records_are_fetched_in_two_reads() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for i in 0..40u8 {
         let value: Vec<u8> = (0..20_000).map(|_| rng.random()).collect();
-        world.record(vec![Op::put(vec![4, i], value)]);
+        world.record(vec![Op::put(xattr_key(Ino(1), &[i + 1]), value)]);
     }
     world.cut(1, true).await;
     world.noise(1);
     world.cut(1, true).await;
     let loaded = loads(&world, 2).await;
     assert!(loaded.bytes > 800_000);
+}
+
+/// Records of one group are kept in memory up to 1 KiB in tests: the rest is fetched again.
+#[tokio::test]
+async fn a_large_group_is_applied_without_all_of_it_in_memory() {
+    let mut world = World::new(2).await;
+    world.noise(3);
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for i in 0..40u8 {
+        let value: Vec<u8> = (0..200).map(|_| rng.random()).collect();
+        world.record(vec![Op::put(xattr_key(Ino(1), &[i + 1]), value)]);
+    }
+    world.cut(8, true).await;
+    let loaded = loads(&world, 8).await;
+    assert!(loaded.warnings.is_empty() && loaded.damaged.is_empty(), "{:?}", loaded.warnings);
+    // The same where the first holder has none of it.
+    for number in 1..=8 {
+        world.delete(0, &world.segment(SegmentNo(number))).await;
+    }
+    loads(&world, 8).await;
+}
+
+#[tokio::test]
+async fn tables_that_contradict_themselves_are_used_only_when_there_are_no_others() {
+    let mut world = five(2).await;
+    // A checkpoint that is whole, and has a mark of deletion on the root.
+    let mut forged = world.live.clone();
+    forged.insert(orphan_key(Ino::ROOT), Bytes::new());
+    world.checkpoint_of(&forged, world.lsn, world.number.next()).await;
+    let loaded = loads(&world, 8).await;
+    assert_eq!((loaded.checkpoint, loaded.flaws.len()), (None, 0));
+    assert!(loaded.warnings[0].contains("checkpoint 8 of epoch 1 gives tables"), "{:?}", loaded.warnings);
+    // When the log says so itself there is nothing better.
+    world.record(vec![Op::put(volume_key("next_ino"), 1u64.to_le_bytes().to_vec())]);
+    world.cut(1, true).await;
+    let loaded = loads(&world, 9).await;
+    assert!(loaded.flaws[0].fatal, "{:?}", loaded.flaws);
+    assert!(loaded.flaws[0].text.contains("the next inode would get number 1"), "{:?}", loaded.flaws);
+}
+
+#[tokio::test]
+async fn flaws_do_not_make_a_load_depend_on_what_cannot_be_reached() {
+    let mut world = five(1).await;
+    let mut odd = world.live.clone();
+    odd.insert(orphan_key(Ino::ROOT), Bytes::new());
+    world.checkpoint_of(&odd, world.lsn, world.number.next()).await;
+    world.noise(1);
+    world.cut(1, true).await;
+    let first = world.segment(SegmentNo(1));
+    let rule = Rule::always(Fault::Before(ErrorKind::Transient), &[FaultOp::Get]).on(&first);
+    world.faults[0].add(rule);
+    let (loaded, _) = attempt(&world).await;
+    let loaded = loaded.unwrap();
+    assert_eq!((loaded.last_segment, loaded.flaws.len()), (SegmentNo(9), 1));
+    assert!(loaded.warnings.iter().any(|w| w.contains("was not tried")), "{:?}", loaded.warnings);
+}
+
+#[tokio::test]
+async fn an_older_state_is_not_better_than_one_with_flaws() {
+    let mut world = five(1).await;
+    world.checkpoint().await;
+    world.record(vec![Op::delete(inode_key(Ino::ROOT))]);
+    world.cut(1, true).await;
+    let loaded = loads(&world, 9).await;
+    assert_eq!((loaded.last_segment, loaded.flaws.is_empty()), (SegmentNo(9), false));
+}
+
+#[tokio::test]
+async fn a_manifest_that_misstates_its_parts_is_not_used() {
+    let world = five(1).await;
+    world.checkpoint().await;
+    let path = "checkpoints/0000000000000008-00000001/manifest";
+    let bytes = world.stores[0].get(path).await.unwrap();
+    let manifest = Manifest::decode(&bytes, SegmentNo(8), Epoch(1)).unwrap();
+    let other = Manifest { raw_bytes: manifest.raw_bytes + 1, ..manifest };
+    world.put_all(path, other.encode().unwrap()).await;
+    let loaded = loads(&world, 8).await;
+    assert_eq!(loaded.checkpoint, None);
+    assert!(loaded.warnings[0].contains("its manifest says"), "{:?}", loaded.warnings);
 }
 
 /// Random damage on one or two of three replicas never changes the result; on all of them it never gives another state

@@ -145,6 +145,10 @@ fn random(len: usize, seed: u8) -> Vec<u8> {
     out
 }
 
+fn ops_of(meta: &SegmentMeta) -> Vec<Op> {
+    meta.records.to_vec().unwrap().into_iter().flat_map(|r| r.ops).collect()
+}
+
 #[test]
 fn only_replicated_operations_are_shipped_and_block_entries_only_by_the_index() {
     let mut f = Fixture::new();
@@ -160,21 +164,21 @@ fn only_replicated_operations_are_shipped_and_block_entries_only_by_the_index() 
     assert_eq!(f.seal(), Some(SegmentNo(1)));
     let meta = f.segment(SegmentNo(1));
     assert_eq!(meta.index.iter().map(|(i, e)| (*i, e.hash)).collect::<Vec<_>>(), [(id, BlockHash::of(&raw))]);
-    let shipped: Vec<&Op> = meta.records.iter().flat_map(|r| &r.ops).collect();
-    assert!(shipped.iter().all(|op| is_shipped(op)));
+    let shipped = ops_of(&meta);
+    assert!(shipped.iter().all(is_shipped));
     for op in [
         Op::put(inode_key(Ino(7)), &b"inode"[..]),
         Op::put(extent_key(Ino(7), 0), &b"extent"[..]),
         Op::delete(block_key(BlockId(999))),
     ] {
-        assert!(shipped.contains(&&op), "{op:?} is missing in {shipped:?}");
+        assert!(shipped.contains(&op), "{op:?} is missing in {shipped:?}");
     }
     // The registration itself put the block's entry: it must not appear in the next group.
     f.put(inode_key(Ino(8)), b"next");
     assert_eq!(f.seal(), Some(SegmentNo(2)));
     let next = f.segment(SegmentNo(2));
     assert_eq!(next.footer.header.previous, meta.footer.hash);
-    let ops: Vec<Op> = next.records.into_iter().flat_map(|r| r.ops).collect();
+    let ops = ops_of(&next);
     assert_eq!(ops, [Op::put(inode_key(Ino(8)), &b"next"[..])]);
     assert!(f.journal.get(&block_key(id)).unwrap().is_some());
     assert!(f.journal.get(&dirty_key(id)).unwrap().is_none());
@@ -220,7 +224,7 @@ fn a_block_that_dies_behind_its_cut_is_sealed_and_taken_away_by_the_log() {
     assert!(f.journal.get(&block_key(id)).unwrap().is_none());
     assert!(f.journal.get(&frame_key(&BlockHash::of(&raw))).unwrap().is_none());
     f.seal();
-    let ops: Vec<Op> = f.segment(SegmentNo(2)).records.into_iter().flat_map(|r| r.ops).collect();
+    let ops = ops_of(&f.segment(SegmentNo(2)));
     assert!(ops.contains(&Op::delete(block_key(id))), "{ops:?}");
     assert_eq!((f.blocks.space.dirty(), f.blocks.counts().1), (0, 0));
 }
@@ -285,7 +289,7 @@ fn replay(f: &Fixture) -> Vec<BlockId> {
         assert_eq!((meta.footer.header.txg_first, meta.footer.header.previous), (first, previous));
         previous = meta.footer.hash;
         found.extend(meta.index.iter().map(|(id, _)| *id));
-        for op in meta.records.iter().flat_map(|r| &r.ops) {
+        for op in &ops_of(&meta) {
             if let Op::Delete { key } = op
                 && key.first() == Some(&table::BLOCK)
             {
@@ -445,7 +449,7 @@ fn a_crash_between_segments_and_blocks_seals_the_blocks_once_more() {
     f.seal();
     let meta = f.segment(SegmentNo(2));
     assert_eq!(meta.index.iter().map(|(i, _)| *i).collect::<Vec<_>>(), [id]);
-    let ops: Vec<Op> = meta.records.into_iter().flat_map(|r| r.ops).collect();
+    let ops = ops_of(&meta);
     assert!(ops.contains(&Op::delete(block_key(dead))), "segment 1 names it: {ops:?}");
     let frame = f.journal.get(&frame_key(&BlockHash::of(&raw))).unwrap().unwrap();
     assert_eq!(FrameValue::decode(&frame).unwrap().uses, 1);
@@ -477,9 +481,9 @@ fn a_seal_that_fails_leaves_nothing_and_is_tried_again() {
     expected[100..150].fill(1);
     let meta = f.segment(SegmentNo(2));
     assert!(meta.index.iter().any(|(i, e)| *i == block.id && e.hash == BlockHash::of(&expected)));
-    assert!(meta.records.iter().all(|r| r.lsn <= cut.lsn));
+    assert!(meta.records.to_vec().unwrap().iter().all(|r| r.lsn <= cut.lsn));
     f.seal();
-    assert_eq!(f.segment(SegmentNo(3)).records[0].ops, [Op::put(orphan_key(Ino(5)), Bytes::new())]);
+    assert_eq!(ops_of(&f.segment(SegmentNo(3))), [Op::put(orphan_key(Ino(5)), Bytes::new())]);
 }
 
 #[test]
@@ -498,7 +502,7 @@ fn local_changes_alone_make_no_segment_and_never_outrun_the_remembered_mark() {
     let mut f = f.reopen();
     f.put(volume_key("x"), b"2");
     assert_eq!(f.seal(), Some(SegmentNo(2)), "the records behind the mark are still there");
-    let ops: Vec<Op> = f.segment(SegmentNo(2)).records.into_iter().flat_map(|r| r.ops).collect();
+    let ops = ops_of(&f.segment(SegmentNo(2)));
     assert_eq!(ops, [Op::put(volume_key("x"), &b"2"[..])]);
 }
 
