@@ -51,6 +51,9 @@
 //!
 //! In reading order; imports go downwards only (`tests/tidy.rs` holds them to it).
 
+#[doc(hidden)]
+pub mod fuzz;
+
 pub mod cli;
 pub mod guardian;
 pub mod daemon;

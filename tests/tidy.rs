@@ -14,7 +14,8 @@ const LONG: [(&str, usize, &str); 1] =
     [("tests/model/ops.rs", 1200, "one arm for each operation of the model test")];
 
 /// The modules in reading order. An import goes downwards only.
-const ORDER: [&str; 24] = [
+const ORDER: [&str; 25] = [
+    "fuzz",
     "cli",
     "guardian",
     "daemon",

@@ -16,8 +16,6 @@ pub const OPS_PER_BYTE: u64 = 2;
 /// Largest distance that a compressed section may refer back, as a power of two: a reader keeps
 /// that much of its raw bytes.
 pub const MAX_WINDOW_LOG: u32 = 22;
-/// Numbers of inodes and blocks are below this one: counting up from it can never wrap.
-pub const NUMBERS_END: u64 = 1 << 62;
 /// Largest `volume.json`, claim or release, in bytes.
 pub const MAX_SMALL_JSON: usize = 64 << 10;
 

@@ -6,7 +6,6 @@ use super::blocks::{Blocks, Look, next_of};
 use super::names::{Missing, Node, Nodes, UNREADABLE};
 use super::types::{Findings, Fix, Kind, Totals};
 use super::{Input, Rows, Stop};
-use crate::format::limits::NUMBERS_END;
 use crate::format::tables::{
     BLOCKS_PER_CHUNK, Body, Extents, FileKind, INLINE_MAX, Inode, chunk_of_extent_key, table,
 };
@@ -287,10 +286,6 @@ pub(super) fn check_next(
     } else if stored < least {
         findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least }), || {
             format!("the next {what} would get number {stored}, but numbers up to {} are in use", least - 1)
-        });
-    } else if stored > NUMBERS_END && least <= NUMBERS_END {
-        findings.about(Kind::NextNumber, Some(Fix::SetNext { name, next: least.max(without) }), || {
-            format!("the next {what} would get number {stored}, which no volume can come to")
         });
     }
     Ok(())

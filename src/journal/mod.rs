@@ -23,6 +23,8 @@ mod brief;
 mod disk;
 mod error;
 mod flusher;
+#[doc(hidden)]
+pub mod fuzz;
 mod import;
 mod kept;
 mod memtable;
@@ -64,10 +66,9 @@ use memtable::Changes;
 use shared::Shared;
 use witness::{Point, State, Statement};
 
-/// The longest key, in bytes.
-pub const MAX_KEY: usize = 4 << 10;
-/// The longest value, in bytes: sled puts values from 1 MiB on into files that it never syncs, and keeps several in one page.
-pub const MAX_VALUE: usize = 128 << 10;
+// The longest value is far below what sled puts into files that it never syncs (1 MiB), and leaves
+// room for several in one page.
+pub use crate::format::limits::{MAX_KEY, MAX_VALUE};
 
 /// Called before each sync of the tail, by whoever does that, with the highest mark that its records rest on ([`Tx::rest_on`]; 0 for none):
 /// returns when block data up to that mark is durable. Must not call the journal. An error poisons.

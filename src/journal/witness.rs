@@ -138,6 +138,18 @@ impl Statement {
     }
 }
 
+/// Reads bytes as a statement, also with the checksum that they should have: what was read is
+/// written alike. For fuzzing.
+pub(super) fn fuzz(bytes: &[u8]) {
+    let _ = Statement::decode(bytes);
+    let Some(body) = bytes.get(..LEN - 4) else { return };
+    let mut sealed = body.to_vec();
+    sealed.extend_from_slice(&crc32fast::hash(body).to_le_bytes());
+    if let Ok((counter, now)) = Statement::decode(&sealed) {
+        assert!(now.encode(counter) == sealed, "a statement is written otherwise than it was read");
+    }
+}
+
 /// The witness file, open for statements.
 pub(super) struct Witness {
     disk: Disk,

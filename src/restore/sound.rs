@@ -8,12 +8,11 @@
 use std::fmt;
 
 use super::Tables;
-use crate::format::limits::NUMBERS_END;
 use crate::format::tables::{
     BlockEntry, Dirent, Extents, FileKind, Inode, inode_key, is_well_formed, name_cookie, number_of_key,
     orphan_key, prefix_range, split_dirent_key, table, volume_key,
 };
-use crate::ids::Ino;
+use crate::ids::{Ino, NUMBERS_END};
 
 /// Names of the counters that give new numbers.
 const NEXT_INO: &str = "next_ino";

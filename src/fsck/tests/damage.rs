@@ -252,10 +252,10 @@ fn cases() -> Vec<Case> {
         case("next block", &[(NextNumber, "the next block would get number 1")], &[], |w, _| {
             w.change(|tx| tx.put(volume_key(crate::cache::store::NEXT_BLOCK), 1u64.to_le_bytes().to_vec()));
         }),
-        case("last inode", &[(NextNumber, "would get number 18446744073709551615, which")], &[], |w, _| {
+        case("last inode", &[(NextNumber, "would get number 18446744073709551615, and")], &[], |w, _| {
             w.change(|tx| tx.put(volume_key(crate::vfs::NEXT_INO), u64::MAX.to_le_bytes().to_vec()));
         }),
-        case("last block", &[(NextNumber, "would get number 18446744073709551612, which")], &[], |w, _| {
+        case("last block", &[(NextNumber, "would get number 18446744073709551612, and")], &[], |w, _| {
             let next = (u64::MAX - 3).to_le_bytes().to_vec();
             w.change(|tx| tx.put(volume_key(crate::cache::store::NEXT_BLOCK), next));
         }),
