@@ -15,6 +15,7 @@
 
 use std::fmt;
 
+use super::{MAX_JSON, checkpoint, segment};
 use crate::ids::{Epoch, SegmentNo};
 
 /// Prefix of all writer's claims.
@@ -23,6 +24,9 @@ pub const EPOCHS: &str = "epochs/";
 pub const SEGMENTS: &str = "segments/";
 /// Prefix of all checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints/";
+
+/// The most bytes of any object.
+pub const MOST_BYTES: u64 = segment::MAX_LEN;
 
 /// Segment numbers that share a folder, as a power of two.
 const FOLDER_BITS: u32 = 12;
@@ -70,6 +74,18 @@ impl ObjectName {
         };
         // Whatever is not written exactly like this (upper case, signs, other widths or folders) is foreign.
         (name.to_string() == path).then_some(name)
+    }
+
+    /// The most bytes that such an object has. A larger one is damage, and is not read.
+    #[must_use]
+    pub fn most_bytes(&self) -> u64 {
+        match self {
+            Self::Volume => 1 << 20,
+            Self::Claim(_) | Self::Release(_) => 64 << 10,
+            Self::Segment(..) => segment::MAX_LEN,
+            Self::CheckpointPart(..) => checkpoint::MAX_PART_LEN,
+            Self::CheckpointManifest(..) => MAX_JSON as u64,
+        }
     }
 
     /// The path below the replica's root.

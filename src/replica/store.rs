@@ -22,11 +22,16 @@ use super::folder::Seat;
 use super::limit::Timetable;
 use super::pace::Pace;
 use super::throttle::Throttles;
+use crate::format::names::ObjectName;
 use crate::ids::ReplicaName;
 use crate::private;
 
 /// Files above this many bytes are sent in parts.
 const SINGLE_PUT: u64 = 64 << 20;
+/// Names that a listing keeps although mirrorfs does not make such; others are only counted.
+const FOREIGN_KEPT: u64 = 10_000;
+/// Names that a listing keeps at all.
+const MOST_LISTED: usize = 1 << 24;
 /// How often an ambiguous creation is tried.
 const CREATE_TRIES: u32 = 3;
 
@@ -357,11 +362,26 @@ impl Store {
         mut pages: BoxStream<'static, object_store::Result<ObjectMeta>>,
     ) -> Result<Vec<ObjectInfo>, StoreError> {
         bump(&self.counters.list);
-        let mut found = Vec::new();
+        let (mut found, mut foreign) = (Vec::new(), 0_u64);
         // The deadline is for every page, not for the whole: a listing may be long, but it must go on.
         while let Some(meta) = self.call("list", prefix, self.limits.call, pages.try_next()).await? {
             let Some(path) = self.relative(&meta.location) else { continue };
+            // Any number of names may lie there that are nothing to us.
+            if ObjectName::parse(&path).is_none() {
+                foreign += 1;
+                if foreign > FOREIGN_KEPT {
+                    continue;
+                }
+            }
+            if found.len() >= MOST_LISTED {
+                let text =
+                    format!("more than {MOST_LISTED} objects are listed, so most of them must be junk");
+                return Err(self.error("list", prefix, ErrorKind::Corrupt, text));
+            }
             found.push(ObjectInfo { path, size: meta.size });
+        }
+        if foreign > FOREIGN_KEPT {
+            log::warn!("replica {}: {foreign} names below {prefix:?} are none of mirrorfs", self.name);
         }
         found.sort();
         Ok(found)
