@@ -8,6 +8,7 @@
 //!                                                                  └──────── write ─▶ files, with content
 //! ```
 
+mod anchor;
 mod content;
 pub(crate) mod fetch;
 mod load;
@@ -18,16 +19,19 @@ mod tables;
 #[cfg(test)]
 mod testing;
 mod tree;
+mod trust;
 mod write;
 
+pub use anchor::{Anchor, anchor, load_through};
 pub use content::Source;
 pub use load::{LoadError, Loaded, Lost, SegmentSeen, Sink, load};
-pub use plan::{Place, Plan, PlanError, Start, plan, valid_epoch};
+pub use plan::{Place, Plan, PlanError, Start, plan, plan_by, valid_epoch};
 pub use sound::{Flaw, wrong_counter};
 pub use survey::{Found, Inventory, SurveyError, survey};
 pub use tables::Tables;
 pub(crate) use tree::text;
 pub use tree::{Entry, Filter, Listed, TreeError, list, walk};
+pub use trust::{Doubt, Trust};
 pub use write::salvage::{BlockContent, Changes, Incomplete, MissingPiece, Saved, Wanted, save};
 pub use write::{Options, Problem, ProblemKind, Progress, Report, RestoreError, restore};
 

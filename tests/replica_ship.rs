@@ -114,7 +114,7 @@ impl World {
                 volume::require_conditions(store, 1).await.unwrap();
                 volume::create(store, &volume_file).await.unwrap();
             }
-            assert_eq!(volume::claim(&stores, &claim).await.unwrap().on.len(), stores.len());
+            assert_eq!(volume::claim(&stores, &claim, &[]).await.unwrap().on.len(), stores.len());
         });
         let outbox = Arc::new(StagedFiles {
             dir: tempfile::tempdir().unwrap(),

@@ -34,6 +34,7 @@ mod status;
 mod sync;
 mod umount;
 mod version;
+mod void;
 
 #[derive(Debug, Parser)]
 #[command(

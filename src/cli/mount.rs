@@ -7,9 +7,10 @@ use super::args::{self, ReplicaArgs, VolumeArgs};
 use super::background;
 use super::{CommandError, Outcome, mountpoint, output};
 use crate::config::{Config, Env, Raw, layer, state};
-use crate::daemon::{self, MountArgs, Ready, ReadyInfo};
+use crate::daemon::{self, MountArgs, Ready, ReadyInfo, Takeover};
 use crate::exit::Exit;
 use crate::guardian::{self, Guarded, Report};
+use crate::ids::ReplicaName;
 
 /// Mount a volume
 ///
@@ -82,9 +83,9 @@ pub(super) struct Args {
     read_only: bool,
 
     /// With an empty state folder: take the volume over from a machine that is gone without having unmounted it.
-    /// What it has not sent is no part of the volume then
-    #[arg(long)]
-    takeover: bool,
+    /// What it has not sent is no part of the volume then. Where the replicas differ, the named one is right
+    #[arg(long, value_name = "REPLICA", num_args = 0..=1, require_equals = true)]
+    takeover: Option<Option<ReplicaName>>,
 
     /// Other users may enter, subject to permissions [env: MIRRORFS_ALLOW_OTHER]
     #[arg(long)]
@@ -155,15 +156,21 @@ impl Args {
 
     /// Whether `--takeover` or `-o takeover` is given. It is a decision of one moment, so a variable, which would make it
     /// at every mount, cannot give it.
-    fn takeover(&self, env: &Env, arguments: &[OsString]) -> Result<bool, CommandError> {
+    fn takeover(&self, env: &Env, arguments: &[OsString]) -> Result<Takeover, CommandError> {
         let listed = layer::mount_list(&self.options, &env.cwd)?.takeover;
         let said = |a: &OsString| a.to_string_lossy().contains("takeover");
         if listed && !arguments.iter().any(said) {
             let message = "MIRRORFS_OPTIONS: takeover must be given on the command line, when it is needed";
             return Err(CommandError::new(Exit::Usage, message));
         }
-        // It was meant for the first start.
-        Ok((self.takeover || listed) && !self.restarted)
+        Ok(match &self.takeover {
+            // It was meant for the first start.
+            _ if self.restarted => Takeover::No,
+            Some(Some(name)) => Takeover::From(name.clone()),
+            Some(None) => Takeover::Yes,
+            None if listed => Takeover::Yes,
+            None => Takeover::No,
+        })
     }
 
     fn env(&self) -> Result<Env, CommandError> {
@@ -268,7 +275,7 @@ struct Prepared {
     checked: mountpoint::Checked,
     /// What was made for the state folder: it goes away again when there will be no mount.
     made: Option<PathBuf>,
-    takeover: bool,
+    takeover: Takeover,
     /// What relative paths were relative to.
     cwd: PathBuf,
 }

@@ -18,14 +18,15 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// List the replicas of a mounted volume, attach and detach them, pause and resume shipping
 ///
-/// Everything is done by the running daemon while the volume stays in use, and remembered in its state folder. MOUNTPOINT may be left
-/// out inside a mounted volume, and when only one is mounted.
+/// Everything but void-claim and bench is done by the running daemon while the volume stays in use, and remembered in its state folder.
+/// MOUNTPOINT may be left out inside a mounted volume, and when only one is mounted.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   mirrorfs replica list
   mirrorfs replica attach off=s3://bucket/mirror ~/files --wait
   mirrorfs replica replace old new=/mnt/disk2/mirror
   mirrorfs replica pause off && mirrorfs replica resume off
+  mirrorfs replica void-claim off 8 --config home.toml
   mirrorfs replica bench s3://bucket/mirror --replica-option region=eu-central-1")]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -46,6 +47,8 @@ enum Action {
     Pause(Named),
     /// Send to a replica again
     Resume(Named),
+    /// Show a writer's claim on a replica, and remove it when it is forged or of no use
+    VoidClaim(super::void::Void),
     /// Measure how fast a place is by itself, with bare requests, before or beside its use
     Bench(Bench),
 }
@@ -181,6 +184,7 @@ pub(super) fn run(args: Args) -> Outcome {
         }
         Action::Pause(named) => change(&named.common, &ReplicaRequest::Pause { name: named.name }),
         Action::Resume(named) => change(&named.common, &ReplicaRequest::Resume { name: named.name }),
+        Action::VoidClaim(void) => super::void::run(&void),
         Action::Bench(bench) => measure(&bench),
     }
 }

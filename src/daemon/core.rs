@@ -23,7 +23,7 @@ use super::members::{self, Members};
 use super::parts::{self, Parts};
 use super::state::StateDir;
 use super::tenure::Tenure;
-use super::{Error, open, unix_now, wall_clock};
+use super::{Error, Takeover, open, unix_now, wall_clock};
 use crate::cache::BlockStore;
 use crate::config::settings::Settings;
 use crate::config::{Config, Fsync};
@@ -62,7 +62,7 @@ pub type StoreMaker = Arc<dyn Fn(&ReplicaSpec) -> Result<Store, Error> + Send + 
 #[derive(Clone)]
 pub struct CoreOptions {
     /// See [`super::MountArgs::takeover`].
-    pub takeover: bool,
+    pub takeover: Takeover,
     /// Makes the stores.
     pub stores: StoreMaker,
     /// Times and sizes of shippers.
@@ -82,7 +82,7 @@ impl Default for CoreOptions {
             spec.store().map_err(|e| Error::new(Exit::Usage, format!("replica {}: {e}", spec.name)))
         };
         Self {
-            takeover: false,
+            takeover: Takeover::No,
             stores: Arc::new(make),
             shipping: Tuning::default(),
             attention: (Duration::from_secs(60), Duration::from_secs(10)),
@@ -216,7 +216,7 @@ impl Core {
             let open = async {
                 let seen = open::look(&stores, local.is_some()).await;
                 let decision = open::decide(local.as_ref(), &seen, config.read_only)?;
-                parts::open(config, &state, &stores, &seen, local, decision, options.takeover).await
+                parts::open(config, &state, &stores, &seen, local, decision, &options.takeover).await
             };
             tokio::select! {
                 parts = open => parts,
@@ -348,7 +348,7 @@ fn assemble(
     (specs, stores, members): Listed,
     parts: Parts,
 ) -> Result<Core, Error> {
-    let Parts { local, journal, blocks, mark, notes } = parts;
+    let Parts { local, journal, blocks, mark, notes, contests } = parts;
     let failure = |e: &dyn std::fmt::Display| Error::new(Exit::Failure, e.to_string());
     let volume = local.volume.clone();
     let epoch = local.epoch();
@@ -387,6 +387,14 @@ fn assemble(
         handle: handle.clone(),
         shipping: shipping.clone(),
     });
+    for (name, claim) in contests {
+        if let Some(replica) = fleet.roster.get(&name) {
+            replica.set_contest(Some(claim));
+        }
+    }
+    if let Some(tenure) = &tenure {
+        tenure.fence.ask(Arc::clone(&fleet.roster));
+    }
     let local_files = {
         let staging = Arc::clone(&staging);
         move |loc: &crate::format::tables::FrameLoc| staging.file_of(loc)

@@ -13,6 +13,7 @@ mod members;
 mod notify;
 mod open;
 mod parts;
+mod permit;
 mod rebuild;
 mod restore;
 mod salvage;
@@ -20,6 +21,7 @@ mod serve;
 mod signals;
 mod state;
 mod tenure;
+mod void;
 
 pub use self::core::{Core, CoreOptions, MOUNTED_READ_ONLY, StoreMaker};
 pub use crash::{last_crash, last_mount, note_crash};
@@ -27,6 +29,7 @@ pub use fleet::Fleet;
 pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
 
 pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
+pub use void::{VoidReport, void_claim};
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,7 +39,7 @@ use crate::config::{Compression, Config};
 use crate::exit::Exit;
 use crate::format::tables::Time;
 use crate::format::volume::{self as format_volume, Volume};
-use crate::ids::VolumeId;
+use crate::ids::{ReplicaName, VolumeId};
 use crate::journal::JournalError;
 use crate::replica::{Store, unix_now, volume};
 
@@ -73,6 +76,18 @@ impl From<JournalError> for Error {
     }
 }
 
+/// Whether a machine without a state of its own may take the volume over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Takeover {
+    /// Only where no question is open.
+    #[default]
+    No,
+    /// The former writer is gone, and what cannot be read is given up.
+    Yes,
+    /// Also: where the replicas differ, this one is right.
+    From(ReplicaName),
+}
+
 /// Where and how to mount; everything else is in the [`Config`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct MountArgs {
@@ -80,7 +95,7 @@ pub struct MountArgs {
     pub mountpoint: PathBuf,
     /// With an empty state folder: go on although another machine has not said that it is done, or a replica that may
     /// hold more does not answer.
-    pub takeover: bool,
+    pub takeover: Takeover,
     /// The file that standard error goes to; opened anew at SIGHUP.
     pub log: Option<PathBuf>,
     /// Only take the place of a dead mount. When that is gone, somebody has unmounted it: then mount nothing.

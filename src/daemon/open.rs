@@ -11,11 +11,11 @@ use futures::future::join_all;
 use super::Error;
 use super::state::Local;
 use crate::exit::Exit;
-use crate::format::volume::{Claim, Release, Volume};
-use crate::ids::{Epoch, SegmentNo, VolumeId};
+use crate::format::volume::{Claim, Volume};
+use crate::ids::{Epoch, ReplicaName, VolumeId};
+use crate::replica::belief::Testimony;
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
 use crate::replica::{ErrorKind, FenceNote, FenceReason, Fenced, Limits, Store};
-use crate::restore;
 
 /// How long a replica may take for each answer when there is a local state to go on with: its shipper looks again, with
 /// more patience, before it writes anything.
@@ -41,7 +41,7 @@ pub(super) enum Decision {
     Restore {
         /// What a person should know.
         warnings: Vec<String>,
-        /// What the replicas said that do not answer, or cannot be read. Whether one may write without them is for [`permit`] to say.
+        /// What the replicas said that do not answer, or cannot be read. Whether one may write without them is for [`super::permit::permit`] to say.
         without: Vec<String>,
     },
 }
@@ -72,7 +72,7 @@ pub(super) fn exit_of(error: &VolumeError) -> Exit {
         VolumeError::WrongVolume { .. } | VolumeError::Foreign { .. } => Exit::WrongVolume,
         VolumeError::Unreadable { error, .. } if error.newer => Exit::TooNew,
         VolumeError::Unreadable { .. } => Exit::Damaged,
-        VolumeError::Held { .. } => Exit::InUse,
+        VolumeError::Held { .. } | VolumeError::Contested { .. } => Exit::InUse,
         VolumeError::NoConditions { .. } => Exit::Usage,
     }
 }
@@ -83,11 +83,34 @@ impl From<VolumeError> for Error {
     }
 }
 
+/// The replicas that hold another volume, a newer format or something foreign while more than half of those that answer hold the
+/// expected volume, or one and the same: they are left out, so that one replica stops no mount.
+pub(super) fn outvoted(seen: &[Seen], expected: Option<VolumeId>) -> Vec<ReplicaName> {
+    let answering = seen.iter().filter(|s| !matches!(s.found, Err(VolumeError::Store(_)))).count();
+    let id = |s: &Seen| match &s.found {
+        Ok(Found::Volume(v)) => Some(v.volume),
+        _ => None,
+    };
+    let holders = |wanted: VolumeId| seen.iter().filter(|s| id(s) == Some(wanted)).count();
+    let known = expected.or_else(|| seen.iter().filter_map(id).max_by_key(|v| holders(*v)));
+    let Some(right) = known.filter(|v| 2 * holders(*v) > answering) else { return Vec::new() };
+    let wrong = seen.iter().filter(|s| match &s.found {
+        Ok(Found::Volume(v)) => v.volume != right,
+        Ok(_) | Err(VolumeError::Store(_)) => false,
+        Err(e) => !e.is_damage(),
+    });
+    wrong.map(|s| s.store.name().clone()).collect()
+}
+
 /// Refuses replicas of different volumes (or of another one than expected).
 fn one_volume(seen: &[Seen], expected: Option<VolumeId>) -> Result<Option<&Volume>, Error> {
     let mut first: Option<(&Store, &Volume)> = None;
+    let left_out = outvoted(seen, expected);
     for s in seen {
         let Ok(Found::Volume(volume)) = &s.found else { continue };
+        if left_out.contains(s.store.name()) {
+            continue;
+        }
         let (store, id) = (&s.store, volume.volume);
         if let Some(expected) = expected.filter(|e| *e != id) {
             return Err(Error::new(
@@ -124,13 +147,25 @@ fn one_volume(seen: &[Seen], expected: Option<VolumeId>) -> Result<Option<&Volum
 /// Decides what to do. Anything wrong is an error that names the replica; nothing has been changed then.
 ///
 /// A replica that does not answer stops nobody who has a local state, nor a `read_only` mount. Without a state a writer
-/// needs to know that it holds nothing newer, since going on without would cut that off for good: see [`permit`].
+/// needs to know that it holds nothing newer, since going on without would cut that off for good: see
+/// [`super::permit::permit`].
 pub(super) fn decide(local: Option<&Local>, seen: &[Seen], read_only: bool) -> Result<Decision, Error> {
     let volume = one_volume(seen, local.map(|l| l.volume.volume))?;
     let (mut warnings, mut without) = (Vec::new(), Vec::new());
     // Without a state, what cannot be read may show another writer, or hold more than the others.
     let matters = local.is_none() && !read_only;
+    let left_out = outvoted(seen, local.map(|l| l.volume.volume));
     for s in seen {
+        if left_out.contains(s.store.name()) {
+            let what = match &s.found {
+                Err(e) => e.to_string(),
+                Ok(_) => format!("replica {} ({}) holds another volume", s.store.name(), s.store.url()),
+            };
+            warnings.push(format!(
+                "goes on without it, since most of the replicas hold the right volume: {what}"
+            ));
+            continue;
+        }
         let e = match &s.found {
             Err(e) => e,
             Ok(Found::Headless) if matters && volume.is_some() => {
@@ -188,26 +223,43 @@ fn rival<'a>(local: &Local, there: impl IntoIterator<Item = &'a Claim>) -> Optio
     })
 }
 
-/// The writer who came after a local state, when `tenures`, those of one replica, show one.
-pub(super) fn overtaken(local: &Local, replica: &Store, tenures: &Tenures) -> Option<Fenced> {
-    let known = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+/// What a replica with these tenures says of a local state: whether another writer came after it.
+pub(super) fn testify(local: &Local, replica: &Store, tenures: &Tenures) -> Testimony {
     let there = || tenures.known.iter().rev().map(|t| &t.claim);
-    let unreadable =
-        !local.borrowed && tenures.highest > known.max(there().next().map_or(Epoch(0), |c| c.epoch));
-    let reason = match rival(local, there()) {
-        Some(claim) => {
-            let is_rival = |claim: &&Claim| rival(local, std::iter::once(*claim)).is_some();
-            let first = there().filter(is_rival).filter_map(Claim::begins).min();
-            let claim = Some(Box::new(claim.clone()));
-            let epoch = claim.as_ref().map_or(tenures.highest, |c| c.epoch);
-            FenceReason::TakenOver { epoch, claim, first_segment: first.filter(|_| !unreadable) }
-        }
-        None if !local.borrowed && tenures.highest > known => {
-            FenceReason::TakenOver { epoch: tenures.highest, claim: None, first_segment: None }
-        }
-        None => return None,
-    };
-    Some(Fenced { replica: replica.name().clone(), reason })
+    let known = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+    let unread = tenures.unread.iter().copied().filter(|e| *e > known);
+    let unread: Vec<Epoch> = if local.borrowed { Vec::new() } else { unread.collect() };
+    if let Some(claim) = rival(local, there()) {
+        let is_rival = |claim: &&Claim| rival(local, std::iter::once(*claim)).is_some();
+        let first = there().filter(is_rival).filter_map(Claim::begins).min();
+        let reason = FenceReason::TakenOver {
+            epoch: claim.epoch,
+            claim: Some(Box::new(claim.clone())),
+            first_segment: first.filter(|_| unread.is_empty()),
+        };
+        return Testimony::Rival(Box::new(Fenced { replica: replica.name().clone(), reason }));
+    }
+    if !unread.is_empty() {
+        let why = tenures.damaged.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        return Testimony::Unclear(why);
+    }
+    let knows_us = there().any(|c| local.claims.iter().any(|own| own.claim_id == c.claim_id));
+    if knows_us || local.claims.is_empty() { Testimony::Clear } else { Testimony::Silent }
+}
+
+/// The refusal to mount while no replica that answers can be believed. Nothing is noted: with another replica the answer may differ.
+pub(super) fn undecided(said: &[(ReplicaName, String)]) -> Error {
+    let shown = said.iter().map(|(_, why)| why.as_str()).collect::<Vec<_>>().join("; ");
+    let remedy = said
+        .first()
+        .map_or_else(String::new, |(name, _)| format!("mirrorfs replica void-claim {name} EPOCH"));
+    Error::new(
+        Exit::Damaged,
+        format!(
+            "whether another machine writes to the volume is not clear, and no replica that answers knows better: {shown}. Mount \
+             when another replica answers, or remove the damaged claim: {remedy}"
+        ),
+    )
 }
 
 /// The refusal to go on with a state folder whose tenure another writer has ended.
@@ -218,171 +270,37 @@ pub(super) fn refuse(note: &FenceNote, state: &Path) -> Error {
         format!(
             "nothing more can be written with the state folder {state}: {} (seen {}). What was written with it and not sent is \
              still there: mirrorfs salvage --state {state} --to DIR copies it out. To follow the other writer mount with an \
-             empty --state folder",
+             empty --state folder{}",
             note.text,
-            when(note.at)
+            when(note.at),
+            way_back(note, &state.to_string()),
         ),
     )
 }
 
-fn when(at: u64) -> String {
+/// How a state that was fenced by a claim that should not be is used again.
+fn way_back(note: &FenceNote, state: &str) -> String {
+    if note.claim.is_none() {
+        return String::new();
+    }
+    format!(
+        ". If that claim is forged or of no use, remove it, and use this folder again: mirrorfs replica void-claim {} {} --state \
+         {state}",
+        note.replica, note.epoch
+    )
+}
+
+pub(super) fn when(at: u64) -> String {
     // The formatter knows years up to 9999.
     let time = (at < 253_402_300_800).then(|| UNIX_EPOCH + Duration::from_secs(at));
     time.map_or_else(|| format!("@{at}"), |t| humantime::format_rfc3339_seconds(t).to_string())
-}
-
-/// The last tenure but our own that the replicas show: all claims of its epoch (two when two machines claimed it on
-/// different replicas), each with its release.
-#[derive(Debug, Default, PartialEq)]
-pub(super) struct LastTenure {
-    epoch: Epoch,
-    claims: Vec<(Claim, Option<Release>)>,
-}
-
-/// Finds it in what replicas hold. `own` are claims that were made with this state folder.
-pub(super) fn last_tenure<'a>(
-    found: impl Iterator<Item = &'a restore::Found> + Clone,
-    own: &[Claim],
-) -> LastTenure {
-    let is_own = |claim: &Claim| own.iter().any(|o| o.claim_id == claim.claim_id);
-    let foreign = |f: &'a restore::Found| {
-        // A claim that cannot be read counts as somebody's, unless another replica has it.
-        f.claimed.iter().copied().filter(move |e| f.claims.get(e).is_none_or(|c| !is_own(c)))
-    };
-    let readable_own = |epoch: Epoch| {
-        let mut claims = found.clone().filter_map(|f| f.claims.get(&epoch)).peekable();
-        claims.peek().is_some() && claims.all(is_own)
-    };
-    let epoch = found.clone().flat_map(foreign).filter(|e| !readable_own(*e)).max().unwrap_or_default();
-    let mut last = LastTenure { epoch, claims: Vec::new() };
-    for f in found {
-        let Some(claim) = f.claims.get(&epoch).filter(|c| !is_own(c)) else { continue };
-        let release = f.releases.get(&epoch).filter(|r| r.claim_id == claim.claim_id).cloned();
-        match last.claims.iter_mut().find(|(c, _)| c.claim_id == claim.claim_id) {
-            Some((_, known)) => *known = known.take().or(release),
-            None => last.claims.push((claim.clone(), release)),
-        }
-    }
-    last
-}
-
-impl LastTenure {
-    /// A claim of it that was not released.
-    fn open(&self) -> Option<&Claim> {
-        self.claims.iter().find(|(_, release)| release.is_none()).map(|(claim, _)| claim)
-    }
-
-    /// Whether one of `own`, as for [`permit`], came behind it.
-    fn is_ended_by(&self, own: &[Claim]) -> bool {
-        own.iter().any(|claim| claim.epoch > self.epoch)
-    }
-
-    /// Whether it may still be under way, and has to be ended by a claim before it is known where the next one begins. `own`: as for
-    /// [`permit`].
-    pub(super) fn may_go_on(&self, own: &[Claim]) -> bool {
-        let unreadable = self.epoch > Epoch(0) && self.claims.is_empty();
-        !self.is_ended_by(own) && (self.open().is_some() || unreadable)
-    }
-}
-
-/// Whether a machine without a state of its own may write; answers what a person should know. `own` are the claims that
-/// it made when it tried before, `without` what replicas said that do not answer, `reached` the segment up to which the
-/// others are intact.
-///
-/// * A tenure that was not released may still be under way: then only on `takeover`.
-/// * A replica that does not answer may hold more than the others, unless the last tenure was released with all that it
-///   had on one of them: then only on `takeover`, too.
-/// * So may one that was not named, when less can be read than was there at the release.
-pub(super) fn permit(
-    last: &LastTenure,
-    own: &[Claim],
-    without: &[String],
-    reached: SegmentNo,
-    takeover: bool,
-) -> Result<Vec<String>, Error> {
-    let mut warnings = Vec::new();
-    if last.may_go_on(own) {
-        let who = last.open().map_or_else(
-            || format!("epoch {} was claimed by somebody (the claim cannot be read)", last.epoch),
-            |c| {
-                let since = when(c.claimed_at);
-                format!("{} (process {}) has it mounted since {since} (epoch {})", c.host, c.pid, c.epoch)
-            },
-        );
-        if !takeover {
-            let lost = match without {
-                [] => String::new(),
-                _ => format!(
-                    "; these do not answer, and what only they hold is lost then: {}",
-                    without.join("; ")
-                ),
-            };
-            return Err(Error::new(
-                Exit::InUse,
-                format!(
-                    "the volume is in use: {who}, and has not unmounted it in good order. Unmount it there, or, when that machine \
-                     is gone, add --takeover: what it has not sent is then no part of the volume any more{lost}. To read only, \
-                     mount with --read-only"
-                ),
-            ));
-        }
-        warnings.push(format!("took over: {who}, and has not unmounted it in good order"));
-    }
-    let releases: Vec<_> = last.claims.iter().filter_map(|(_, release)| release.as_ref()).collect();
-    let released = !releases.is_empty() && releases.len() == last.claims.len();
-    let newest = releases.iter().map(|r| r.last_segment).max().unwrap_or_default();
-    if last.is_ended_by(own) && without.is_empty() {
-        return Ok(warnings);
-    }
-    if without.is_empty() {
-        // All that were named answer, and yet lack what was there: a replica that was not named may have it.
-        if newest <= reached {
-            return Ok(warnings);
-        }
-        let text = format!(
-            "the last writer left segments up to {newest}, but only those up to {reached} can be read from the given replicas"
-        );
-        if takeover {
-            warnings.push(format!("{text}: the others are given up"));
-            return Ok(warnings);
-        }
-        return Err(Error::new(
-            Exit::Damaged,
-            format!(
-                "{text}. Name the replicas that hold the others, or mount with --read-only, or add --takeover: what cannot be \
-                 read is then no part of the volume any more"
-            ),
-        ));
-    }
-    if released && newest <= reached {
-        warnings.extend(without.iter().map(|e| format!("goes on without it for now: {e}")));
-        return Ok(warnings);
-    }
-    if takeover {
-        warnings.extend(
-            without.iter().map(|e| format!("goes on without it, what only it holds is given up: {e}")),
-        );
-        return Ok(warnings);
-    }
-    let why = if released {
-        format!("the last writer had segments up to {newest}, those that answer are intact up to {reached}")
-    } else {
-        "the last writer has not ended in good order".to_owned()
-    };
-    Err(Error::new(
-        Exit::Unreachable,
-        format!(
-            "{}; it may hold changes that the other replicas lack ({why}). Mend it, or mount with --read-only, or add \
-             --takeover: what only it holds is then no part of the volume any more",
-            without.join("; ")
-        ),
-    ))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::volume::testing::{self, volume};
+    use crate::ids::SegmentNo;
     use crate::replica::StoreError;
 
     fn seen(found: Vec<Result<Found, ErrorKind>>) -> Vec<Seen> {
@@ -488,116 +406,41 @@ mod tests {
         assert_eq!(found(&[claim(3, 5)]), Some(3));
         assert_eq!(found(&[claim(3, 1), claim(4, 1), claim(6, 1)]), Some(6));
         let store = Store::in_memory("r".parse().unwrap());
-        let tenures = |claims: Vec<Claim>, highest| Tenures {
+        let tenures = |claims: Vec<Claim>, unread: &[u32]| Tenures {
             known: claims.into_iter().map(|claim| volume::Tenure { claim, release: None }).collect(),
-            highest: Epoch(highest),
-            damaged: Vec::new(),
+            unread: unread.iter().map(|e| Epoch(*e)).collect(),
+            ..Tenures::default()
         };
-        let reason = |t: &Tenures| overtaken(&local, &store, t).map(|f| f.reason);
-        assert_eq!(reason(&tenures(vec![claim(3, 1), claim(4, 1)], 4)), None);
-        let note = |by: Option<Claim>, epoch, first: Option<u64>| {
-            let (claim, first_segment) = (by.map(Box::new), first.map(SegmentNo));
-            Some(FenceReason::TakenOver { epoch: Epoch(epoch), claim, first_segment })
+        let reason = |t: &Tenures| match testify(&local, &store, t) {
+            Testimony::Rival(by) => Some(by.reason),
+            _ => None,
         };
-        let seen = tenures(vec![claim(3, 1), claim(5, 6), claim(7, 8)], 7);
-        assert_eq!(reason(&seen), note(Some(claim(7, 8)), 7, Some(50)), "where the first of them begins");
-        assert_eq!(reason(&tenures(vec![claim(4, 1)], 5)), note(None, 5, None));
-        assert_eq!(reason(&tenures(vec![claim(5, 6)], 6)), note(Some(claim(5, 6)), 5, None));
-        let note = FenceNote::new(&overtaken(&local, &store, &seen).unwrap(), 1_790_000_000);
+        assert_eq!(testify(&local, &store, &tenures(vec![claim(3, 1), claim(4, 1)], &[])), Testimony::Clear);
+        assert_eq!(
+            testify(&local, &store, &tenures(vec![claim(1, 8)], &[])),
+            Testimony::Silent,
+            "it knows nothing"
+        );
+        let taken = |by: Claim, first: Option<u64>| {
+            let (epoch, claim, first_segment) = (by.epoch, Some(Box::new(by)), first.map(SegmentNo));
+            Some(FenceReason::TakenOver { epoch, claim, first_segment })
+        };
+        let seen = tenures(vec![claim(3, 1), claim(5, 6), claim(7, 8)], &[]);
+        assert_eq!(reason(&seen), taken(claim(7, 8), Some(50)), "where the first of them begins");
+        let junk = testify(&local, &store, &tenures(vec![claim(4, 1)], &[5]));
+        assert!(matches!(junk, Testimony::Unclear(_)), "a name proves nothing: {junk:?}");
+        assert_eq!(reason(&tenures(vec![claim(5, 6)], &[6])), taken(claim(5, 6), None));
+        let Testimony::Rival(by) = testify(&local, &store, &seen) else { panic!("a rival") };
+        let note = FenceNote::new(&by, 1_790_000_000);
         let error = refuse(&note, Path::new("/s"));
         assert_eq!(error.exit_code(), Exit::InUse);
-        for word in ["h8 (process 17)", "2026-09-21T", "mirrorfs salvage --state /s --to"] {
+        for word in [
+            "h8 (process 17)",
+            "2026-09-21T",
+            "mirrorfs salvage --state /s --to",
+            "mirrorfs replica void-claim r 7 --state /s",
+        ] {
             assert!(error.to_string().contains(word), "{word}: {error}");
         }
-    }
-
-    /// A replica with these claims, released at a segment or not.
-    fn holding(claims: &[(Claim, Option<u64>)]) -> restore::Found {
-        let mut found = restore::Found::default();
-        for (claim, last) in claims {
-            found.claimed.insert(claim.epoch);
-            found.claims.insert(claim.epoch, claim.clone());
-            if let Some(last) = last {
-                let release = Release {
-                    volume: claim.volume,
-                    epoch: claim.epoch,
-                    claim_id: claim.claim_id,
-                    released_at: 2,
-                    last_segment: SegmentNo(*last),
-                };
-                found.releases.insert(claim.epoch, release);
-            }
-        }
-        found
-    }
-
-    #[test]
-    fn who_comes_anew_needs_a_release_or_the_flag() {
-        let ask = |found: &[restore::Found], own: &[Claim], takeover| {
-            permit(&last_tenure(found.iter(), own), own, &[], SegmentNo(5), takeover)
-        };
-        let open = [holding(&[(claim(1, 1), Some(3)), (claim(2, 2), None)]), holding(&[(claim(1, 1), None)])];
-        let error = ask(&open, &[], false).unwrap_err();
-        assert_eq!(error.exit_code(), Exit::InUse);
-        for word in ["h2", "process 17", "2026-09-21T", "Unmount it there", "--takeover"] {
-            assert!(error.to_string().contains(word), "{word}: {error}");
-        }
-        assert!(ask(&open, &[], true).unwrap()[0].contains("h2"));
-        // Released on one of them; its claim not yet on the other.
-        let released = [
-            holding(&[(claim(2, 2), Some(5))]),
-            holding(&[(claim(1, 1), None)]),
-            holding(&[(claim(2, 2), None)]),
-        ];
-        assert_eq!(ask(&released, &[], false).unwrap(), Vec::<String>::new());
-        assert_eq!(ask(&[holding(&[])], &[], false).unwrap(), Vec::<String>::new(), "never mounted");
-        // Something that was there at the end cannot be read.
-        let short = [holding(&[(claim(2, 2), Some(6))])];
-        let error = ask(&short, &[], false).unwrap_err();
-        assert!(error.exit_code() == Exit::Damaged && error.to_string().contains("up to 6"), "{error}");
-        assert_eq!(ask(&short, &[], true).unwrap().len(), 1);
-        // The mark of a lost race ends nothing.
-        let mut race = holding(&[(claim(2, 2), Some(5))]);
-        race.claims.insert(Epoch(2), claim(2, 3));
-        assert!(ask(&[race], &[], false).unwrap_err().to_string().contains("h3"));
-        // Two machines claimed one epoch on different replicas: both must have ended.
-        let both = [holding(&[(claim(2, 2), Some(5))]), holding(&[(claim(2, 3), None)])];
-        assert!(ask(&both, &[], false).unwrap_err().to_string().contains("h3"));
-        // One that cannot be read, here or everywhere.
-        let mut damaged = holding(&[]);
-        damaged.claimed.insert(Epoch(2));
-        assert_eq!(ask(&[released[0].clone(), damaged.clone()], &[], false).unwrap(), Vec::<String>::new());
-        assert!(ask(&[damaged], &[], false).unwrap_err().to_string().contains("cannot be read"));
-        // Interrupted after our claim: it was decided then. Not when somebody came between.
-        let own = [claim(3, 7)];
-        let tried = [holding(&[(claim(2, 2), None), (claim(3, 7), None)])];
-        assert_eq!(ask(&tried, &own, false).unwrap(), Vec::<String>::new());
-        let overtaken = [holding(&[(claim(3, 7), None), (claim(4, 4), None)])];
-        assert!(ask(&overtaken, &own, false).unwrap_err().to_string().contains("h4"));
-        let beaten = [holding(&[(claim(3, 4), None)])];
-        assert!(ask(&beaten, &own, false).unwrap_err().to_string().contains("h4"));
-    }
-
-    #[test]
-    fn a_silent_replica_matters_unless_a_release_speaks_for_it() {
-        let silent = ["replica r1: no route".to_owned()];
-        let ask = |found: &restore::Found, reached, takeover| {
-            let last = last_tenure(std::iter::once(found), &[]);
-            permit(&last, &[], &silent, SegmentNo(reached), takeover)
-        };
-        let released = holding(&[(claim(2, 2), Some(5))]);
-        assert!(ask(&released, 5, false).unwrap()[0].contains("goes on without it for now: replica r1"));
-        let error = ask(&released, 4, false).unwrap_err();
-        assert_eq!(error.exit_code(), Exit::Unreachable);
-        assert!(
-            error.to_string().contains("segments up to 5") && error.to_string().contains("--takeover"),
-            "{error}"
-        );
-        assert!(ask(&released, 4, true).unwrap()[0].contains("given up"));
-        let open = holding(&[(claim(2, 2), None)]);
-        let error = ask(&open, 9, false).unwrap_err();
-        assert!(error.exit_code() == Exit::InUse && error.to_string().contains("no route"), "{error}");
-        assert_eq!(ask(&open, 9, true).unwrap().len(), 2);
-        assert_eq!(ask(&holding(&[]), 0, false).unwrap_err().exit_code(), Exit::Unreachable, "nobody knows");
     }
 }

@@ -11,10 +11,11 @@ use futures::future::join_all;
 
 use super::fleet::cursor_of;
 use super::open::{self, Decision};
+use super::permit::{self, Question};
 use super::rebuild::rebuild;
 use super::restore::{self, Restored};
 use super::state::{Local, StateDir};
-use super::{Error, random, unix_now};
+use super::{Error, Takeover, random, unix_now};
 use crate::cache::BlockStore;
 use crate::cache::slots::SlotFile;
 use crate::config::Config;
@@ -23,10 +24,11 @@ use crate::format::local::{SEALED_MARK, SealedMark};
 use crate::format::names::ObjectName;
 use crate::format::tables::local_key;
 use crate::format::volume::{Claim, NO_SEGMENT};
-use crate::ids::{Epoch, ReplicaName, SegmentNo};
+use crate::ids::{Epoch, ReplicaName, SegmentNo, VolumeId};
 use crate::journal::{self, Journal, JournalError, Opened};
+use crate::replica::belief::{Testimony, Verdict, epoch_after, judge};
 use crate::replica::volume::{self, Found, Tenures, VolumeError};
-use crate::replica::{FenceNote, Store};
+use crate::replica::{FenceNote, FenceReason, Fenced, Store, footer_of};
 use crate::restore::SurveyError;
 use crate::vfs;
 
@@ -37,6 +39,8 @@ pub(super) struct Parts {
     pub blocks: Arc<BlockStore>,
     pub mark: SealedMark,
     pub notes: Vec<String>,
+    /// Claims that the other replicas contradict: nothing is written to a replica as long as it holds its one.
+    pub contests: Contests,
 }
 
 /// Disk space kept back so that a full disk still lets the journal open and begin a new file.
@@ -90,7 +94,7 @@ pub(super) fn open_with_ballast(
 }
 
 /// Opens, builds or rebuilds the local state as `decision` says, and claims the epoch of this mount. `takeover`: see
-/// [`open::permit`].
+/// [`permit::permit`].
 pub(super) async fn open(
     config: &Config,
     state: &StateDir,
@@ -98,11 +102,11 @@ pub(super) async fn open(
     seen: &[open::Seen],
     local: Option<Local>,
     decision: Decision,
-    takeover: bool,
+    takeover: &Takeover,
 ) -> Result<Parts, Error> {
     let slots = SlotCell::default();
     let mut notes = Vec::new();
-    let (local, journal) = match (decision, local) {
+    let (local, journal, contests) = match (decision, local) {
         (Decision::GoOn { warnings }, Some(local)) => {
             notes.extend(warnings);
             go_on(config, state, &slots, seen, local, &mut notes).await?
@@ -124,10 +128,10 @@ pub(super) async fn open(
             let mut local = Local::new(volume, Vec::new(), false);
             let intended = intend(&mut local, Epoch(0), SegmentNo(1))?;
             state.intend(&intended)?;
-            put_claim(&local, &intended, stores).await?;
+            put_claim(&local, &intended, stores, &mut notes).await?;
             let (journal, _) = open_with_ballast(state, &slots)?;
             complete(state, &local)?;
-            (local, journal)
+            (local, journal, Contests::new())
         }
         (decision, _) => {
             let without = match decision {
@@ -140,13 +144,14 @@ pub(super) async fn open(
             set_aside(state, &mut notes)?;
             let (local, mut restored) =
                 take_over(config, state, seen, &without, takeover, &mut notes).await?;
+            let contests = std::mem::take(&mut restored.contests);
             describe(&restored, &mut notes);
             let (journal, _) = open_with_ballast(state, &slots)?;
             restore::import(&journal, &mut restored)?;
             restore::forget_unnamed(&journal, &restored.loaded.unnamed)?;
-            save_cursors(&journal, &holders(seen), &restored.cursors)?;
+            save_cursors(&journal, &holders(seen, None), &restored.cursors)?;
             complete(state, &local)?;
-            (local, journal)
+            (local, journal, contests)
         }
     };
     let blocks =
@@ -156,7 +161,7 @@ pub(super) async fn open(
     let _ = slots.set(Arc::clone(blocks.slots()));
     let mark = sealed_mark(&journal)?;
     journal.release(mark.lsn);
-    Ok(Parts { local, journal, blocks, mark, notes })
+    Ok(Parts { local, journal, blocks, mark, notes, contests })
 }
 
 pub(super) fn sealed_mark(journal: &Journal) -> Result<SealedMark, Error> {
@@ -183,29 +188,11 @@ async fn go_on(
     seen: &[open::Seen],
     mut local: Local,
     notes: &mut Vec<String>,
-) -> Result<(Local, Arc<Journal>), Error> {
+) -> Result<(Local, Arc<Journal>, Contests), Error> {
     if let Some(note) = &local.fenced {
         return Err(open::refuse(note, state.path()));
     }
-    let reachable: Vec<Store> = seen.iter().filter(|s| s.found.is_ok()).map(|s| s.store.clone()).collect();
-    let asked = tenures(&reachable, &local).await;
-    // Those that have not answered by now are left to their shippers.
-    let mut answering = Vec::new();
-    for (store, tenures) in reachable.iter().zip(asked) {
-        match tenures {
-            Ok(tenures) => {
-                if let Some(fenced) = open::overtaken(&local, store, &tenures) {
-                    let note = FenceNote::new(&fenced, unix_now() as u64);
-                    StateDir::note_fence(state.path(), &note)?;
-                    return Err(open::refuse(&note, state.path()));
-                }
-                notes.extend(tenures.damaged.iter().map(|e| format!("needs repair: {e}")));
-                answering.push(store.clone());
-            }
-            Err(VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
-            Err(e) => return Err(e.into()),
-        }
-    }
+    let (answering, contests) = check_rivals(state, seen, &local, notes).await?;
     let opened = match &local.rebuild {
         Some(folder) => Err(format!("an earlier rebuild from {folder} was interrupted")),
         // An empty one that is made here would pass for the volume's at the next mount, if the rebuild failed.
@@ -231,24 +218,77 @@ async fn go_on(
         Ok(journal) => journal,
         Err(why) => {
             require_replicas(state, &local, seen, &why)?;
-            rebuild(state, slots, holders(seen), &mut local, &why, notes).await?
+            rebuild(state, slots, holders(seen, Some(local.volume.volume)), &mut local, &why, notes).await?
         }
     };
     if !config.read_only {
         let mark = sealed_mark(&journal)?;
         // A rebuilt state knows all that the replicas have committed; what was only begun there is a lost branch.
         if !rebuilt {
-            refuse_older_state(state, &answering, local.epoch(), mark.segment).await?;
+            refuse_older_state(state, &answering, &local, mark.segment, notes).await?;
         }
         let highest = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
         let intended = intend(&mut local, highest, mark.segment.next())?;
         // Written down first: after a crash in between, the next mount knows the claim as its own.
         complete(state, &local)?;
         // The shippers put it where it could not be put now, before anything else.
-        let holders = holders(seen).into_iter().filter(|h| answering.iter().any(|a| a.name() == h.name()));
-        put_claim(&local, &intended, &holders.collect::<Vec<_>>()).await?;
+        let holders = holders(seen, Some(local.volume.volume))
+            .into_iter()
+            .filter(|h| answering.iter().any(|a| a.name() == h.name()));
+        put_claim(&local, &intended, &holders.collect::<Vec<_>>(), notes).await?;
     }
-    Ok((local, journal))
+    Ok((local, journal, contests))
+}
+
+/// A replica that shows a claim which the others contradict.
+pub(super) type Contests = Vec<(ReplicaName, Claim)>;
+
+/// Asks all replicas whether another writer came after the local state. Gives those that answer and show none, and the claims that the
+/// others contradict. Nothing is written, and nothing noted, before all have been heard.
+async fn check_rivals(
+    state: &StateDir,
+    seen: &[open::Seen],
+    local: &Local,
+    notes: &mut Vec<String>,
+) -> Result<(Vec<Store>, Contests), Error> {
+    let left_out = open::outvoted(seen, Some(local.volume.volume));
+    let reachable = seen.iter().filter(|s| s.found.is_ok() && !left_out.contains(s.store.name()));
+    let reachable: Vec<Store> = reachable.map(|s| s.store.clone()).collect();
+    let asked = tenures(&reachable, local).await;
+    // Those that have not answered by now are left to their shippers.
+    let (mut answering, mut said) = (Vec::new(), Vec::new());
+    for (store, tenures) in reachable.iter().zip(asked) {
+        match tenures {
+            Ok(tenures) => {
+                notes.extend(tenures.damaged.iter().map(|e| format!("needs repair: {e}")));
+                said.push((store.name().clone(), open::testify(local, store, &tenures)));
+                answering.push(store.clone());
+            }
+            Err(VolumeError::Store(e)) => notes.push(format!("its claims were not checked: {e}")),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let apart = match judge(&said) {
+        Verdict::Ours { apart } => apart,
+        Verdict::Unknown(said) => return Err(open::undecided(&said)),
+        Verdict::TakenOver(by) => {
+            let note = FenceNote::new(&by, unix_now() as u64);
+            StateDir::note_fence(state.path(), &note)?;
+            return Err(open::refuse(&note, state.path()));
+        }
+    };
+    answering.retain(|store| !apart.iter().any(|(name, _)| name == store.name()));
+    let contests = said.into_iter().filter_map(|(name, said)| match said {
+        Testimony::Rival(by) => Some((name, by.claim()?.clone())),
+        _ => None,
+    });
+    notes.extend(apart.into_iter().map(|(name, shown)| {
+        format!(
+            "nothing is written to replica {name}, and the other replicas do not show what it shows: {shown} (mirrorfs replica \
+             void-claim removes such a claim)"
+        )
+    }));
+    Ok((answering, contests.collect()))
 }
 
 /// Refuses to rebuild tables of which nothing at all is left here, unless every replica can be read: nobody could say how much those
@@ -283,7 +323,8 @@ fn require_replicas(state: &StateDir, local: &Local, seen: &[open::Seen], why: &
 async fn tenures(stores: &[Store], local: &Local) -> Vec<Result<Tenures, VolumeError>> {
     let ask = |store: &Store| {
         let store = open::quick(store);
-        async move { volume::tenures(&store, local.volume.volume).await }
+        let ours = local.claims.iter().map(|c| c.epoch).max().unwrap_or_default();
+        async move { volume::tenures(&store, local.volume.volume, ours).await }
     };
     join_all(stores.iter().map(ask)).await
 }
@@ -291,40 +332,68 @@ async fn tenures(stores: &[Store], local: &Local) -> Vec<Result<Tenures, VolumeE
 /// Segments looked for behind our newest one; those of a group in flight may arrive out of order.
 const LOOK_BEHIND: u64 = 4;
 
-/// Refuses a state folder that is older than what a replica holds of our own epoch: it was copied or rolled back, and
-/// what it would write now would take the place of what its twin has written.
+/// Refuses a state folder that is older than what the replicas hold of our own epoch: it was copied or rolled back, and what it would
+/// write now would take the place of what its twin has written. A name alone proves nothing, and one replica less than the others.
 async fn refuse_older_state(
     state: &StateDir,
     stores: &[Store],
-    epoch: Epoch,
+    local: &Local,
     newest: SegmentNo,
+    notes: &mut Vec<String>,
 ) -> Result<(), Error> {
-    let look = |store: &Store, number: u64| {
-        let (store, object) = (open::quick(store), ObjectName::Segment(SegmentNo(number), epoch).path());
-        async move { store.head(&object).await.is_ok().then_some((store, object)) }
+    let (volume, epoch) = (local.volume.volume, local.epoch());
+    let look = |store: &Store| {
+        let (name, store) = (store.name().clone(), open::quick(store));
+        async move {
+            for number in (newest.0 + 1..=newest.0 + LOOK_BEHIND).map(SegmentNo) {
+                match footer_of(&store, volume, number, epoch).await {
+                    Ok(None) => {}
+                    Ok(Some(_)) => {
+                        let reason = FenceReason::Ahead { segment: number, epoch, newest };
+                        let by = Fenced { replica: name.clone(), reason };
+                        return (name, Testimony::Rival(Box::new(by)));
+                    }
+                    Err(_) => return (name, Testimony::Silent),
+                }
+            }
+            (name, Testimony::Clear)
+        }
     };
-    let numbers = || newest.0 + 1..=newest.0 + LOOK_BEHIND;
-    let looks = stores.iter().flat_map(|store| numbers().map(move |number| look(store, number)));
-    if let Some((store, object)) = join_all(looks).await.into_iter().flatten().next() {
-        return Err(Error::new(
+    match judge(&join_all(stores.iter().map(look)).await) {
+        Verdict::TakenOver(by) => Err(Error::new(
             Exit::InUse,
             format!(
-                "the state folder {} is older than what replica {} ({}) holds: {object} was written with another copy of \
-                         this folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
+                "the state folder {} is older than what the replicas hold: {}, so that was written with another copy of this \
+                 folder. Use that copy, or mount with an empty --state folder to go on from the replicas",
                 state.path().display(),
-                store.name(),
-                store.url()
+                by.shown(),
             ),
-        ));
+        )),
+        Verdict::Ours { apart } | Verdict::Unknown(apart) => {
+            notes.extend(apart.into_iter().map(|(_, shown)| {
+                format!(
+                    "{shown}; the other replicas do not, so it is not believed, and nothing is written there"
+                )
+            }));
+            Ok(())
+        }
     }
-    Ok(())
 }
 
 /// The claim of this mount: the epoch after `highest`. It is entered into `local`, and counts once it is on a replica.
 fn intend(local: &mut Local, highest: Epoch, first_segment: SegmentNo) -> Result<Claim, Error> {
+    let epoch = epoch_after(highest).ok_or_else(|| {
+        Error::new(
+            Exit::Damaged,
+            format!(
+                "epoch {highest} is claimed, and no later one can be: that claim is forged or damaged. Remove it: mirrorfs replica \
+                 void-claim REPLICA {highest}"
+            ),
+        )
+    })?;
     let claim = Claim {
         volume: local.volume.volume,
-        epoch: highest.next(),
+        epoch,
         claim_id: random()?,
         host: host_name(),
         pid: std::process::id(),
@@ -341,13 +410,19 @@ fn intend(local: &mut Local, highest: Epoch, first_segment: SegmentNo) -> Result
 
 /// Puts the claim on all of `stores` that can be reached. With a state that claimed before it is no error when none can:
 /// the shippers put it there before anything else.
-async fn put_claim(local: &Local, claim: &Claim, stores: &[Store]) -> Result<(), Error> {
+async fn put_claim(
+    local: &Local,
+    claim: &Claim,
+    stores: &[Store],
+    notes: &mut Vec<String>,
+) -> Result<(), Error> {
     if stores.is_empty() && local.claims.len() > 1 {
         return Ok(());
     }
-    match volume::claim(stores, claim).await {
+    match volume::claim(stores, claim, &local.claims).await {
         Ok(claimed) => {
             claimed.failed.iter().for_each(|e| log::warn!("the epoch is not claimed there yet: {e}"));
+            notes.extend(claimed.refused.iter().map(|e| format!("nothing is written there: {e}")));
             Ok(())
         }
         Err(volume::VolumeError::Store(e)) if local.own_since != claim.epoch => {
@@ -363,7 +438,7 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 /// How often a restore begins anew because the former writer was still writing.
 const TAKE_OVER_TRIES: usize = 5;
 
-/// Reads the volume back and claims the next epoch, when [`open::permit`] allows it. What the former writer stored between
+/// Reads the volume back and claims the next epoch, when [`permit::permit`] allows it. What the former writer stored between
 /// the reading and the claim would be lost, although he may have acknowledged it: the claim says at which segment the new branch begins,
 /// and cannot be changed. So when somebody may still be writing, a claim comes first that only ends that: behind it he acknowledges
 /// nothing more, and what is read then is all that he did.
@@ -372,15 +447,17 @@ async fn take_over(
     state: &StateDir,
     seen: &[open::Seen],
     without: &[String],
-    takeover: bool,
+    takeover: &Takeover,
     notes: &mut Vec<String>,
 ) -> Result<(Local, Restored), Error> {
-    let holders = holders(seen);
+    let holders = holders(seen, None);
+    let trust = permit::trust(takeover, &holders)?;
     for _ in 0..TAKE_OVER_TRIES {
         let own = state.intended();
-        let (mut last, mut without) = (open::LastTenure::default(), without.to_vec());
+        let (mut last, mut without) = (permit::LastTenure::default(), without.to_vec());
         let mut silent_names: Vec<ReplicaName> = Vec::new();
-        let restored = restore::fetch(&holders, |inventories, plan| {
+        let mut doubts = Vec::new();
+        let restored = restore::fetch(&holders, &own, &trust, |inventories, plan| {
             let silent = inventories.iter().filter_map(|i| match &i.found {
                 Err(e @ SurveyError::Unreachable(_)) => Some(e.to_string()),
                 _ => None,
@@ -389,26 +466,33 @@ async fn take_over(
             let gone = inventories.iter().filter(|i| i.found.is_err()).map(|i| i.replica.clone());
             silent_names.extend(gone);
             let reached = plan.starts.first().map_or(SegmentNo(0), |s| s.last);
-            last = open::last_tenure(inventories.iter().filter_map(|i| i.found.as_ref().ok()), &own);
+            last = permit::last_tenure(inventories.iter().filter_map(|i| i.found.as_ref().ok()), plan, &own);
+            doubts.clone_from(&plan.doubts);
             // Before much is read: by the listings alone.
             if config.read_only {
                 return Ok(());
             }
-            open::permit(&last, &own, &without, reached, takeover).map(|_| ())
+            let question = Question { last: &last, own: &own, without: &without, doubts: &doubts };
+            permit::permit(&question, reached, takeover).map(|_| ())
         })
         .await?;
         let loaded = &restored.loaded;
         let mut local = Local::new(loaded.volume.clone(), restored.claims.clone(), config.read_only);
         if config.read_only {
+            notes.extend(doubts.iter().map(|d| format!("{d}; a read-only mount does not decide about that")));
             return Ok((local, restored));
         }
-        let warnings = open::permit(&last, &own, &without, loaded.last_segment, takeover)?;
+        let question = Question { last: &last, own: &own, without: &without, doubts: &doubts };
+        let warnings = permit::permit(&question, loaded.last_segment, takeover)?;
         let highest = Epoch(loaded.next_epoch.0.saturating_sub(1));
         let ends = last.may_go_on(&own);
         let first = if ends { NO_SEGMENT } else { loaded.last_segment.next() };
         let intended = intend(&mut local, highest, first)?;
         state.intend(&intended)?;
-        put_claim(&local, &intended, &holders).await?;
+        // A replica that holds a claim that does not count is not written to before that is removed.
+        let contested = |s: &&Store| restored.contests.iter().any(|(name, _)| name == s.name());
+        let claimants: Vec<Store> = holders.iter().filter(|s| !contested(s)).cloned().collect();
+        put_claim(&local, &intended, &claimants, notes).await?;
         if ends {
             log::info!("the former writer's tenure is ended; reading what was stored by then");
             notes.extend(warnings);
@@ -444,8 +528,11 @@ fn complete(state: &StateDir, local: &Local) -> Result<(), Error> {
 }
 
 /// The replicas that hold the volume.
-fn holders(seen: &[open::Seen]) -> Vec<Store> {
-    seen.iter().filter(|s| matches!(s.found, Ok(Found::Volume(_)))).map(|s| s.store.clone()).collect()
+fn holders(seen: &[open::Seen], expected: Option<VolumeId>) -> Vec<Store> {
+    let left_out = open::outvoted(seen, expected);
+    let holds =
+        |s: &&open::Seen| matches!(s.found, Ok(Found::Volume(_))) && !left_out.contains(s.store.name());
+    seen.iter().filter(holds).map(|s| s.store.clone()).collect()
 }
 
 /// Whatever lies in the state folder without having been completed is kept, but out of the way.

@@ -21,6 +21,7 @@ use super::{Error, unix_now};
 use crate::exit::Exit;
 use crate::journal::{self, Journal, JournalError};
 use crate::replica::{ReplicaSpec, Store};
+use crate::restore::Trust;
 
 /// Name of the file that says that everything was moved into a quarantine folder.
 const COMPLETE: &str = "moved";
@@ -89,7 +90,7 @@ pub(super) async fn rebuild(
         Ok(store) => sources.push(store),
         Err(e) => log::warn!("staged segments cannot be used for the rebuild: {e}"),
     }
-    let mut restored = restore::fetch(&sources, |_, _| Ok(())).await?;
+    let mut restored = restore::fetch(&sources, &local.claims, &Trust::Majority, |_, _| Ok(())).await?;
     describe(&restored, notes);
 
     let name = match &local.rebuild {

@@ -20,7 +20,7 @@ use crate::format::volume::Claim;
 use crate::ids::{BlockHash, BlockId, Epoch, Ino, Lsn, ReplicaName, SegmentNo};
 use crate::journal::{Journal, JournalError};
 use crate::replica::Store;
-use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, SurveyError, Tables};
+use crate::restore::{self, Inventory, LoadError, Loaded, Plan, PlanError, SurveyError, Tables, Trust};
 use crate::vfs::NEXT_INO;
 
 /// A volume's tables as replicas hold them.
@@ -31,6 +31,8 @@ pub(super) struct Restored {
     pub cursors: BTreeMap<ReplicaName, SegmentNo>,
     /// The claims that count, by ascending epoch.
     pub claims: Vec<Claim>,
+    /// Claims that do not count, and the replicas that hold them.
+    pub contests: Vec<(ReplicaName, Claim)>,
     /// All segments that the replicas listed.
     pub listed: BTreeSet<(SegmentNo, Epoch)>,
 }
@@ -58,17 +60,20 @@ impl From<PlanError> for Error {
     }
 }
 
-/// Reads the volume's tables from `stores`, unless `permit` refuses by what they list.
+/// Reads the volume's tables from `stores`, unless `permit` refuses by what they list. `own` are claims that this state folder made.
 pub(super) async fn fetch(
     stores: &[Store],
+    own: &[Claim],
+    trust: &Trust,
     permit: impl FnOnce(&[Inventory], &Plan) -> Result<(), Error>,
 ) -> Result<Restored, Error> {
     let inventories = restore::survey(stores).await;
-    let plan = restore::plan(&inventories, None)?;
+    let mut plan = restore::plan_by(&inventories, None, own, trust)?;
+    let anchor = restore::anchor(&mut plan, stores, trust).await;
     permit(&inventories, &plan)?;
     let mut tables = Tables::default();
     let began = Instant::now();
-    let mut loaded = restore::load(&plan, stores, &mut tables).await?;
+    let mut loaded = restore::load_through(&plan, anchor, stores, &mut tables).await?;
     refuse_flaws(&mut loaded)?;
     log::debug!("{} entries read from the replicas in {:.3?}", tables.len(), began.elapsed());
     let cursors = stores
@@ -78,7 +83,9 @@ pub(super) async fn fetch(
         .collect();
     let listed = listed_in(&inventories);
     let claims = plan.claims.values().cloned().collect();
-    Ok(Restored { loaded, tables, cursors, claims, listed })
+    let contests = plan.disbelieved.iter().map(|(i, claim)| (plan.replicas[*i].clone(), claim.clone()));
+    let contests = contests.collect();
+    Ok(Restored { loaded, tables, cursors, claims, contests, listed })
 }
 
 /// Refuses tables with which a mount could destroy something or never end; warns of other

@@ -272,7 +272,8 @@ impl Work<'_> {
     fn others_begin(&self) -> Option<SegmentNo> {
         let mut first = None;
         for store in &self.stores {
-            let tenures = self.runtime.block_on(volume::tenures(store, self.local.volume.volume)).ok()?;
+            let (volume, ours) = (self.local.volume.volume, self.local.epoch());
+            let tenures = self.runtime.block_on(volume::tenures(store, volume, ours)).ok()?;
             if !tenures.damaged.is_empty() {
                 return None;
             }

@@ -218,7 +218,7 @@ fn start(
 ) -> Result<Started, Error> {
     let _step = notify::opening(runtime);
     // To break off here does no harm; replicas may take long to answer.
-    let options = CoreOptions { takeover: mount.takeover, ..CoreOptions::with_test_settings() };
+    let options = CoreOptions { takeover: mount.takeover.clone(), ..CoreOptions::with_test_settings() };
     let mut core = Core::open(config, runtime, options, asked_to_end(&mut signals))?;
     let notes = std::mem::take(&mut core.notes);
     let attached = attach(config, mount, runtime, &core);

@@ -9,10 +9,11 @@ use std::time::Instant;
 
 use super::contract::{CursorStore, Outbox};
 use super::error::{ErrorKind, StoreError};
-use super::fence::{FenceReason, Fenced, taken_over};
+use super::fence::{Fence, FenceReason, Fenced};
 use super::folder::{Filesystem, Seat};
 use super::shared::Replica;
 use super::ship_plan::true_cursor;
+use super::sight::{self, Sight};
 use super::store::{ObjectInfo, Store};
 use super::volume::{self, Found, VolumeError};
 use crate::format::names::{CHECKPOINTS, EPOCHS, ObjectName, SEGMENTS};
@@ -79,14 +80,30 @@ pub(super) struct Attached {
     pub lost: Option<String>,
 }
 
-/// Checks a replica and finds its cursor. Nothing is written before all is found to be in order.
+/// Checks a replica and finds its cursor. Nothing is written before all is found to be in order. Another writer that only this replica
+/// shows keeps us from this replica, and from no other.
 pub(super) async fn attach(
+    replica: &Replica,
+    identity: &Identity,
+    outbox: &Arc<dyn Outbox>,
+    cursors: &Arc<dyn CursorStore>,
+    fence: &Fence,
+) -> Result<Attached, AttachError> {
+    match attach_alone(replica, identity, outbox, cursors).await {
+        Err(AttachError::Fenced(by)) => Err(fence.weigh(replica, identity, by).await),
+        other => other,
+    }
+}
+
+/// As [`attach`], without asking other replicas.
+async fn attach_alone(
     replica: &Replica,
     identity: &Identity,
     outbox: &Arc<dyn Outbox>,
     cursors: &Arc<dyn CursorStore>,
 ) -> Result<Attached, AttachError> {
     let store = replica.store();
+    check_contest(replica, identity).await?;
     let saved = load(cursors, replica).await?;
     let ground = Ground::look(replica, cursors, saved).await?;
     let found = volume::expect(store, identity.volume.volume).await?;
@@ -106,7 +123,7 @@ pub(super) async fn attach(
         Found::Empty => (find_end(replica, identity, outbox, saved, BTreeMap::new()).await?, BTreeSet::new()),
         _ => find_cursor(replica, identity, outbox, saved).await?,
     };
-    check_ahead(replica, identity, outbox, &beyond)?;
+    check_ahead(replica, identity, outbox, &beyond).await?;
     beyond.retain(|(number, _)| *number > cursor);
     if !is_whole {
         if saved.0 > 0 {
@@ -128,8 +145,33 @@ pub(super) async fn attach(
     Ok(Attached { cursor, checkpoint, looked, lost: lost_branch(replica, identity, &beyond), beyond })
 }
 
-/// Fails when the replica holds a segment of our epoch that we have not sealed: then somebody wrote with a newer copy of our state.
-fn check_ahead(
+/// Fails while the replica holds a claim that the other replicas contradicted when the volume was mounted.
+async fn check_contest(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
+    let Some(claim) = replica.contest() else { return Ok(()) };
+    match volume::read_claim(replica.store(), claim.epoch, identity.volume.volume).await {
+        Ok(there) if there.claim_id == claim.claim_id => {
+            let reason = FenceReason::TakenOver {
+                epoch: claim.epoch,
+                first_segment: claim.begins(),
+                claim: Some(Box::new(claim)),
+            };
+            let by = Fenced { replica: replica.name().clone(), reason };
+            Err(AttachError::Foreign(sight::contested(replica, &by)))
+        }
+        Err(VolumeError::Store(e)) if e.kind != ErrorKind::Absent => Err(e.into()),
+        _ => {
+            replica.set_contest(None);
+            Ok(())
+        }
+    }
+}
+
+/// At most this many segments that we have not sealed are looked at: junk may have any number of names.
+const LOOK_AHEAD: usize = 16;
+
+/// Fails when the replica holds a segment of our epoch that we have not sealed: then somebody wrote with a newer copy of our state. A
+/// name without an intact segment is damage.
+async fn check_ahead(
     replica: &Replica,
     identity: &Identity,
     outbox: &Arc<dyn Outbox>,
@@ -137,10 +179,20 @@ fn check_ahead(
 ) -> Result<(), AttachError> {
     // Asked for after the listing: what our own shippers sent meanwhile is sealed by now.
     let newest = *outbox.watch().borrow();
-    let ahead = beyond.iter().find(|(number, epoch)| *epoch >= identity.epoch() && *number > newest);
-    let Some((segment, epoch)) = ahead.copied() else { return Ok(()) };
-    let reason = FenceReason::Ahead { segment, epoch, newest };
-    Err(AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason })))
+    let ahead = beyond.iter().filter(|(number, epoch)| *epoch >= identity.epoch() && *number > newest);
+    for (segment, epoch) in ahead.copied().take(LOOK_AHEAD) {
+        let (store, volume) = (replica.store(), identity.volume.volume);
+        if sight::end_of(store, volume, segment, epoch).await?.is_some() {
+            let reason = FenceReason::Ahead { segment, epoch, newest };
+            return Err(AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason })));
+        }
+        log::warn!(
+            "replica {}: {} is damaged, and nobody here wrote it",
+            replica.name(),
+            ObjectName::Segment(segment, epoch)
+        );
+    }
+    Ok(())
 }
 
 /// What to say of segments that later claims made invalid.
@@ -170,8 +222,14 @@ async fn claimed(replica: &Replica, identity: &Identity) -> Result<Vec<Epoch>, A
         _ => None,
     });
     let there: Vec<Epoch> = claims.collect();
-    let higher: Vec<Epoch> = there.iter().copied().filter(|e| *e > identity.epoch()).collect();
-    if higher.is_empty() { Ok(there) } else { Err(taken_over(replica, identity, &higher).await) }
+    let ours = there.iter().copied().filter(|e| *e >= identity.epoch());
+    match sight::above(replica, identity, ours.collect()).await? {
+        Sight::Clear { .. } => Ok(there),
+        Sight::Damaged(epoch, text) => {
+            Err(AttachError::Foreign(sight::contested_claim(replica, epoch, text)))
+        }
+        Sight::Rival(by) => Err(AttachError::Fenced(by)),
+    }
 }
 
 /// Sees that all known claims stand on the replica, where `there` are already.

@@ -1,10 +1,10 @@
 //! Whether somebody else writes to the volume, known to all shippers at once.
 //!
-//! Owns the signal, its texts, the look at a replica's claims, and the mark of an orderly end. Decides nothing else: whoever sees another
-//! writer raises the signal, everybody who writes ends by it.
+//! Owns the signal, its texts, and the mark of an orderly end. What a replica shows is read in `sight`, and whether it is believed is
+//! decided in `belief`: the caller that sees another writer asks the other replicas before it raises the signal.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -12,15 +12,18 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 use super::attach::{AttachError, Identity};
+use super::belief::{Testimony, Verdict, judge};
 use super::roster::Roster;
 use super::shared::Replica;
-use super::volume::{self, VolumeError};
-use crate::format::names::{EPOCHS, ObjectName};
+use super::sight::{self, Sight};
+use super::volume;
 use crate::format::volume::{Claim, Release};
 use crate::ids::{Epoch, ReplicaName, SegmentNo};
 
 /// Wait after a look that failed.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// Wait after a look at a replica that only a person can put right.
+const LOOK_MUCH_LATER: Duration = Duration::from_secs(5);
 
 /// Another writer was seen: nothing more may be written to any replica. Displays as a sentence with its remedy.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,30 +64,68 @@ pub enum FenceReason {
     },
 }
 
-impl fmt::Display for Fenced {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Fenced {
+    /// The epoch that was seen.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        match &self.reason {
+            FenceReason::TakenOver { epoch, .. }
+            | FenceReason::Ahead { epoch, .. }
+            | FenceReason::Contradicts { epoch, .. } => *epoch,
+        }
+    }
+
+    /// The other writer's claim, when that is what was seen and it can be read.
+    #[must_use]
+    pub fn claim(&self) -> Option<&Claim> {
+        match &self.reason {
+            FenceReason::TakenOver { claim, .. } => claim.as_deref(),
+            FenceReason::Ahead { .. } | FenceReason::Contradicts { .. } => None,
+        }
+    }
+
+    /// What was seen, without what follows from it.
+    #[must_use]
+    pub fn shown(&self) -> String {
         let replica = &self.replica;
         match &self.reason {
-            FenceReason::TakenOver { epoch, claim: Some(claim), .. } => write!(
-                f,
-                "replica {replica}: epoch {epoch} was claimed by {} (process {}): it took the volume over, nothing more is \
-                 written from here; {SAVE}",
-                claim.host, claim.pid
-            ),
-            FenceReason::TakenOver { epoch, claim: None, .. } => write!(
-                f,
-                "replica {replica}: epoch {epoch} was claimed by somebody else (the claim cannot be read): nothing more is \
-                 written from here; {SAVE}"
-            ),
-            FenceReason::Ahead { segment, epoch, newest } => write!(
-                f,
+            FenceReason::TakenOver { epoch, claim: Some(claim), .. } => {
+                format!(
+                    "replica {replica}: epoch {epoch} was claimed by {} (process {})",
+                    claim.host, claim.pid
+                )
+            }
+            FenceReason::TakenOver { epoch, claim: None, .. } => {
+                format!(
+                    "replica {replica}: epoch {epoch} was claimed by somebody else (the claim cannot be read)"
+                )
+            }
+            FenceReason::Ahead { segment, epoch, newest } => format!(
                 "replica {replica} holds segment {segment} of epoch {epoch}, but this state folder, which wrote that epoch, \
-                 knows segments up to {newest} only: {OLD_STATE}"
+                 knows segments up to {newest} only"
             ),
-            FenceReason::Contradicts { segment, epoch } => write!(
-                f,
-                "replica {replica} holds another segment {segment} of epoch {epoch} than this state folder: {OLD_STATE}"
-            ),
+            FenceReason::Contradicts { segment, epoch } => {
+                format!(
+                    "replica {replica} holds another segment {segment} of epoch {epoch} than this state folder"
+                )
+            }
+        }
+    }
+}
+
+impl fmt::Display for Fenced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (shown, replica, epoch) = (self.shown(), &self.replica, self.epoch());
+        match &self.reason {
+            FenceReason::TakenOver { claim, .. } => {
+                let took = if claim.is_some() { "it took the volume over, " } else { "" };
+                write!(
+                    f,
+                    "{shown}: {took}nothing more is written from here; {SAVE}. If that claim is forged or of no use: unmount, \
+                     and remove it with `mirrorfs replica void-claim {replica} {epoch}`"
+                )
+            }
+            FenceReason::Ahead { .. } | FenceReason::Contradicts { .. } => write!(f, "{shown}: {OLD_STATE}"),
         }
     }
 }
@@ -128,13 +169,38 @@ impl FenceNote {
 pub struct Fence {
     seen: watch::Sender<Option<Fenced>>,
     notify: Box<dyn Fn(&Fenced) + Send + Sync>,
+    /// The replicas that are asked before one of them is believed. Without them each is believed at once.
+    witnesses: OnceLock<Arc<Roster>>,
 }
 
 impl Fence {
     /// Not raised. `notify` is called once, when it is.
     #[must_use]
     pub fn new(notify: impl Fn(&Fenced) + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { seen: watch::channel(None).0, notify: Box::new(notify) })
+        Arc::new(Self { seen: watch::channel(None).0, notify: Box::new(notify), witnesses: OnceLock::new() })
+    }
+
+    /// Names the replicas that are asked before one of them is believed. Only the first call counts.
+    pub fn ask(&self, witnesses: Arc<Roster>) {
+        let _ = self.witnesses.set(witnesses);
+    }
+
+    /// The error for another writer that `replica` shows: [`AttachError::Fenced`] when more replicas show one than know only us,
+    /// else [`AttachError::Foreign`], for this replica alone.
+    pub(super) async fn weigh(&self, replica: &Replica, identity: &Identity, by: Box<Fenced>) -> AttachError {
+        let others = self.witnesses.get().map_or_else(Vec::new, |roster| roster.voters());
+        let others = others.iter().filter(|r| r.name() != replica.name());
+        let asked = others.map(|other| {
+            let by = &by;
+            async move { (other.name().clone(), sight::testify(other, identity, replica, by).await) }
+        });
+        let mut said = futures::future::join_all(asked).await;
+        let contested = sight::contested(replica, &by);
+        said.push((replica.name().clone(), Testimony::Rival(by)));
+        match judge(&said) {
+            Verdict::TakenOver(by) => AttachError::Fenced(by),
+            Verdict::Ours { .. } | Verdict::Unknown(_) => AttachError::Foreign(contested),
+        }
     }
 
     /// What was seen, if anything.
@@ -171,15 +237,14 @@ impl Fence {
 }
 
 /// Looks, with one request, whether an epoch above ours was claimed on the replica: any, since claims of those between may be missing.
-pub(super) async fn look(replica: &Replica, identity: &Identity) -> Result<(), AttachError> {
-    let ours = ObjectName::Claim(identity.epoch()).path();
-    let listed = replica.store().list_after(EPOCHS, &ours).await?;
-    let higher = listed.iter().filter_map(|o| match ObjectName::parse(&o.path) {
-        Some(ObjectName::Claim(epoch)) => Some(epoch),
-        _ => None,
-    });
-    let higher: Vec<Epoch> = higher.collect();
-    if higher.is_empty() { Ok(()) } else { Err(taken_over(replica, identity, &higher).await) }
+pub(super) async fn look(replica: &Replica, identity: &Identity, fence: &Fence) -> Result<(), AttachError> {
+    match sight::look(replica, identity).await? {
+        Sight::Clear { .. } => Ok(()),
+        Sight::Damaged(epoch, text) => {
+            Err(AttachError::Foreign(sight::contested_claim(replica, epoch, text)))
+        }
+        Sight::Rival(by) => Err(fence.weigh(replica, identity, by).await),
+    }
 }
 
 /// Looks, with one request, for another writer, and raises the signal when there is one. The error says why nothing can be said.
@@ -188,7 +253,7 @@ pub async fn look_for_rivals(
     identity: &Identity,
     fence: &Fence,
 ) -> Result<Option<Fenced>, String> {
-    match look(replica, identity).await {
+    match look(replica, identity, fence).await {
         Ok(()) => Ok(None),
         Err(AttachError::Fenced(fenced)) => {
             fence.raise((*fenced).clone());
@@ -198,32 +263,6 @@ pub async fn look_for_rivals(
         Err(AttachError::Foreign(e)) => Err(e.to_string()),
         Err(AttachError::Local(text)) => Err(text),
     }
-}
-
-/// The most claims above ours that are read; there is hardly ever more than one.
-const READ_CLAIMS: usize = 16;
-
-/// The error for claims above ours that are listed: their names alone are enough to stop.
-pub(super) async fn taken_over(replica: &Replica, identity: &Identity, epochs: &[Epoch]) -> AttachError {
-    let mut epochs = epochs.to_vec();
-    epochs.sort_unstable();
-    let epoch = epochs.last().copied().unwrap_or_default();
-    // The first segments of later claims are hardly ever lower, but it is not impossible.
-    let (mut first, mut all_read) = (None, epochs.len() <= READ_CLAIMS);
-    let mut newest = None;
-    for epoch in epochs.into_iter().rev().take(READ_CLAIMS).rev() {
-        match volume::read_claim(replica.store(), epoch, identity.volume.volume).await {
-            Ok(claim) => {
-                first = first.into_iter().chain(claim.begins()).min();
-                newest = Some(Box::new(claim));
-            }
-            Err(e @ VolumeError::WrongVolume { .. }) => return e.into(),
-            Err(_) => all_read = false,
-        }
-    }
-    let claim = newest.filter(|c| c.epoch == epoch);
-    let reason = FenceReason::TakenOver { epoch, claim, first_segment: first.filter(|_| all_read) };
-    AttachError::Fenced(Box::new(Fenced { replica: replica.name().clone(), reason }))
 }
 
 /// Marks our tenure as ended in good order, on those replicas that hold everything up to `newest`, the newest segment there is, and
@@ -248,7 +287,7 @@ pub async fn release(
     let each = replicas.iter().filter(complete).map(|replica| {
         let mark = &mark;
         async move {
-            match look(replica, identity).await {
+            match look(replica, identity, fence).await {
                 Ok(()) if fence.seen().is_none() => {}
                 Ok(()) => return None,
                 Err(AttachError::Fenced(fenced)) => {
@@ -321,7 +360,7 @@ async fn confirm_one(
         }
         // The order matters: what counts is what was there before the look.
         let stored = replica.cursor();
-        match look(replica, identity).await {
+        match look(replica, identity, fence).await {
             Ok(()) => *confirmed = (*confirmed).max(stored),
             Err(AttachError::Fenced(fenced)) => {
                 fence.raise((*fenced).clone());
@@ -331,7 +370,8 @@ async fn confirm_one(
                 replica.note_error(&e);
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
-            Err(AttachError::Foreign(_) | AttachError::Local(_)) => tokio::time::sleep(LOOK_AGAIN).await,
+            Err(AttachError::Foreign(_)) => tokio::time::sleep(LOOK_MUCH_LATER).await,
+            Err(AttachError::Local(_)) => tokio::time::sleep(LOOK_AGAIN).await,
         }
     }
 }

@@ -4,6 +4,7 @@
 
 mod absence;
 mod attach;
+pub mod belief;
 pub mod chain;
 mod contract;
 mod digest;
@@ -21,6 +22,7 @@ mod shared;
 mod shelf;
 pub mod ship_plan;
 mod shipper;
+mod sight;
 mod store;
 mod target;
 #[cfg(test)]
@@ -39,5 +41,6 @@ pub use roster::Roster;
 pub use shared::{Damage, DamageKind, LastError, Replica, ReplicaState, ReplicaStatus, jitter, unix_now};
 pub use shelf::Shelf;
 pub use shipper::{Shipper, Tuning, status};
+pub use sight::footer_of;
 pub use store::{Conditional, Created, Limits, ObjectInfo, RawSpeed, RawWork, Requests, Store};
 pub use target::{Place, ReplicaSpec, Scheme, TargetError, check_distinct, same_place};

@@ -15,6 +15,7 @@ use super::contract::Backlog;
 use super::error::{ErrorKind, StoreError};
 use super::health::{Event, Health, HealthState};
 use super::store::{Requests, Store};
+use crate::format::volume::Claim;
 use crate::ids::{BlockHash, ReplicaName, SegmentNo};
 
 /// Damaged places remembered per replica until somebody repairs them; more are counted only.
@@ -167,6 +168,8 @@ pub struct Replica {
     joining: AtomicBool,
     /// Its shipper waits because no intact copy of a segment is to be had.
     waits_for_source: AtomicBool,
+    /// A claim there that the other replicas contradicted when the volume was mounted.
+    contest: Mutex<Option<Claim>>,
     recheck: Notify,
     damaged: Notify,
     /// The newest checkpoint that it has, or will not be sent.
@@ -192,6 +195,7 @@ impl Replica {
             attention: AtomicBool::new(false),
             joining: AtomicBool::new(false),
             waits_for_source: AtomicBool::new(false),
+            contest: Mutex::default(),
             recheck: Notify::new(),
             damaged: Notify::new(),
             checkpoint: AtomicU64::new(0),
@@ -395,6 +399,16 @@ impl Replica {
         if let Some((kind, _)) = self.told.lock().writes_failing.take() {
             log::info!("replica {} takes writes again (was: {kind})", self.name());
         }
+    }
+
+    /// The claim for which nothing is written there.
+    pub(super) fn contest(&self) -> Option<Claim> {
+        self.contest.lock().clone()
+    }
+
+    /// Has nothing written there as long as it holds `claim`, which the other replicas contradict.
+    pub fn set_contest(&self, claim: Option<Claim>) {
+        *self.contest.lock() = claim;
     }
 
     /// Sets the last error's text.

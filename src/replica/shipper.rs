@@ -183,7 +183,7 @@ impl Shipper {
         }
         let attached = tokio::select! {
             () = closed(&mut closing) => return End::Closing,
-            attached = attach::attach(&self.replica, &self.identity, &self.outbox, &self.cursors) => attached,
+            attached = attach::attach(&self.replica, &self.identity, &self.outbox, &self.cursors, &self.fence) => attached,
         };
         match attached {
             Ok(attached) => {
@@ -308,7 +308,7 @@ impl Shipper {
             if let Some(e) = failed
                 && ending.is_none()
             {
-                ending = Some(self.send_failed(e));
+                ending = Some(self.send_failed(e).await);
             }
         }
     }
@@ -404,7 +404,7 @@ impl Shipper {
         let contact = !staged.is_empty() || dump.is_some() || looked.is_stale(&self.replica);
         if contact && looked.at.elapsed() >= self.tuning.fence_every {
             let before = LastLook::new(Instant::now(), &self.replica);
-            fence::look(&self.replica, &self.identity).await.map_err(|e| self.failed(e))?;
+            fence::look(&self.replica, &self.identity, &self.fence).await.map_err(|e| self.failed(e))?;
             *looked = before;
         }
         let mut work = plan.next(&staged);
@@ -463,7 +463,7 @@ impl Shipper {
         }
     }
 
-    fn send_failed(&self, error: SendError) -> End {
+    async fn send_failed(&self, error: SendError) -> End {
         match error {
             SendError::Replica(e) => self.failed(e.into()),
             SendError::Source(text) => {
@@ -474,7 +474,8 @@ impl Shipper {
             }
             SendError::Contradicts(segment, epoch) => {
                 let reason = FenceReason::Contradicts { segment, epoch };
-                End::Fenced(Box::new(Fenced { replica: self.replica.name().clone(), reason }))
+                let by = Box::new(Fenced { replica: self.replica.name().clone(), reason });
+                self.failed(self.fence.weigh(&self.replica, &self.identity, by).await)
             }
         }
     }

@@ -2,9 +2,12 @@
 //!
 //! Owns reading, creating and comparing them. Knows neither segments nor shipping, and deletes nothing.
 
+use std::collections::BTreeSet;
+
 use futures::future::join_all;
 use futures::stream::{self, StreamExt};
 
+use super::belief::plausible_end;
 use super::error::{ErrorKind, StoreError};
 use super::store::{Conditional, Created, Store};
 use crate::format::codec::FormatError;
@@ -69,6 +72,18 @@ pub enum VolumeError {
         /// The other writer's claim.
         claim: Box<Claim>,
     },
+    /// It shows another writer, or damaged claims, and the other replicas do not.
+    #[error(
+        "{text}. The other replicas do not show that, so they are written to, and replica {replica} is not. {remedy}"
+    )]
+    Contested {
+        /// The replica.
+        replica: ReplicaName,
+        /// What it shows; names the replica.
+        text: String,
+        /// What a person can do.
+        remedy: String,
+    },
     /// The backend cannot tell the first writer from the second.
     #[error(
         "replica {replica} ({url}) cannot create an object only if it is absent, so it cannot keep two writers apart; \
@@ -107,9 +122,11 @@ pub struct Tenure {
 pub struct Tenures {
     /// Those that can be read, by ascending epoch.
     pub known: Vec<Tenure>,
-    /// The highest epoch that was claimed, also by a claim that cannot be read; 0 for none.
-    pub highest: Epoch,
-    /// What cannot be read, to be told and repaired. It is damaged, not newer.
+    /// All epochs of which the replica lists a claim, also one that cannot be read. A name proves nothing.
+    pub names: BTreeSet<Epoch>,
+    /// Those of `names` whose claim failed verification.
+    pub unread: BTreeSet<Epoch>,
+    /// What failed verification, to be told and repaired.
     pub damaged: Vec<VolumeError>,
 }
 
@@ -120,6 +137,8 @@ pub struct Claimed {
     pub on: Vec<ReplicaName>,
     /// Replicas that could not be asked; their shippers will put the claim there before anything else.
     pub failed: Vec<StoreError>,
+    /// Replicas that hold something else in its place, fewer than hold our claim.
+    pub refused: Vec<VolumeError>,
 }
 
 /// Looks what is at a replica's place. Objects that are not mirrorfs's and no `volume.json` is [`VolumeError::Foreign`].
@@ -197,27 +216,56 @@ pub(super) async fn write_volume(store: &Store, volume: &Volume) -> Result<(), V
     }
 }
 
-/// All writers' tenures on a replica. A damaged claim is no error, since others may have it; one of another volume, or a newer one, is.
-pub async fn tenures(store: &Store, volume: VolumeId) -> Result<Tenures, VolumeError> {
+/// The epochs of which a replica lists a claim, and a mark of the end.
+async fn list_epochs(store: &Store) -> Result<(BTreeSet<Epoch>, BTreeSet<Epoch>), StoreError> {
     let listed = store.list(EPOCHS).await?;
-    let names: Vec<_> = listed.iter().filter_map(|o| ObjectName::parse(&o.path)).collect();
-    let epochs: Vec<_> =
-        names.iter().filter_map(|n| if let ObjectName::Claim(e) = n { Some(*e) } else { None }).collect();
-    let mut found =
-        Tenures { highest: epochs.iter().max().copied().unwrap_or_default(), ..Tenures::default() };
-    let mut read = stream::iter(epochs)
+    let (mut claims, mut releases) = (BTreeSet::new(), BTreeSet::new());
+    for object in listed {
+        match ObjectName::parse(&object.path) {
+            Some(ObjectName::Claim(epoch)) => claims.insert(epoch),
+            Some(ObjectName::Release(epoch)) => releases.insert(epoch),
+            _ => false,
+        };
+    }
+    Ok((claims, releases))
+}
+
+/// All writers' tenures on a replica. What fails verification (damaged, newer, another volume's) is no error, since other replicas
+/// may know better. Claims above an implausible jump from `ours`, the highest epoch known here, are not read.
+pub async fn tenures(store: &Store, volume: VolumeId, ours: Epoch) -> Result<Tenures, VolumeError> {
+    let (names, releases) = list_epochs(store).await?;
+    let end = plausible_end(ours, names.iter().copied());
+    let (plausible, beyond): (BTreeSet<Epoch>, BTreeSet<Epoch>) = names.iter().partition(|e| **e <= end);
+    let mut found = Tenures { names, ..Tenures::default() };
+    if let (Some(first), Some(last)) = (beyond.first(), beyond.last()) {
+        let why = format!(
+            "{} claim(s) of epochs {first} to {last} after a jump from {end}: no writer leaves so many epochs out",
+            beyond.len()
+        );
+        found.damaged.push(unreadable(
+            store,
+            &ObjectName::Claim(*last).path(),
+            FormatError::new("claims", why),
+        ));
+    }
+    found.unread = beyond;
+    let mut read = stream::iter(plausible)
         .map(|epoch| {
-            let released = names.contains(&ObjectName::Release(epoch));
+            let released = releases.contains(&epoch);
             async move {
                 let release =
                     async { if released { read_release(store, epoch).await.map(Some) } else { Ok(None) } };
-                futures::join!(read_claim(store, epoch, volume), release)
+                let (claim, release) = futures::join!(read_claim(store, epoch, volume), release);
+                (epoch, claim, release)
             }
         })
         .buffered(IN_FLIGHT);
-    while let Some((claim, release)) = read.next().await {
+    while let Some((epoch, claim, release)) = read.next().await {
         let release = found.intact(release)?.flatten();
-        let Some(claim) = found.intact(claim)? else { continue };
+        let Some(claim) = found.intact(claim)? else {
+            found.unread.insert(epoch);
+            continue;
+        };
         // A mark of another claim is left from a lost race and ends nothing.
         let release = release.filter(|r| r.claim_id == claim.claim_id);
         found.known.push(Tenure { claim, release });
@@ -231,11 +279,13 @@ impl Tenures {
     fn intact<T>(&mut self, read: Result<T, VolumeError>) -> Result<Option<T>, VolumeError> {
         match read {
             Ok(value) => Ok(Some(value)),
-            Err(e) if e.is_damage() => {
+            // Listed, and gone a moment later: voided meanwhile.
+            Err(VolumeError::Store(e)) if e.kind == ErrorKind::Absent => Ok(None),
+            Err(VolumeError::Store(e)) if e.kind != ErrorKind::Corrupt => Err(e.into()),
+            Err(e) => {
                 self.damaged.push(e);
                 Ok(None)
             }
-            Err(e) => Err(e),
         }
     }
 }
@@ -291,36 +341,65 @@ pub async fn put_claim(store: &Store, claim: &Claim) -> Result<(), VolumeError> 
     }
 }
 
-/// Claims an epoch on all given replicas. Those that create conditionally come first, otherwise they are asked in the order of their
-/// names, until one has taken the claim, so that of two writers at most one goes on; then the others at once. A lost race is [`VolumeError::Held`]; replicas that cannot be asked are
-/// listed, and it is an error only when none could.
-pub async fn claim(stores: &[Store], claim: &Claim) -> Result<Claimed, VolumeError> {
+/// Puts those of `older` on a replica that it does not list, in their order, and then `claim`. So a replica never shows a claim
+/// without those before it, and a jump between epochs is damage. An older one that differs there is left alone.
+async fn put_in_order(store: &Store, claim: &Claim, older: &[Claim]) -> Result<(), VolumeError> {
+    if !older.is_empty() {
+        let (there, _) = list_epochs(store).await?;
+        for old in older.iter().filter(|c| c.epoch < claim.epoch && !there.contains(&c.epoch)) {
+            match put_claim(store, old).await {
+                Ok(()) | Err(VolumeError::Held { .. } | VolumeError::Unreadable { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    put_claim(store, claim).await
+}
+
+/// Claims an epoch on all given replicas, after the claims in `older` that they lack. Those that create conditionally come first,
+/// otherwise they are asked in the order of their names, until one has taken the claim, so that of two writers at most one goes on; then
+/// the others at once. A lost race is [`VolumeError::Held`]: the first one asked, or half of those that answer, hold another claim.
+/// Replicas that cannot be asked, or hold something that is no claim, are listed, and it is an error only when all do.
+pub async fn claim(stores: &[Store], claim: &Claim, older: &[Claim]) -> Result<Claimed, VolumeError> {
     let mut stores: Vec<_> = stores.iter().collect();
     // One that overwrites silently cannot decide who was first; where there is no other the user has accepted that.
     stores.sort_by_key(|s| (!s.is_conditional(), s.name()));
-    let (mut on, mut failed) = (Vec::new(), Vec::new());
+    let mut claimed = Claimed { on: Vec::new(), failed: Vec::new(), refused: Vec::new() };
     let mut rest = stores.into_iter();
     for store in rest.by_ref() {
-        match put_claim(store, claim).await {
+        match put_in_order(store, claim, older).await {
             Ok(()) => {
-                on.push(store.name().clone());
+                claimed.on.push(store.name().clone());
                 break;
             }
-            Err(VolumeError::Store(e)) => failed.push(e),
-            Err(e) => return Err(e),
+            Err(e @ VolumeError::Held { .. }) => return Err(e),
+            Err(e) => claimed.not_on(e),
         }
     }
-    let others = join_all(rest.map(|s| async move { (s, put_claim(s, claim).await) })).await;
-    for (store, result) in others {
+    let put = |s| async move { (s, put_in_order(s, claim, older).await) };
+    for (store, result) in join_all(rest.map(put)).await {
         match result {
-            Ok(()) => on.push(store.name().clone()),
-            Err(VolumeError::Store(e)) => failed.push(e),
-            Err(e) => return Err(e),
+            Ok(()) => claimed.on.push(store.name().clone()),
+            Err(e) => claimed.not_on(e),
         }
     }
-    match failed.first() {
-        Some(e) if on.is_empty() => Err(e.clone().into()),
-        _ => Ok(Claimed { on, failed }),
+    let held: Vec<_> = claimed.refused.iter().filter(|e| matches!(e, VolumeError::Held { .. })).collect();
+    if let Some(by) = held.first().filter(|_| held.len() >= claimed.on.len()) {
+        return Err((*by).clone());
+    }
+    match (claimed.failed.first(), claimed.refused.first()) {
+        (_, Some(e)) if claimed.on.is_empty() => Err(e.clone()),
+        (Some(e), None) if claimed.on.is_empty() => Err(e.clone().into()),
+        _ => Ok(claimed),
+    }
+}
+
+impl Claimed {
+    fn not_on(&mut self, error: VolumeError) {
+        match error {
+            VolumeError::Store(e) => self.failed.push(e),
+            e => self.refused.push(e),
+        }
     }
 }
 

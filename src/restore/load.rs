@@ -151,7 +151,7 @@ impl From<FormatError> for LoadError {
 pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<Loaded, LoadError> {
     let mut load = Load {
         plan,
-        reader: Reader::new(stores, plan.volume.volume),
+        reader: Reader::new(stores, plan.volume.volume, plan.answering.len()),
         damaged: plan.damaged.clone(),
         reasons: Vec::new(),
     };

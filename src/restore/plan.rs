@@ -4,6 +4,7 @@
 //!
 //! * The valid epoch of a segment number is the highest claimed epoch whose first segment is at or below it; segments of
 //!   other epochs under that number are a lost branch.
+//! * Which claims count where replicas differ is chosen in `trust`.
 //! * A start is a checkpoint (or nothing) and an unbroken run of valid segments. Starts are ordered by how far their run
 //!   reaches, then by how little they replay.
 //! * A checkpoint that only a minority of the replicas holds comes after all other starts, however far it reaches: whoever
@@ -11,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::trust::{self, Doubt, Trust};
 use super::{Damage, Found, Inventory};
 use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::volume::{Claim, Volume};
@@ -28,16 +30,28 @@ pub struct Plan {
     pub replicas: Vec<ReplicaName>,
     /// The highest epoch that was ever claimed; 0 when none was.
     pub epoch: Epoch,
+    /// Those of them that can be read and belong to the volume.
+    pub answering: Vec<usize>,
     /// The claims that count.
     pub claims: BTreeMap<Epoch, Claim>,
     /// The first segment of each epoch, as claimed (or, where the claim is damaged everywhere, as inferred).
     pub first_segments: BTreeMap<Epoch, SegmentNo>,
     /// All valid segments.
     pub segments: BTreeMap<SegmentNo, Place>,
+    /// The segment up to which more than half of the replicas hold what any of them does.
+    pub agreed: SegmentNo,
     /// Where to begin, best first. Not empty.
     pub starts: Vec<Start>,
     /// Replicas that are left out, and why.
     pub excluded: Vec<(usize, String)>,
+    /// The replica that was named as the right one.
+    pub believes: Option<ReplicaName>,
+    /// Replicas that mark the end of a tenure, by the claim that they end.
+    pub ends: Vec<(ReplicaName, [u8; 16])>,
+    /// What is newer, and only on a minority of the replicas.
+    pub doubts: Vec<Doubt>,
+    /// Claims that do not count, and the replicas that hold them.
+    pub disbelieved: Vec<(usize, Claim)>,
     /// What a person should know.
     pub warnings: Vec<String>,
     /// What the survey found damaged.
@@ -45,6 +59,13 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The replicas that mark the end of this claim's tenure.
+    #[must_use]
+    pub fn marked(&self, claim: &Claim) -> Vec<ReplicaName> {
+        let marks = self.ends.iter().filter(|(_, id)| *id == claim.claim_id);
+        marks.map(|(name, _)| name.clone()).collect()
+    }
+
     /// The epoch that the next writer claims.
     #[must_use]
     pub fn next_epoch(&self) -> Epoch {
@@ -102,8 +123,18 @@ pub fn valid_epoch(first_segments: &BTreeMap<Epoch, SegmentNo>, number: SegmentN
     first_segments.iter().rev().find(|(_, first)| **first <= number).map(|(epoch, _)| *epoch)
 }
 
-/// Makes the plan. `expected` is the volume that the replicas should belong to, when that is known.
+/// Makes the plan by what more than half of the replicas hold. `expected` is the volume that they should belong to, when that is known.
 pub fn plan(inventories: &[Inventory], expected: Option<VolumeId>) -> Result<Plan, PlanError> {
+    plan_by(inventories, expected, &[], &Trust::Majority)
+}
+
+/// Makes the plan. `own` are claims that this state folder made before it was complete.
+pub fn plan_by(
+    inventories: &[Inventory],
+    expected: Option<VolumeId>,
+    own: &[Claim],
+    trust: &Trust,
+) -> Result<Plan, PlanError> {
     let mut excluded = Vec::new();
     let mut usable = Vec::new();
     for (i, inventory) in inventories.iter().enumerate() {
@@ -116,26 +147,107 @@ pub fn plan(inventories: &[Inventory], expected: Option<VolumeId>) -> Result<Pla
     let volume = choose_volume(&mut usable, &mut excluded, expected, &name)?;
     let mut warnings: Vec<String> =
         excluded.iter().map(|(i, why)| format!("replica {} was left out: {why}", name(*i))).collect();
-    let claims = choose_claims(&usable, volume.volume, &mut warnings, &name);
-    let mut first_segments: BTreeMap<_, _> = claims.iter().map(|(e, c)| (*e, c.first_segment)).collect();
-    infer_claims(&usable, &mut first_segments, &mut warnings);
-    let segments = places(&usable, &claims, &first_segments);
-    let starts = starts(&usable, volume.volume, &claims, &first_segments, &segments)?;
-    let claimed = usable.iter().flat_map(|(_, found)| &found.claimed);
+    let named = |i: usize| inventories[i].replica.clone();
+    let chosen = trust::choose(&usable, volume.volume, own, trust, &named);
+    warnings.extend(chosen.warnings);
+    let (claims, first_segments) = (chosen.claims, chosen.firsts);
+    let mut segments = places(&usable, &claims, &first_segments);
+    let end = match trust {
+        // It may have more than the others say there is.
+        Trust::Replica(_) => None,
+        _ => cut_at_end(&usable, &claims, &mut segments, &mut warnings),
+    };
+    let mut doubts = chosen.doubts;
+    if let Trust::Replica(believed) = trust {
+        let at = inventories.iter().position(|i| i.replica == *believed);
+        let last =
+            segments.values().filter(|p| p.holders.iter().any(|(i, _)| Some(*i) == at)).map(|p| p.number);
+        let last = last.max().unwrap_or_default();
+        segments.retain(|number, _| *number <= last);
+    }
+    let agreed = agreed(witnesses(&segments), &segments);
+    let mut starts = starts(&usable, volume.volume, &claims, &first_segments, &segments, trust, &named)?;
+    let is_beyond =
+        |s: &Start| s.checkpoint.as_ref().is_some_and(|(m, _)| end.is_some_and(|end| m.number > end));
+    starts.retain(|s| !is_beyond(s));
+    if starts.is_empty() {
+        return Err(PlanError::Broken("the only checkpoints lie beyond the end of the volume".to_owned()));
+    }
+    let last = starts.first().map_or(SegmentNo(0), |s| s.last);
+    if last > agreed && !matches!(trust, Trust::Replica(_)) {
+        let on =
+            segments.get(&last).map_or_else(Vec::new, |p| p.holders.iter().map(|(i, _)| named(*i)).collect());
+        let what = format!("what was written from segment {} to {last}", agreed.next());
+        doubts.push(Doubt { on, of: usable.len(), what, contradicts: false });
+    }
     let damaged = usable.iter().flat_map(|(_, found)| found.damaged.iter().cloned()).collect();
+    let ends =
+        usable.iter().flat_map(|(i, f)| f.releases.values().map(|r| (named(*i), r.claim_id))).collect();
+    let believes = match trust {
+        Trust::Replica(name) => Some(name.clone()),
+        Trust::Majority | Trust::Follow => None,
+    };
     Ok(Plan {
         volume,
         replicas: inventories.iter().map(|i| i.replica.clone()).collect(),
-        // A claim that cannot be read was made all the same.
-        epoch: first_segments.keys().chain(claimed).max().copied().unwrap_or_default(),
+        answering: usable.iter().map(|(i, _)| *i).collect(),
+        epoch: chosen.highest.max(first_segments.keys().next_back().copied().unwrap_or_default()),
         claims,
         first_segments,
         segments,
+        agreed,
         starts,
         excluded,
+        believes,
+        ends,
+        doubts,
+        disbelieved: chosen.disbelieved,
         warnings,
         damaged,
     })
+}
+
+/// How many replicas can know how far the volume goes: those that hold its beginning. A wiped one does not, nor does the staging area
+/// that takes part in a rebuild.
+fn witnesses(segments: &BTreeMap<SegmentNo, Place>) -> usize {
+    segments.values().next().map_or(0, |place| place.holders.len())
+}
+
+/// The segment up to which more than half of the replicas hold everything that any of them does, as far as names say.
+fn agreed(of: usize, segments: &BTreeMap<SegmentNo, Place>) -> SegmentNo {
+    let mut tips: BTreeMap<usize, SegmentNo> = BTreeMap::new();
+    for place in segments.values() {
+        tips.extend(place.holders.iter().map(|(i, _)| (*i, place.number)));
+    }
+    let mut tips: Vec<_> = tips.into_values().collect();
+    tips.sort_unstable_by_key(|tip| std::cmp::Reverse(*tip));
+    tips.get(of / 2).copied().unwrap_or_default()
+}
+
+/// Where the last writer ended in good order, as more than half of the replicas say, nothing follows.
+fn cut_at_end(
+    usable: &Usable<'_>,
+    claims: &BTreeMap<Epoch, Claim>,
+    segments: &mut BTreeMap<SegmentNo, Place>,
+    warnings: &mut Vec<String>,
+) -> Option<SegmentNo> {
+    let (epoch, claim) = claims.last_key_value()?;
+    let mut ends: BTreeMap<SegmentNo, usize> = BTreeMap::new();
+    let releases = usable.iter().filter_map(|(_, f)| f.releases.get(epoch));
+    for release in releases.filter(|r| r.claim_id == claim.claim_id) {
+        *ends.entry(release.last_segment).or_default() += 1;
+    }
+    let end = ends.into_iter().find(|(_, n)| trust::is_majority(*n, usable.len())).map(|(end, _)| end);
+    // With one replica there is nobody to contradict it, and what it has beyond is more than the mark says.
+    let end = end.filter(|_| usable.len() > 1)?;
+    let beyond = segments.split_off(&end.next());
+    if let (Some(first), Some(last)) = (beyond.first_key_value(), beyond.last_key_value()) {
+        warnings.push(format!(
+            "segments {} to {} are no part of the volume: its last writer ended with segment {end}",
+            first.0, last.0
+        ));
+    }
+    Some(end)
 }
 
 type Usable<'a> = Vec<(usize, &'a Found)>;
@@ -175,47 +287,6 @@ fn choose_volume(
     })
 }
 
-/// One claim per epoch. Two different claims of one epoch mean two writers that each reached only some replicas. A claim with
-/// segments beats one without, since a claimer that gave up wrote none; then the one that more replicas hold wins, then the one
-/// with more segments, then the smaller id.
-fn choose_claims(
-    usable: &Usable<'_>,
-    volume: VolumeId,
-    warnings: &mut Vec<String>,
-    name: &dyn Fn(usize) -> String,
-) -> BTreeMap<Epoch, Claim> {
-    let mut chosen = BTreeMap::new();
-    let epochs: BTreeSet<Epoch> = usable.iter().flat_map(|(_, f)| f.claims.keys().copied()).collect();
-    for epoch in epochs {
-        let mut rivals: BTreeMap<[u8; 16], (usize, usize, &Claim)> = BTreeMap::new();
-        for (_, found) in usable.iter() {
-            let Some(claim) = found.claims.get(&epoch).filter(|c| c.volume == volume) else { continue };
-            let segments = found.segments.keys().filter(|(_, e)| *e == epoch).count();
-            let rival = rivals.entry(claim.claim_id).or_insert((0, 0, claim));
-            rival.0 += 1;
-            rival.1 += segments;
-        }
-        let contested = rivals.len() > 1;
-        // `max_by_key` keeps the last of equals, hence the reversal for the smaller id.
-        let Some((_, (.., claim))) = rivals.into_iter().rev().max_by_key(|(_, (n, m, _))| (*m > 0, *n, *m))
-        else {
-            continue;
-        };
-        if contested {
-            let losers: Vec<_> =
-                usable.iter().filter(|(_, f)| overruled(f, claim)).map(|(i, _)| name(*i)).collect();
-            warnings.push(format!(
-                "epoch {epoch} was claimed twice; the claim of {} (process {}) counts, what {} hold of that epoch does not",
-                claim.host,
-                claim.pid,
-                losers.join(", "),
-            ));
-        }
-        chosen.insert(epoch, claim.clone());
-    }
-    chosen
-}
-
 /// Whether the replica holds another claim of the same epoch.
 fn overruled(found: &Found, claim: &Claim) -> bool {
     found.claims.get(&claim.epoch).is_some_and(|c| c.claim_id != claim.claim_id)
@@ -223,28 +294,6 @@ fn overruled(found: &Found, claim: &Claim) -> bool {
 
 fn counts(found: &Found, epoch: Epoch, claims: &BTreeMap<Epoch, Claim>) -> bool {
     claims.get(&epoch).is_none_or(|claim| !overruled(found, claim))
-}
-
-/// A claim is stored before any segment of its epoch. Where segments have none, it was damaged or lost: it began at the
-/// lowest segment that is there, or before, where nothing is left anyway.
-fn infer_claims(
-    usable: &Usable<'_>,
-    first_segments: &mut BTreeMap<Epoch, SegmentNo>,
-    warnings: &mut Vec<String>,
-) {
-    let mut lowest: BTreeMap<Epoch, SegmentNo> = BTreeMap::new();
-    for (number, epoch) in usable.iter().flat_map(|(_, f)| f.segments.keys()) {
-        let first = lowest.entry(*epoch).or_insert(*number);
-        *first = (*first).min(*number);
-    }
-    for (epoch, first) in lowest {
-        first_segments.entry(epoch).or_insert_with(|| {
-            warnings.push(format!(
-                "the claim of epoch {epoch} is missing or damaged; its segments begin at {first}"
-            ));
-            first
-        });
-    }
 }
 
 fn places(
@@ -280,6 +329,8 @@ fn starts(
     claims: &BTreeMap<Epoch, Claim>,
     first_segments: &BTreeMap<Epoch, SegmentNo>,
     segments: &BTreeMap<SegmentNo, Place>,
+    trust: &Trust,
+    name: &dyn Fn(usize) -> ReplicaName,
 ) -> Result<Vec<Start>, PlanError> {
     let mut starts: Vec<Start> = Vec::new();
     let mut unusable = Vec::new();
@@ -312,7 +363,9 @@ fn starts(
         }
     }
     let first = SegmentNo(1);
-    let fresh = segments.is_empty() && starts.is_empty() && unusable.is_empty();
+    // Segments of which none counts are no fresh volume.
+    let none = usable.iter().all(|(_, f)| f.segments.is_empty());
+    let fresh = none && starts.is_empty() && unusable.is_empty();
     if fresh || segments.contains_key(&first) {
         let last = reach(segments, first);
         starts.push(Start { checkpoint: None, hash: None, agreed: true, first, last });
@@ -322,8 +375,13 @@ fn starts(
         unusable.dedup();
         return Err(PlanError::Broken(unusable.join("; ")));
     }
+    let of = witnesses(segments).max(1);
+    // Whoever writes to one replica can forge a checkpoint; one on a minority is the last resort.
     for start in &mut starts {
-        start.agreed |= start.checkpoint.as_ref().is_some_and(|(_, held)| held.len() * 2 > usable.len());
+        start.agreed |= start.checkpoint.as_ref().is_some_and(|(_, holders)| match trust {
+            Trust::Replica(believed) => holders.iter().any(|i| name(*i) == *believed),
+            _ => trust::is_majority(holders.len(), of),
+        });
     }
     let number = |s: &Start| s.checkpoint.as_ref().map(|(m, _)| m.number);
     starts.sort_by_key(|s| std::cmp::Reverse((s.agreed, s.last, number(s))));

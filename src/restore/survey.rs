@@ -9,7 +9,6 @@ use futures::stream::{self, StreamExt};
 
 use super::Damage;
 use super::fetch::{Meaning, Patience, list, meaning, read};
-use crate::format::MAX_JSON;
 use crate::format::checkpoint::{Manifest, ManifestHash};
 use crate::format::codec::FormatError;
 use crate::format::names::ObjectName;
@@ -22,6 +21,8 @@ mod tests;
 
 /// Small objects read at a time from one replica.
 const IN_FLIGHT: usize = 8;
+/// Claims and marks of the end that a volume can have: a mount every ten minutes for years.
+const MOST_EPOCHS: usize = 1 << 18;
 
 /// One replica as it was found.
 #[derive(Clone, Debug)]
@@ -81,32 +82,51 @@ pub enum SurveyError {
     },
 }
 
-/// Looks at all replicas at once. The answers stand in the order of `stores`.
+/// Looks at all replicas at once. The answers stand in the order of `stores`. Objects of a newer format make a replica unreadable when
+/// more than half of the replicas that answer have such; fewer are damage, since one replica can say anything.
 pub async fn survey(stores: &[Store]) -> Vec<Inventory> {
-    join_all(stores.iter().map(|store| async move {
-        Inventory {
-            replica: store.name().clone(),
-            url: store.url().to_owned(),
-            found: Surveyor { store, found: Found::default() }.run().await,
-        }
-    }))
-    .await
+    let each = stores.iter().map(|store| Surveyor { store, found: Found::default(), newer: None }.run());
+    let answers = join_all(each).await;
+    let (answering, newer) = answers
+        .iter()
+        .flatten()
+        .fold((0, 0), |(all, newer), (_, n)| (all + 1, newer + usize::from(n.is_some())));
+    let stop = 2 * newer > answering;
+    let found = answers.into_iter().map(|answer| match answer? {
+        (_, Some(newer)) if stop => Err(newer),
+        (found, _) => Ok(found),
+    });
+    let named = |(store, found): (&Store, _)| Inventory {
+        replica: store.name().clone(),
+        url: store.url().to_owned(),
+        found,
+    };
+    stores.iter().zip(found).map(named).collect()
 }
 
 struct Surveyor<'a> {
     store: &'a Store,
     found: Found,
+    /// The first object of a newer format.
+    newer: Option<SurveyError>,
 }
 
 impl Surveyor<'_> {
-    async fn run(mut self) -> Result<Found, SurveyError> {
+    async fn run(mut self) -> Result<(Found, Option<SurveyError>), SurveyError> {
         match read(self.store, &ObjectName::Volume.path(), None, Patience::Full).await {
             Ok(bytes) => {
-                self.found.volume = self.take(&ObjectName::Volume.path(), Volume::decode(&bytes))?;
+                // Of a newer format: the whole replica is.
+                self.found.volume = match Volume::decode(&bytes) {
+                    Err(e) if e.newer => return Err(self.newer(&ObjectName::Volume.path(), e)),
+                    decoded => self.take(&ObjectName::Volume.path(), decoded),
+                };
             }
             Err(e) if e.kind == ErrorKind::Absent => {
                 let (replica, url) = (self.store.name().clone(), self.store.url().to_owned());
                 return Err(SurveyError::NoVolume { replica, url });
+            }
+            Err(e) if meaning(&e) == Meaning::Damaged => {
+                self.damaged(&ObjectName::Volume.path(), format!("{}: {}", e.kind, e.detail));
             }
             Err(e) => return Err(e.into()),
         }
@@ -122,10 +142,16 @@ impl Surveyor<'_> {
         }
         self.epochs(epochs).await?;
         self.checkpoints(checkpoints).await?;
-        Ok(self.found)
+        Ok((self.found, self.newer))
     }
 
     async fn epochs(&mut self, listed: Vec<ObjectInfo>) -> Result<(), SurveyError> {
+        if listed.len() > MOST_EPOCHS {
+            let object = "epochs/".to_owned();
+            let detail = format!("more than {MOST_EPOCHS} objects are listed, so most of them must be junk");
+            let replica = self.store.name().clone();
+            return Err(StoreError { replica, op: "list", object, kind: ErrorKind::Corrupt, detail }.into());
+        }
         self.found.claimed.extend(listed.iter().filter_map(|o| match ObjectName::parse(&o.path) {
             Some(ObjectName::Claim(epoch)) => Some(epoch),
             _ => None,
@@ -133,12 +159,12 @@ impl Surveyor<'_> {
         for (path, body) in self.read_all(listed).await? {
             match (ObjectName::parse(&path), body) {
                 (Some(ObjectName::Claim(epoch)), Ok(bytes)) => {
-                    if let Some(claim) = self.take(&path, Claim::decode(&bytes, epoch))? {
+                    if let Some(claim) = self.take(&path, Claim::decode(&bytes, epoch)) {
                         self.found.claims.insert(epoch, claim);
                     }
                 }
                 (Some(ObjectName::Release(epoch)), Ok(bytes)) => {
-                    if let Some(release) = self.take(&path, Release::decode(&bytes, epoch))? {
+                    if let Some(release) = self.take(&path, Release::decode(&bytes, epoch)) {
                         self.found.releases.insert(epoch, release);
                     }
                 }
@@ -168,7 +194,7 @@ impl Surveyor<'_> {
             let manifest = match body {
                 Ok(bytes) => {
                     self.found.manifests.insert((number, epoch), ManifestHash::of(&bytes));
-                    self.take(&path, Manifest::decode(&bytes, number, epoch))?
+                    self.take(&path, Manifest::decode(&bytes, number, epoch))
                 }
                 Err(why) => {
                     self.damaged(&path, why);
@@ -200,8 +226,10 @@ impl Surveyor<'_> {
         let answers: Vec<_> =
             stream::iter(listed.into_iter().filter(|o| ObjectName::parse(&o.path).is_some()))
                 .map(|object| async move {
-                    if object.size > MAX_JSON as u64 {
-                        let why = format!("{} bytes are too many", object.size);
+                    // Before the read, which would refuse it, too: the request is saved.
+                    let most = ObjectName::parse(&object.path).map_or(0, |name| name.most_bytes());
+                    if object.size > most {
+                        let why = format!("{} bytes are too many, at most {most} can be right", object.size);
                         return Ok((object.path, Err(why)));
                     }
                     match read(store, &object.path, None, Patience::Full).await {
@@ -222,19 +250,22 @@ impl Surveyor<'_> {
         self.found.damaged.push(Damage { replica: self.store.name().clone(), object: path.to_owned(), why });
     }
 
-    /// A decoded object; `None` (and a line on the damage list) when it is damaged, an error when it is newer.
-    fn take<T>(&mut self, path: &str, decoded: Result<T, FormatError>) -> Result<Option<T>, SurveyError> {
+    /// A decoded object; `None` (and a line on the damage list) when it fails verification. One that says it is of a newer format is only
+    /// one object of one replica, so it stops nothing that the other replicas allow.
+    fn take<T>(&mut self, path: &str, decoded: Result<T, FormatError>) -> Option<T> {
         match decoded {
-            Ok(value) => Ok(Some(value)),
-            Err(e) if e.newer => Err(SurveyError::Newer {
-                replica: self.store.name().clone(),
-                object: path.to_owned(),
-                why: e.why,
-            }),
+            Ok(value) => Some(value),
             Err(e) => {
                 self.damaged(path, e.to_string());
-                Ok(None)
+                if e.newer && self.newer.is_none() {
+                    self.newer = Some(self.newer(path, e));
+                }
+                None
             }
         }
+    }
+
+    fn newer(&self, path: &str, e: FormatError) -> SurveyError {
+        SurveyError::Newer { replica: self.store.name().clone(), object: path.to_owned(), why: e.why }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mirrorfs::config::{Config, Env, Layer, Raw};
-use mirrorfs::daemon::{Core, CoreOptions, Error};
+use mirrorfs::daemon::{Core, CoreOptions, Error, Takeover};
 use mirrorfs::fsck::Input;
 use mirrorfs::reconcile::{ScrubRequest, ScrubStatus};
 use mirrorfs::replica::fault::{Faults, Memory, Objects};
@@ -154,7 +154,10 @@ impl World {
             // Most cuts are large ones then, which go in several groups.
             segments_of: 3000,
             // The machine that had it is gone.
-            takeover: self.states > 0 && !self.state().join("state.json").exists(),
+            takeover: match self.states > 0 && !self.state().join("state.json").exists() {
+                true => Takeover::Yes,
+                false => Takeover::No,
+            },
         }
     }
 

@@ -17,6 +17,8 @@ mod copies;
 
 const SOON: Duration = Duration::from_secs(20);
 
+mod contested;
+
 struct Bench {
     outbox: Arc<FakeOutbox>,
     cursors: Arc<FakeCursors>,
@@ -493,7 +495,9 @@ async fn a_state_that_is_older_than_the_replica_writes_nothing() {
         bench.stores[0].delete("volume.json").await.unwrap();
         bench.stores[0].delete("epochs/00000001.json").await.unwrap();
         for n in &there {
-            bench.stores[0].put(&segment_path(*n, 1), Bytes::from_static(b"theirs")).await.unwrap();
+            let blocks = [crate::replica::testing::content(77, 900)];
+            let (theirs, _) = crate::replica::testing::segment(*n, 1, &blocks);
+            bench.stores[0].put(&segment_path(*n, 1), theirs.into()).await.unwrap();
         }
         let before = bench.stores[0].list("").await.unwrap();
         let (segment, newest) = (SegmentNo(there[0]), SegmentNo(2));

@@ -57,8 +57,10 @@ pub(super) struct Fetched<T> {
     damaged: Vec<Damage>,
     /// Holders that did not answer.
     silent: Vec<String>,
-    /// Set when a copy is of a newer format.
-    newer: Option<String>,
+    /// Copies that say they are of a newer format.
+    newer: Vec<String>,
+    /// How many replicas answer. One that alone says "newer" is damaged.
+    of: usize,
     /// It is too large to be fetched ahead: to be asked for when it is needed.
     pub postponed: bool,
 }
@@ -82,13 +84,16 @@ pub(super) fn settle<T>(
     damaged.extend(fetched.damaged);
     match fetched.value {
         Some(value) => Ok(Ok(value)),
-        None => match fetched.newer {
-            Some(why) => Err(LoadError::Newer { object: object.path(), why }),
-            None if !fetched.silent.is_empty() => {
-                Err(LoadError::Unavailable { object: object.path(), detail: fetched.silent.join("; ") })
-            }
-            None => Ok(Err(format!("no replica holds an intact copy ({})", whys.join("; ")))),
-        },
+        None if 2 * fetched.newer.len() > fetched.of => {
+            Err(LoadError::Newer { object: object.path(), why: fetched.newer.join("; ") })
+        }
+        None if !fetched.silent.is_empty() => {
+            Err(LoadError::Unavailable { object: object.path(), detail: fetched.silent.join("; ") })
+        }
+        None => {
+            let whys: Vec<_> = whys.into_iter().chain(fetched.newer).collect();
+            Ok(Err(format!("no replica holds an intact copy ({})", whys.join("; "))))
+        }
     }
 }
 
@@ -98,6 +103,8 @@ pub(super) struct Reader {
     stores: Arc<[Store]>,
     volume: VolumeId,
     bytes: Arc<AtomicU64>,
+    /// How many of the stores answer.
+    of: usize,
     /// How many bytes of a segment's end to ask for.
     tail: Arc<AtomicU64>,
 }
@@ -109,9 +116,9 @@ enum ReadError {
 }
 
 impl Reader {
-    pub(super) fn new(stores: &[Store], volume: VolumeId) -> Self {
+    pub(super) fn new(stores: &[Store], volume: VolumeId, of: usize) -> Self {
         let tail = Arc::new(AtomicU64::new(TAIL.0 * 2));
-        Self { stores: stores.into(), volume, bytes: Arc::default(), tail }
+        Self { stores: stores.into(), volume, bytes: Arc::default(), of, tail }
     }
 
     /// Bytes fetched so far.
@@ -164,7 +171,7 @@ impl Reader {
         number: impl Fn(&H) -> usize,
         get: impl Fn(H, Patience) -> F,
     ) -> Fetched<T> {
-        let mut fetched = Fetched::nothing();
+        let mut fetched = Fetched::nothing(self.of);
         let mut left = holders.to_vec();
         for patience in rounds(holders.len()) {
             fetched.silent.clear();
@@ -272,7 +279,7 @@ impl Reader {
                 return true;
             }
             Err(ReadError::Format(e)) if e.newer => {
-                fetched.newer = Some(e.to_string());
+                fetched.newer.push(format!("replica {replica}: {e}"));
                 return false;
             }
             Err(ReadError::Store(e)) if meaning(&e) == Meaning::Unreachable => {
@@ -288,13 +295,14 @@ impl Reader {
 }
 
 impl<T> Fetched<T> {
-    fn nothing() -> Self {
+    fn nothing(of: usize) -> Self {
         Self {
             value: None,
             from: None,
             damaged: Vec::new(),
             silent: Vec::new(),
-            newer: None,
+            newer: Vec::new(),
+            of,
             postponed: false,
         }
     }

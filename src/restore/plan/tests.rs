@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::format::segment::SegmentHash;
+use crate::format::volume::Release;
 use crate::format::volume::testing::{self, volume};
 use crate::ids::Lsn;
 use crate::restore::SurveyError;
@@ -116,12 +117,65 @@ fn a_higher_epoch_cuts_off_the_lost_branch() {
 }
 
 #[test]
-fn only_one_replica_knows_of_the_higher_epoch() {
+fn a_higher_epoch_on_one_of_two_counts_only_by_decision() {
     let old = found(&[claim(1, 1, 1)], segments(1..=9, 1), &[]);
     let new = found(&[claim(1, 1, 1), claim(2, 8, 2)], segments(1..=7, 1), &[]);
-    let p = made(vec![old, new]);
-    assert_eq!(starts(&p), [(1, 7, None)]);
-    assert_eq!(p.next_epoch(), Epoch(3));
+    let all = inventories(vec![Ok(old), Ok(new)]);
+    let by = |trust: &Trust| plan_by(&all, None, &[], trust).unwrap();
+    for trust in [Trust::Majority, Trust::Follow] {
+        let p = by(&trust);
+        assert_eq!(starts(&p), [(1, 9, None)], "to follow it would cut off segments 8 and 9");
+        assert!(p.doubts[0].contradicts && p.doubts[0].to_string().contains("beta"), "{:?}", p.doubts);
+        assert_eq!(p.disbelieved.len(), 1);
+        assert_eq!(p.next_epoch(), Epoch(3), "its number is taken");
+    }
+    let p = by(&Trust::Replica("beta".parse().unwrap()));
+    assert_eq!((starts(&p), p.doubts.len()), (vec![(1, 7, None)], 0));
+    let p = by(&Trust::Replica("alpha".parse().unwrap()));
+    assert_eq!((starts(&p), p.disbelieved.len()), (vec![(1, 9, None)], 1));
+}
+
+#[test]
+fn what_only_one_replica_has_written_is_in_doubt() {
+    let c = [claim(1, 1, 1)];
+    let (short, long) = (found(&c, segments(1..=5, 1), &[]), found(&c, segments(1..=9, 1), &[]));
+    for (all, agreed) in [
+        (vec![long.clone()], 9),
+        (vec![long.clone(), short.clone()], 5),
+        (vec![long.clone(), short.clone(), short.clone()], 5),
+        (vec![long.clone(), long.clone(), short.clone()], 9),
+    ] {
+        let p = made(all);
+        assert_eq!((starts(&p), p.agreed), (vec![(1, 9, None)], SegmentNo(agreed)));
+        assert_eq!(p.doubts.len(), usize::from(agreed < 9), "{:?}", p.doubts);
+    }
+    let doubt = made(vec![short.clone(), long.clone()]).doubts.remove(0).to_string();
+    assert!(doubt.contains("segment 6 to 9") && doubt.contains("beta (1 of 2"), "{doubt}");
+    // After the end that a majority has, nothing follows.
+    let end = Release {
+        volume: volume(1).volume,
+        epoch: Epoch(1),
+        claim_id: [1; 16],
+        released_at: 1,
+        last_segment: SegmentNo(5),
+    };
+    let mut ended = short;
+    ended.releases.insert(Epoch(1), end);
+    let p = made(vec![ended.clone(), ended, long]);
+    assert_eq!((starts(&p), p.doubts.len()), (vec![(1, 5, None)], 0));
+    assert!(p.warnings[0].contains("segments 6 to 9 are no part"), "{:?}", p.warnings);
+}
+
+#[test]
+fn a_checkpoint_on_a_minority_is_the_last_resort() {
+    let c = [claim(1, 1, 1)];
+    let with = |checkpoints: &[((SegmentNo, Epoch), Manifest)]| found(&c, segments(1..=9, 1), checkpoints);
+    let forged = with(&[manifest(4, 1, 5), manifest(9, 1, 10)]);
+    let p = made(vec![forged.clone(), with(&[manifest(4, 1, 5)]), with(&[])]);
+    assert_eq!(starts(&p), [(5, 9, Some(4)), (1, 9, None), (10, 9, Some(9))]);
+    let all = inventories(vec![Ok(forged), Ok(with(&[])), Ok(with(&[]))]);
+    let p = plan_by(&all, None, &[], &Trust::Replica("alpha".parse().unwrap())).unwrap();
+    assert_eq!(starts(&p), [(10, 9, Some(9)), (5, 9, Some(4)), (1, 9, None)]);
 }
 
 #[test]
@@ -133,38 +187,25 @@ fn two_claims_of_one_epoch_the_one_on_more_replicas_wins() {
     assert_eq!(p.segments[&SegmentNo(3)].holders.len(), 2);
     assert_eq!(p.segments[&SegmentNo(1)].holders.len(), 3);
     assert!(p.warnings[0].contains("claimed twice") && p.warnings[0].contains("beta"), "{:?}", p.warnings);
-    // With one against one the longer branch wins, whatever the order.
+    // With one against one neither counts: a person decides.
     for all in [vec![a.clone(), b.clone()], vec![b, a]] {
-        assert_eq!(starts(&made(all)), [(1, 9, None)]);
-    }
-}
-
-#[test]
-fn of_two_claims_of_one_epoch_that_with_segments_wins() {
-    // The claimer of b and c saw that a was taken and gave up; the one of a wrote.
-    let wrote =
-        found(&[claim(1, 1, 1), claim(2, 3, 7)], [segments(1..=2, 1), segments(3..=4, 2)].concat(), &[]);
-    let gave_up = found(&[claim(1, 1, 1), claim(2, 3, 5)], segments(1..=2, 1), &[]);
-    for all in [
-        vec![wrote.clone(), gave_up.clone(), gave_up.clone()],
-        vec![gave_up.clone(), gave_up.clone(), wrote.clone()],
-    ] {
         let p = made(all);
-        assert_eq!(starts(&p), [(1, 4, None)]);
-        assert_eq!(p.claims[&Epoch(2)].claim_id, [7; 16]);
+        assert_eq!(starts(&p), [(1, 2, None)]);
+        assert!(p.doubts.iter().filter(|d| d.contradicts).count() == 2, "{:?}", p.doubts);
     }
-    // Nobody wrote: the one on more replicas.
-    let nothing = found(&[claim(1, 1, 1), claim(2, 3, 7)], segments(1..=2, 1), &[]);
-    let p = made(vec![nothing, gave_up.clone(), gave_up]);
-    assert_eq!(p.claims[&Epoch(2)].claim_id, [5; 16]);
 }
 
 #[test]
 fn an_epoch_whose_claim_is_damaged_is_not_claimed_again() {
-    let mut damaged = found(&[claim(1, 1, 1)], segments(1..=2, 1), &[]);
+    let whole = || found(&[claim(1, 1, 1)], segments(1..=2, 1), &[]);
+    let mut damaged = whole();
     damaged.claimed = [Epoch(1), Epoch(2)].into();
-    let p = made(vec![damaged, found(&[claim(1, 1, 1)], segments(1..=2, 1), &[])]);
+    let p = made(vec![damaged.clone()]);
     assert_eq!((starts(&p), p.next_epoch()), (vec![(1, 2, None)], Epoch(3)));
+    let p = made(vec![damaged.clone(), damaged.clone(), whole()]);
+    assert_eq!(p.next_epoch(), Epoch(3));
+    let p = made(vec![damaged, whole(), whole()]);
+    assert_eq!(p.next_epoch(), Epoch(2), "a name on one of three proves nothing");
 }
 
 #[test]
