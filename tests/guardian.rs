@@ -92,6 +92,8 @@ impl Drop for Place {
         detach(&self.path("m"));
         if thread::panicking() {
             println!("--- daemon.log ---\n{}", self.log());
+            let foreground = fs::read_to_string(self.path("foreground.log")).unwrap_or_default();
+            println!("--- in the foreground ---\n{foreground}");
         }
     }
 }

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::CommandError;
+use super::{CommandError, locate, output};
 use crate::config::{Config, real_path};
 use crate::control::mounts::{self, Mount};
 use crate::exit::Exit;
-use crate::fuse::{self, is_gone};
+use crate::fuse::{self, is_gone, mountinfo};
 use crate::replica::Place;
 
 /// A mount that is dead says so at once.
@@ -31,6 +31,9 @@ pub(super) struct Checked {
 pub(super) fn check(given: &Path, cwd: &Path, config: &Config) -> Result<Checked, CommandError> {
     let given = cwd.join(given);
     wait_for_guardian(&given)?;
+    if locate::find(&given, false).is_ok_and(|there| there.daemon_lives() == Some(false)) {
+        end_unserved(&given);
+    }
     check_for_daemon(&given, cwd, config)
 }
 
@@ -126,6 +129,20 @@ pub(super) fn is_dead(mountpoint: &Path) -> bool {
         let _ = sender.send(is_gone(&path));
     });
     answer.recv_timeout(ANSWER).unwrap_or(false)
+}
+
+/// Ends the connection of a mount whose daemon is gone, if something keeps that open without serving it: the users of the
+/// mount would wait for ever. The mount then is dead.
+pub(super) fn end_unserved(mountpoint: &Path) {
+    if is_dead(mountpoint) {
+        return;
+    }
+    let mount = mountinfo::mount_at(mountpoint).ok().flatten().filter(mountinfo::is_mirrorfs);
+    let ended = mount.map_or(Ok(()), |mount| fuse::abort_connection(&mount.device, mountpoint));
+    if let Err(error) = ended {
+        let shown = mountpoint.display();
+        output::note(&format!("mirrorfs: programs that use {shown} may wait for ever: {error}"));
+    }
 }
 
 fn own_folders(config: &Config) -> Vec<(String, PathBuf)> {

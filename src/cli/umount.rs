@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 
 use super::locate::{self, Located, alive};
-use super::mountpoint::is_dead;
+use super::mountpoint::{end_unserved, is_dead};
 use super::progress::Progress;
 use super::{CommandError, Outcome, human, output, runtime, sync};
 use crate::control::mounts::{self, Mount};
 use crate::control::{Replicas, ShutdownRequest, Status, SyncRequest};
 use crate::exit::Exit;
-use crate::fuse::{Holders, abort_connection, mountinfo};
+use crate::fuse::Holders;
 use crate::ids::Epoch;
 
 /// A daemon that has unmounted ends within this time.
@@ -162,15 +162,7 @@ fn wait_for_guardian(mountpoint: &Path) {
 
 /// Takes away the mount of a daemon that has died. Lazily: what programs have open in it is lost anyway.
 fn remove_dead(mountpoint: &Path) -> Outcome {
-    if !is_dead(mountpoint) {
-        // Something keeps the connection open without serving it: without an end its users would wait for ever.
-        let mount = mountinfo::mount_at(mountpoint).ok().flatten().filter(mountinfo::is_mirrorfs);
-        let ended = mount.map_or(Ok(()), |mount| abort_connection(&mount.device, mountpoint));
-        if let Err(error) = ended {
-            let shown = mountpoint.display();
-            output::note(&format!("mirrorfs: programs that use {shown} may wait for ever: {error}"));
-        }
-    }
+    end_unserved(mountpoint);
     unmount(mountpoint, true)?;
     // What an older kernel has stacked, and a guardian's placeholder.
     if let Err(error) = crate::fuse::remove_dead(mountpoint) {

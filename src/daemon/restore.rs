@@ -131,9 +131,10 @@ pub(super) fn check_local(journal: &Journal) -> Result<(), Error> {
     }
     let blocks = last(table::BLOCK)?.max(last(table::DIRTY)?);
     let inodes = inodes.max(last(table::ORPHAN)?);
-    for (name, what, used) in [(NEXT_INO, "inode", inodes), (NEXT_BLOCK, "block", blocks)] {
+    // Without a counter none but the root was made yet.
+    for (name, what, used, first) in [(NEXT_INO, "inode", inodes, 2), (NEXT_BLOCK, "block", blocks, 1)] {
         let next = journal.get(&volume_key(name))?;
-        let next = next.map_or(Some(1), |v| v[..].try_into().ok().map(u64::from_le_bytes));
+        let next = next.map_or(Some(first), |v| v[..].try_into().ok().map(u64::from_le_bytes));
         why = why.or_else(|| restore::wrong_counter(next, used, what));
     }
     match why {
@@ -350,13 +351,15 @@ mod tests {
         };
         check_local(&journal).unwrap();
         let file = Inode::new(FileKind::Regular, 0o644, (0, 0), Default::default());
+        // A new volume, whose machine dies before anything is made in it.
+        let root = Inode { parent: Ino::ROOT, kind: FileKind::Directory, ..file.clone() };
+        put(inode_key(Ino(1)), root.encode().to_vec());
+        check_local(&journal).unwrap();
+        put(inode_key(Ino(1)), file.encode().to_vec());
         put(inode_key(Ino(7)), file.encode().to_vec());
         next(NEXT_INO, 8);
         next(NEXT_BLOCK, 1);
         says("the root directory");
-        put(inode_key(Ino(1)), file.encode().to_vec());
-        says("the root directory");
-        let root = Inode { parent: Ino::ROOT, kind: FileKind::Directory, ..file };
         put(inode_key(Ino(1)), root.encode().to_vec());
         check_local(&journal).unwrap();
         next(NEXT_INO, 7);

@@ -26,6 +26,9 @@ const LAST_SHIP: Duration = Duration::from_secs(5);
 /// The same when whoever unmounts wants to wait for all of them. Commands wait longer than this for an answer.
 const LAST_SHIP_ALL: Duration = Duration::from_secs(420);
 
+/// How long answers in progress may take at the end: a loaded machine needs some seconds to send one.
+const LAST_ANSWERS: Duration = Duration::from_secs(10);
+
 /// A live mount.
 pub(super) struct Running {
     pub core: Core,
@@ -350,7 +353,7 @@ impl Started {
         stop_server.send_replace(true);
         if let Some(server) = server {
             // An answer under way is finished; a client that hangs is not waited for.
-            let _ = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(2), server).await });
+            let _ = runtime.block_on(async { tokio::time::timeout(LAST_ANSWERS, server).await });
         }
         drop(step);
         closed?;
