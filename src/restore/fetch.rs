@@ -171,17 +171,27 @@ async fn present(store: &Store) -> Result<(), StoreError> {
     }
 }
 
-/// As [`Store::list`], with the patience of [`read`]. The caller has read `volume.json` there
-/// already.
+/// As [`Store::list`], with the patience of [`read`]: a listing that is refused twice by a replica
+/// that is there is no outage. The caller has read `volume.json` there already.
 pub(super) async fn list(store: &Store, prefix: &str) -> Result<Vec<ObjectInfo>, StoreError> {
     let mut tries = Tries::new(Patience::Full);
+    // The kind of refusal that was met while the replica was there.
+    let mut confirmed = None;
     loop {
         let listed = store.list(prefix).await;
         // A folder that is moved away meanwhile lists as empty.
         let error = match (listed, present(store).await) {
             (Ok(listed), Ok(())) => return Ok(listed),
+            (Err(e), Ok(())) if matches!(e.kind, ErrorKind::Denied | ErrorKind::Config) => {
+                if confirmed == Some(e.kind) {
+                    return Err(e);
+                }
+                confirmed = Some(e.kind);
+                continue;
+            }
             (Err(e), _) | (_, Err(e)) => e,
         };
+        confirmed = None;
         tries.again(error, store).await?;
     }
 }

@@ -79,3 +79,19 @@ async fn one_object_that_is_refused_is_no_outage() {
     assert_eq!(kind_of(&store, PATH, Patience::Full).await, Err(ErrorKind::Denied));
     assert!(faults.calls(Op::Get) <= 4);
 }
+
+#[tokio::test]
+async fn a_listing_that_is_refused_is_no_outage() {
+    let (store, faults) = store(Duration::from_secs(600)).await;
+    kind_of(&store, "volume.json", Patience::Full).await.unwrap();
+    for kind in [ErrorKind::Denied, ErrorKind::Config] {
+        faults.add(Rule::always(Fault::Before(kind), &[Op::List]));
+        let before = faults.calls(Op::List);
+        assert_eq!(list(&store, "segments").await.map_err(|e| e.kind), Err(kind));
+        assert!(faults.calls(Op::List) - before <= 4);
+        faults.clear();
+    }
+    // All of it is refused for a while, as with credentials that have expired.
+    faults.add(Rule::always(Fault::Before(ErrorKind::Denied), &[]).times(9));
+    assert_eq!(list(&store, "segments").await.unwrap().len(), 1);
+}
