@@ -56,7 +56,12 @@ pub fn check(name: &ObjectName, bytes: &[u8], identity: &Identity, known: Known<
                 (other, _) => other.map(|c| c.volume),
             }
         }
-        ObjectName::Release(epoch) => Release::decode(bytes, *epoch).map(|r| r.volume),
+        ObjectName::Release(epoch) => match Release::decode(bytes, *epoch) {
+            Ok(found) if found.volume == id && contradicts(&found, identity) => {
+                return Verdict::Damaged("it says something else than the claims that are known here".into());
+            }
+            other => other.map(|r| r.volume),
+        },
         ObjectName::Segment(number, epoch) => return check_segment(bytes, id, (*number, *epoch), known.hash),
         ObjectName::CheckpointManifest(number, epoch) => match known.named {
             Some(named) if ManifestHash::of(bytes) != named => {
@@ -84,6 +89,12 @@ pub(super) fn may_copy(release: &Release, identity: &Identity) -> bool {
     // A claim that only ends a tenure begins nowhere.
     let next = claims.iter().filter(|c| c.epoch > release.epoch).filter_map(Claim::begins).min();
     claim.claim_id == release.claim_id && next.is_none_or(|first| first == release.last_segment.next())
+}
+
+/// Returns true if the mark names another end than the claims do. Of a tenure whose claim is not
+/// known, nothing is said.
+fn contradicts(release: &Release, identity: &Identity) -> bool {
+    identity.claims.iter().any(|c| c.epoch == release.epoch) && !may_copy(release, identity)
 }
 
 fn check_segment(
