@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -29,6 +29,8 @@ const MOST_FINDINGS: usize = 100;
 const TICK: Duration = Duration::from_millis(500);
 /// Longest wait before a repair that failed is tried again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+/// A replica that is somebody else's at the end of so many passes in a row is not waited for.
+const FOREIGN_PASSES: u32 = 4;
 /// How often the position of a pass is saved.
 pub(super) const SAVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -47,6 +49,8 @@ pub(super) struct Worker {
     wake: Notify,
     /// Ends the pass under way.
     cancel: watch::Sender<u64>,
+    /// Passes in a row that met a replica of somebody else, although it could be attached before.
+    foreign: AtomicU32,
 }
 
 #[derive(Default)]
@@ -87,6 +91,7 @@ impl Worker {
             attention: AtomicBool::new(false),
             wake: Notify::new(),
             cancel: watch::channel(0).0,
+            foreign: AtomicU32::new(0),
         })
     }
 
@@ -285,12 +290,19 @@ impl Worker {
         match ended {
             Ok(()) => {
                 self.pass.failures.lock().clear();
+                self.foreign.store(0, Ordering::Relaxed);
                 self.finish_asked(asked, None);
             }
             Err(Broken::Never(why)) => {
                 log::error!("replica {}: its scrub is given up: {why}", self.replica().name());
                 self.finish_asked(asked, Some(why));
                 // It may be due again at once.
+                self.nap(self.shared.settings.attention).await;
+            }
+            // It attaches, and is found to be another writer's, again and again.
+            Err(Broken::Later(why)) if self.stays_foreign() => {
+                log::warn!("replica {}: its scrub is given up: {why}", self.replica().name());
+                self.finish_asked(asked, Some(why));
                 self.nap(self.shared.settings.attention).await;
             }
             Err(Broken::Later(why)) => {
@@ -301,6 +313,16 @@ impl Worker {
             }
         }
         self.save().await;
+    }
+
+    /// Returns true if the replica was somebody else's at the end of several passes in a row.
+    fn stays_foreign(&self) -> bool {
+        let status = self.replica().status(crate::replica::Backlog::default(), 0.0);
+        let is_foreign = status.state == ReplicaState::Foreign;
+        let before = if is_foreign { self.foreign.load(Ordering::Relaxed) } else { 0 };
+        let gives_up = before + 1 >= FOREIGN_PASSES;
+        self.foreign.store(if is_foreign && !gives_up { before + 1 } else { 0 }, Ordering::Relaxed);
+        is_foreign && gives_up
     }
 
     /// What to do while the replica cannot be looked at, for the reason `why`. Nobody waits for a replica of somebody else; but one whose
