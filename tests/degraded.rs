@@ -112,7 +112,11 @@ fn an_empty_state_and_a_replica_that_is_away() {
     m.unmount();
     // It was released where it was complete. The other one catches up.
     servers[1].http.restart();
-    let m = v.mount_as(&How::usual().state("third"));
+    // One replica of two has more than the other: that may be a forgery, so a person is asked.
+    let Failed { code, told } = v.try_mount(&How::usual().state("third")).err().unwrap();
+    assert_eq!(code, Some(IN_USE), "{told}");
+    assert!(told.contains("only on replica one (1 of 2 that answer)"), "{told}");
+    let m = v.mount_as(&How::usual().state("third").arg("--takeover"));
     assert_eq!(fs::read(m.path("second")).unwrap(), b"second");
     m.sync();
     m.kill9();
@@ -137,7 +141,7 @@ fn an_empty_state_and_a_replica_that_is_away() {
     assert!(told.contains("replica two") && told.contains("intact up to"), "{told}");
     // With the other one back nothing is missing.
     servers[1].http.restart();
-    let m = v.mount_as(&How::usual().state("fifth"));
+    let m = v.mount_as(&How::usual().state("fifth").arg("--takeover"));
     assert_eq!(fs::read(m.path("second")).unwrap(), b"second");
     m.sync();
     m.unmount();

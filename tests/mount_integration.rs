@@ -220,7 +220,7 @@ impl World {
             "mount --make-rprivate /
              findmnt -rn -t fuse.mirrorfs -o TARGET | while read -r m; do umount -l \"$m\" || true; done
              cd {dir}
-             mount -t tmpfs none . && cd {dir} && mkdir over work prefix m r
+             mount -t tmpfs none . && cd {dir} && mkdir over work prefix m r && chmod 700 r
              mount -t overlay none -o lowerdir=$(realpath /sbin),upperdir=over,workdir=work /sbin
              {install} --prefix {dir}/prefix --binary {program}",
             dir = dir.path().display(),

@@ -270,11 +270,12 @@ fn show(statuses: &[ScrubStatus], now: f64) -> String {
             output::push_line(&mut text, line);
         }
         if s.counters.forged > 0 {
-            text += &format!(
-                "{}: {} that no writer of this volume made, as far as its log says: not copied, left alone\n",
+            let line = format!(
+                "{}: {} that no writer of this volume made, as far as its log says: not copied, left alone",
                 s.replica,
                 human::count(s.counters.forged, "object")
             );
+            output::push_line(&mut text, line);
         }
         if s.counters.left_over > 0 {
             let objects = human::count(s.counters.left_over, "object");

@@ -123,7 +123,7 @@ fn show(status: &Status, now: f64) -> String {
         output::push_line(&mut errors, format!("nothing more can be sealed for now: {error}"));
     }
     if let Some(text) = status.refused.text() {
-        errors += &format!("{text}\n");
+        output::push_line(&mut errors, text);
     }
     if cache.corrupt > 0 {
         let line = format!("cached blocks that were damaged and fetched anew: {}", cache.corrupt);
