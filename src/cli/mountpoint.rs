@@ -121,20 +121,37 @@ fn check_against(given: &Path, config: &Config, mounts: &[Mount]) -> Result<Chec
     Ok(Checked { path, warning })
 }
 
-/// Whether the mount there says that nobody serves it any more. One that does not answer at all is not dead.
-pub(super) fn is_dead(mountpoint: &Path) -> bool {
+/// What a mount says when it is asked.
+#[derive(Clone, Copy, PartialEq)]
+enum Answer {
+    Serves,
+    Dead,
+    /// Nothing, for [`ANSWER`].
+    None,
+}
+
+fn ask(mountpoint: &Path) -> Answer {
     let path = mountpoint.to_owned();
     let (sender, answer) = mpsc::channel();
     std::thread::spawn(move || {
         let _ = sender.send(is_gone(&path));
     });
-    answer.recv_timeout(ANSWER).unwrap_or(false)
+    match answer.recv_timeout(ANSWER) {
+        Ok(true) => Answer::Dead,
+        Ok(false) => Answer::Serves,
+        Err(_) => Answer::None,
+    }
+}
+
+/// Whether the mount there says that nobody serves it any more. One that does not answer at all is not dead.
+pub(super) fn is_dead(mountpoint: &Path) -> bool {
+    ask(mountpoint) == Answer::Dead
 }
 
 /// Ends the connection of a mount whose daemon is gone, if something keeps that open without serving it: the users of the
-/// mount would wait for ever. The mount then is dead.
+/// mount would wait for ever. The mount then is dead. One that answers is served, whoever its daemon is.
 pub(super) fn end_unserved(mountpoint: &Path) {
-    if is_dead(mountpoint) {
+    if ask(mountpoint) != Answer::None {
         return;
     }
     let mount = mountinfo::mount_at(mountpoint).ok().flatten().filter(mountinfo::is_mirrorfs);

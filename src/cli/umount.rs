@@ -44,6 +44,7 @@ pub(super) fn run(args: &Args) -> Outcome {
         Ok(status) => {
             wait_for_end(status.pid);
             wait_for_guardian(&located.mountpoint);
+            remove_layers(&located.mountpoint);
             output::print(&report(&status))?;
             status.held_by.iter().for_each(|holders| output::note(&warning(holders)));
             sync::require_whole(&status.refused)?;
@@ -155,8 +156,15 @@ fn wait_for_guardian(mountpoint: &Path) {
     let begin = Instant::now();
     let held =
         || mounts::all().is_ok_and(|all| mounts::at(&all, mountpoint).is_some_and(Mount::is_placeholder));
-    while held() && begin.elapsed() < ENDING {
+    while held() && !is_dead(mountpoint) && begin.elapsed() < ENDING {
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Takes away what lay below: dead mounts that an older kernel has stacked, a dead guardian's placeholder.
+fn remove_layers(mountpoint: &Path) {
+    if let Err(error) = crate::fuse::remove_dead(mountpoint) {
+        log::debug!("a dead mount below {} stays: {error}", mountpoint.display());
     }
 }
 
@@ -164,10 +172,7 @@ fn wait_for_guardian(mountpoint: &Path) {
 fn remove_dead(mountpoint: &Path) -> Outcome {
     end_unserved(mountpoint);
     unmount(mountpoint, true)?;
-    // What an older kernel has stacked, and a guardian's placeholder.
-    if let Err(error) = crate::fuse::remove_dead(mountpoint) {
-        log::debug!("a dead mount below {} stays: {error}", mountpoint.display());
-    }
+    remove_layers(mountpoint);
     output::print(&format!(
         "unmounted {}, whose daemon was gone; what it had not sent is kept in its state folder for the next mount",
         mountpoint.display()

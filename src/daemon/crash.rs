@@ -44,6 +44,14 @@ pub fn last_mount(state: &Path, pid: u32) -> Option<MountIdentity> {
     (holder.pid == Some(pid)).then_some(holder.mounted)?
 }
 
+/// Whether the daemon `pid` noted in the lock of the state folder `state` that its mount is gone and it is ending.
+#[must_use]
+pub fn noted_end(state: &Path, pid: u32) -> bool {
+    let text = fs::read_to_string(state.join("LOCK")).unwrap_or_default();
+    let holder = Holder::parse(&text);
+    holder.pid == Some(pid) && holder.ending
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,9 +24,10 @@ mod tenure;
 mod void;
 
 pub use self::core::{Core, CoreOptions, MOUNTED_READ_ONLY, StoreMaker};
-pub use crash::{last_crash, last_mount, note_crash};
+pub use crash::{last_crash, last_mount, note_crash, noted_end};
 pub use fleet::Fleet;
 pub use fsck::{FsckArgs, fsck_members, fsck_replicas, fsck_state};
+pub use signals::reopen_log;
 
 pub use salvage::{REPORT, SalvageArgs, SalvageReport, salvage};
 pub use void::{VoidReport, void_claim};

@@ -43,7 +43,7 @@ pub(super) fn watch_signals(runtime: &Arc<Runtime>, log: Option<PathBuf>) -> Res
                 _ = term.recv() => {}
                 _ = int.recv() => {}
                 _ = hup.recv() => {
-                    hung_up(log.as_deref());
+                    reopen_log(log.as_deref());
                     continue;
                 }
             }
@@ -54,7 +54,7 @@ pub(super) fn watch_signals(runtime: &Arc<Runtime>, log: Option<PathBuf>) -> Res
 }
 
 /// A log that was moved away is begun anew; without one of our own there is nothing to do.
-fn hung_up(log: Option<&Path>) {
+pub fn reopen_log(log: Option<&Path>) {
     let Some(path) = log else { return log::info!("SIGHUP: nothing to do") };
     match OpenOptions::new().append(true).create(true).mode(0o600).open(path) {
         Ok(file) => {

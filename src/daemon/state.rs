@@ -84,7 +84,7 @@ pub(super) struct Holder {
     /// Its mount.
     pub mounted: Option<MountIdentity>,
     /// Its mount is gone, and it is about to end.
-    ending: bool,
+    pub ending: bool,
 }
 
 impl Holder {

@@ -73,7 +73,9 @@ pub async fn void_claim(
     if let Some(claim) = &claim {
         refuse_own(local.as_ref(), claim)?;
     }
-    let objects = written_under(store, epoch).await?;
+    // What lies under an epoch of this folder is its own, whoever forged the claim.
+    let ours = local.as_ref().is_some_and(|l| l.claims.iter().any(|c| c.epoch == epoch));
+    let objects = if ours { Vec::new() } else { written_under(store, epoch).await? };
     let fenced = local.as_ref().is_some_and(|l| is_fenced_by(l, epoch, claim.as_ref()));
     let mut report = VoidReport {
         replica: store.name().clone(),
@@ -157,9 +159,7 @@ fn refuse_own(local: Option<&Local>, claim: &Claim) -> Result<(), Error> {
 fn is_fenced_by(local: &Local, epoch: Epoch, claim: Option<&Claim>) -> bool {
     local.fenced.as_ref().is_some_and(|note| {
         let noted = note.claim.as_ref();
-        note.epoch == epoch
-            && epoch > local.epoch()
-            && noted.is_none_or(|n| claim.is_none_or(|c| c.claim_id == n.claim_id))
+        note.epoch == epoch && noted.is_none_or(|n| claim.is_none_or(|c| c.claim_id == n.claim_id))
     })
 }
 

@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 
 use super::apart;
 use super::identity::DeadMount;
-use super::mountinfo::{FSTYPE, SUBTYPE, is_fuse, is_mirrorfs, is_placeholder, mount_at};
+use super::mountinfo::{FSTYPE, SUBTYPE, is_fuse, is_placeholder, mount_at};
 use super::replace::{self, Detached};
 use super::{MountError, MountOptions};
 
@@ -61,7 +61,7 @@ pub(super) fn check(mountpoint: &Path) -> Result<Target, MountError> {
         }
         Err(e) => return Err(bad(e.to_string())),
     };
-    if let Some(dead) = DeadMount::at(&path).map_err(|e| bad(e.to_string()))? {
+    if let Some(dead) = DeadMount::at(&path).ok().flatten().filter(DeadMount::is_volume) {
         return Ok(Target { path, dead: Some(dead), is_held: true });
     }
     let there = mount_at(&path);
@@ -102,11 +102,14 @@ pub fn is_gone(path: &Path) -> bool {
 /// What the kernel or the helper says.
 pub fn remove_dead(mountpoint: &Path) -> io::Result<()> {
     for _ in 0..MOST_DEAD {
-        let there = mount_at(mountpoint)?;
-        if !there.is_some_and(|m| is_mirrorfs(&m) || is_placeholder(&m)) || !is_gone(mountpoint) {
-            return Ok(());
+        let Some(dead) = DeadMount::at(mountpoint)? else { return Ok(()) };
+        match dead.detach() {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                drop(dead);
+                detach_by_helper(mountpoint, true)?;
+            }
+            done => done?,
         }
-        detach(mountpoint, true)?;
     }
     Ok(())
 }

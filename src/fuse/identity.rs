@@ -12,7 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::attach::is_gone;
-use super::mountinfo::{MountEntry, is_mirrorfs, mount_at, mounts};
+use super::mountinfo::{MountEntry, is_mirrorfs, is_placeholder, mounts};
 
 /// Identifies one mount of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,12 +117,31 @@ pub(super) struct DeadMount {
 }
 
 impl DeadMount {
-    /// The one that is on top at `path`, if it is ours and dead.
+    /// The one that is on top at `path`, if it is ours and dead; also a guardian's placeholder.
     pub fn at(path: &Path) -> io::Result<Option<Self>> {
-        let Some(entry) = mount_at(path)?.filter(is_mirrorfs) else { return Ok(None) };
         let place = Place::open(path)?;
-        let same = place.mount_id()? == Some(entry.id);
-        Ok((same && place.is_gone()).then_some(Self { place, entry }))
+        let id = place.mount_id()?;
+        // By its number: the order of the list does not tell what is on top.
+        let entry = mounts()?.into_iter().find(|m| Some(m.id) == id && m.mountpoint == path);
+        let Some(entry) = entry.filter(|m| is_mirrorfs(m) || is_placeholder(m)) else { return Ok(None) };
+        Ok(place.is_gone().then_some(Self { place, entry }))
+    }
+
+    /// Takes it out of the tree, wherever it is by now.
+    pub fn detach(&self) -> io::Result<()> {
+        let path = CString::new(self.place.path().as_os_str().as_bytes())?;
+        // SAFETY: the string outlives the call. The link leads to the dead mount and to no other.
+        if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // Somebody else has detached it.
+        if self.is_there() { Err(error) } else { Ok(()) }
+    }
+
+    /// Whether it is a volume's, and no placeholder.
+    pub fn is_volume(&self) -> bool {
+        is_mirrorfs(&self.entry)
     }
 
     pub fn place(&self) -> &Place {
@@ -156,6 +175,7 @@ fn unique_id(dir: i32, path: &CStr, flags: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::mountinfo::mount_at;
 
     #[test]
     fn a_place_has_the_mount_number_of_the_list() {

@@ -19,7 +19,7 @@ use fuser::{
     ReplyAttr, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, Request, TimeOrNow,
 };
 
-use super::attach::{self, detach_by_helper, is_attached, mount_by_helper};
+use super::attach::{self, detach_by_helper, is_attached, is_gone, mount_by_helper};
 use super::mountinfo::{PLACEHOLDER_SUBTYPE, is_placeholder, mounts};
 use super::{MountError, MountOptions};
 
@@ -86,10 +86,10 @@ impl Placeholder {
         is_attached(&self.connection)
     }
 
-    /// Whether something is mounted on it.
+    /// Whether something is mounted on it; yes when that cannot be told.
     #[must_use]
     pub fn is_covered(&self) -> bool {
-        let all = mounts().unwrap_or_default();
+        let Ok(all) = mounts() else { return true };
         all.iter().rev().find(|m| m.mountpoint == self.mountpoint).is_some_and(|top| !is_placeholder(top))
     }
 }
@@ -97,8 +97,12 @@ impl Placeholder {
 impl Drop for Placeholder {
     fn drop(&mut self) {
         for _ in 0..MOST_MOUNTS {
-            // What lies on top is dead, or the guardian would not end.
             if !self.is_there() {
+                return;
+            }
+            // A volume that lives is another guardian's, or the daemon's that goes on.
+            if self.is_covered() && !is_gone(&self.mountpoint) {
+                log::warn!("{} stays below a volume that is mounted on it", self.mountpoint.display());
                 return;
             }
             if let Err(e) = detach_by_helper(&self.mountpoint, true) {

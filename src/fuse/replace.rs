@@ -4,11 +4,9 @@
 //! or the other at every moment. An older kernel can only stack it on top, and the dead mount stays below until both are
 //! unmounted.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -107,7 +105,7 @@ impl Detached {
             | MoveMountFlags::MOVE_MOUNT_BENEATH;
         match move_mount(&self.0, "", dead.place().file(), "", beneath) {
             Ok(()) => {
-                detach(dead)?;
+                dead.detach()?;
                 return Ok(Swap::Beneath);
             }
             Err(Errno::INVAL) if dead.is_there() => {}
@@ -121,16 +119,4 @@ impl Detached {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         Ok(move_mount(&self.0, "", CWD, dead.mountpoint(), flags)?)
     }
-}
-
-/// Detaches exactly the mount that was found dead.
-fn detach(dead: &DeadMount) -> io::Result<()> {
-    let path = CString::new(dead.place().path().as_os_str().as_bytes())?;
-    // SAFETY: the string outlives the call. The link leads to the dead mount wherever it is by now.
-    if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    // Somebody else detached it between the two calls.
-    if dead.is_there() { Err(error) } else { Ok(()) }
 }

@@ -13,7 +13,7 @@ use super::policy::{Ended, MOST_DEATHS, Next, Policy};
 use super::process::{Launch, describe, guard_memory};
 use super::report::Line;
 use crate::control::{CrashNote, Then};
-use crate::daemon::{ReadyInfo, last_mount, note_crash};
+use crate::daemon::{ReadyInfo, last_mount, note_crash, noted_end, reopen_log};
 use crate::exit::Exit;
 use crate::fuse::placeholder::{Placeholder, is_permitted, mounts_directly};
 use crate::fuse::{MountIdentity, Presence, abort_connection};
@@ -113,14 +113,24 @@ impl Signals {
     }
 }
 
+/// A daemon that has ended.
+struct Life {
+    /// Its process; 0 when it could not be started.
+    pid: u32,
+    /// How it ended, in words.
+    how: String,
+    status: Option<ExitStatus>,
+}
+
 struct Guardian {
     guarded: Guarded,
     launch: Launch,
     policy: Policy,
     signals: Signals,
     placeholder: Option<Placeholder>,
-    /// A new mount can take the place of a dead one without showing the folder below.
-    hidden: bool,
+    /// This user may mount without the helper. Otherwise only a placeholder keeps the folder below from showing while the
+    /// helper replaces the dead mount.
+    direct: bool,
     /// The mount that was live last.
     mount: Option<MountIdentity>,
     /// A signal has asked for the end.
@@ -142,39 +152,38 @@ impl Guardian {
             tied: guarded.tied,
             oom_score,
         };
-        // Without either the folder below would show while the helper replaces the dead mount.
-        let hidden = direct || placeholder.is_some();
-        let policy = Policy::new(guarded.restart && hidden, most_deaths());
-        Ok(Self { guarded, launch, policy, signals, placeholder, hidden, mount: None, asked: false })
+        let policy = Policy::new(guarded.restart, most_deaths());
+        Ok(Self { guarded, launch, policy, signals, placeholder, direct, mount: None, asked: false })
     }
 
     /// Starts daemons until nothing is to be started any more.
     async fn watch(&mut self, tell: &mut Tell<'_>) -> Result<(), (Exit, String)> {
         let mut again = false;
         loop {
-            let (pid, status) = self.live(again, tell).await?;
+            let lived = match self.live(again, tell).await {
+                Ok((pid, status)) => Life { pid, how: self.describe(status), status: Some(status) },
+                // For want of memory or processes, which may be what the last one died of.
+                Err(e) if again => Life { pid: 0, how: format!("cannot be started: {e}"), status: None },
+                Err(e) => return Err((Exit::Failure, format!("the daemon cannot be started: {e}"))),
+            };
+            let mount = self.what_is_left(again, &lived).await;
             again = true;
-            if let Some(mount) = last_mount(&self.guarded.state, pid) {
-                self.mount = Some(mount);
-            }
-            let ended =
-                Ended { was_live: self.mount.is_some(), asked: self.asked, mount: self.presence().await };
-            let next = self.policy.next(ended, Instant::now());
-            let how = describe(status, self.guarded.log.as_deref());
-            match next {
-                Next::End => return as_daemon(status),
+            let ended = Ended { was_live: self.mount.is_some(), asked: self.asked, mount };
+            let end = || lived.status.map_or(Ok(()), as_daemon);
+            match self.policy.next(ended, Instant::now()) {
+                Next::End => return end(),
                 Next::Remove => {
                     self.remove_dead();
-                    return as_daemon(status);
+                    return end();
                 }
-                Next::Stay if self.guarded.restart && !self.hidden => {
-                    return Err(self.stays(pid, &how, Then::WouldShow));
+                Next::Stay => return Err(self.stays(&lived, Then::Stays)),
+                Next::GiveUp => return Err(self.stays(&lived, Then::GaveUp)),
+                Next::Restart(_) if !(self.direct || self.placeholder.is_some()) => {
+                    return Err(self.stays(&lived, Then::WouldShow));
                 }
-                Next::Stay => return Err(self.stays(pid, &how, Then::Stays)),
-                Next::GiveUp => return Err(self.stays(pid, &how, Then::GaveUp)),
                 Next::Restart(pause) => {
-                    self.note(pid, &how, Then::Restarts);
-                    log::error!("the daemon (process {pid}) died: {how}; starting it again");
+                    self.note(&lived, Then::Restarts);
+                    log::error!("the daemon (process {}) died: {}; starting it again", lived.pid, lived.how);
                     if !self.wait(pause).await {
                         self.remove_dead();
                         return Ok(());
@@ -184,10 +193,39 @@ impl Guardian {
         }
     }
 
+    fn describe(&self, status: ExitStatus) -> String {
+        describe(status, self.guarded.log.as_deref())
+    }
+
+    /// What became of the mount when a daemon has ended.
+    async fn what_is_left(&mut self, again: bool, lived: &Life) -> Presence {
+        let noted = last_mount(&self.guarded.state, lived.pid);
+        let is_new = noted.is_some();
+        self.mount = noted.or(self.mount.take());
+        let left = self.presence().await;
+        // A daemon that dies while it replaces the dead mount has taken that away and noted no mount of its own.
+        let unmounted = Some(i32::from(Exit::NotMounted.code()));
+        let in_order = lived.status.is_some_and(|s| s.success() || s.code() == unmounted)
+            || noted_end(&self.guarded.state, lived.pid);
+        if left == Presence::Gone && again && !is_new && !in_order && self.is_held().await {
+            return Presence::Dead;
+        }
+        left
+    }
+
+    /// Whether a dead mount or our placeholder is at the mountpoint.
+    async fn is_held(&self) -> bool {
+        if self.placeholder.as_ref().is_some_and(Placeholder::is_there) {
+            return true;
+        }
+        let mountpoint = self.guarded.mountpoint.clone();
+        let ask = tokio::task::spawn_blocking(move || crate::fuse::is_gone(&mountpoint));
+        tokio::time::timeout(ANSWER, ask).await.is_ok_and(|asked| asked.unwrap_or(false))
+    }
+
     /// Starts a daemon and waits for its end.
-    async fn live(&mut self, again: bool, tell: &mut Tell<'_>) -> Result<(u32, ExitStatus), (Exit, String)> {
-        let failed = |e: std::io::Error| (Exit::Failure, format!("the daemon cannot be started: {e}"));
-        let mut child = self.launch.start(again).map_err(failed)?;
+    async fn live(&mut self, again: bool, tell: &mut Tell<'_>) -> std::io::Result<(u32, ExitStatus)> {
+        let mut child = self.launch.start(again)?;
         let pid = child.id().unwrap_or(0);
         let mut line = child.stdout.take().map(|pipe| BufReader::new(pipe).lines());
         let mut look = tokio::time::interval(LOOK_EVERY);
@@ -211,7 +249,13 @@ impl Guardian {
                 }
                 signal = self.signals.next() => {
                     self.asked |= signal != libc::SIGHUP;
-                    pass_on(&child, signal);
+                    if signal == libc::SIGHUP && self.guarded.log.is_some() {
+                        reopen_log(self.guarded.log.as_deref());
+                    }
+                    // Before it is live, the daemon may not have caught SIGHUP yet.
+                    if signal != libc::SIGHUP || covered {
+                        pass_on(&child, signal);
+                    }
                 }
                 _ = look.tick(), if covered && self.placeholder.is_some() => {
                     // Somebody unmounted the volume. What the daemon still does is nobody's business.
@@ -219,7 +263,7 @@ impl Guardian {
                         self.placeholder = None;
                     }
                 }
-                status = child.wait() => return Ok((pid, status.map_err(failed)?)),
+                status = child.wait() => return Ok((pid, status?)),
             }
         }
     }
@@ -267,8 +311,9 @@ impl Guardian {
     }
 
     /// Notes a death after which the mount stays dead; returns how the guardian ends.
-    fn stays(&mut self, pid: u32, how: &str, then: Then) -> (Exit, String) {
-        self.note(pid, how, then);
+    fn stays(&mut self, lived: &Life, then: Then) -> (Exit, String) {
+        self.note(lived, then);
+        let (pid, how) = (lived.pid, &lived.how);
         // Unserved from now on, it still hides the folder below.
         std::mem::forget(self.placeholder.take());
         let exit = if then == Then::GaveUp { Exit::Crashed } else { Exit::Failure };
@@ -282,8 +327,8 @@ impl Guardian {
         (exit, message)
     }
 
-    fn note(&self, pid: u32, how: &str, then: Then) {
-        let note = CrashNote { at: unix_now(), pid, how: how.to_owned(), then };
+    fn note(&self, lived: &Life, then: Then) {
+        let note = CrashNote { at: unix_now(), pid: lived.pid, how: lived.how.clone(), then };
         if let Err(e) = note_crash(&self.guarded.state, &note) {
             log::warn!("the death of the daemon cannot be noted in {}: {e}", self.guarded.state.display());
         }

@@ -155,36 +155,82 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         damaged: plan.damaged.clone(),
         reasons: Vec::new(),
     };
-    let mut flawed: Option<(&Start, SegmentNo, Vec<Flaw>)> = None;
+    let mut best: Option<Best<'_>> = None;
+    let mut states = 0;
     for start in &plan.starts {
-        // One that ends earlier would be an older state: worse than one with flaws.
-        if flawed.as_ref().is_some_and(|(_, reached, _)| start.last < *reached) {
+        if best.as_ref().is_some_and(|best| !best.may_be_outdone_by(start)) {
             continue;
         }
+        if states == MOST_STATES {
+            break;
+        }
+        // The tables are taken from the best one by now.
+        best.iter_mut().for_each(|best| best.held = None);
         let state = match load.attempt(start, sink).await {
             Ok(state) => state,
             // There is one that can be used, so this one need not be reached.
-            Err(e @ (LoadError::Unavailable { .. } | LoadError::Newer { .. })) if flawed.is_some() => {
+            Err(e @ (LoadError::Unavailable { .. } | LoadError::Newer { .. })) if best.is_some() => {
                 load.reasons.push(format!("{} was not tried: {e}", describe(start)));
                 continue;
             }
             Err(e) => return Err(e),
         };
         let Some(state) = state else { continue };
-        if flawed.as_ref().is_some_and(|(_, reached, _)| state.last < *reached) {
-            continue;
-        }
+        states += 1;
         let flaws = sink.flaws(plan.volume.block_size);
-        let Some(flaw) = flaws.first() else { return load.finish(start, state, flaws).await };
-        load.reasons.push(format!("{} gives tables that contradict themselves: {flaw}", describe(start)));
-        if flawed.as_ref().is_none_or(|(_, _, others)| badness(&flaws) < badness(others)) {
-            flawed = Some((start, state.last, flaws));
+        let found =
+            Best { start, reached: state.last, short: state.lost.is_some(), flaws, held: Some(state) };
+        if let Some(flaw) = found.flaws.first() {
+            load.reasons.push(format!("{} gives tables that contradict themselves: {flaw}", describe(start)));
+        }
+        if best.as_ref().is_none_or(|best| found.outdoes(best)) {
+            let enough = found.is_enough();
+            best = Some(found);
+            if enough {
+                break;
+            }
         }
     }
-    let Some((start, _, flaws)) = flawed else { return Err(LoadError::Nothing(load.reasons)) };
-    match load.attempt(start, sink).await? {
-        Some(state) => load.finish(start, state, flaws).await,
+    let Some(best) = best else { return Err(LoadError::Nothing(load.reasons)) };
+    let state = match best.held {
+        Some(state) => Some(state),
+        None => load.attempt(best.start, sink).await?,
+    };
+    match state {
+        Some(state) => load.finish(best.start, state, best.flaws).await,
         None => Err(LoadError::Nothing(load.reasons)),
+    }
+}
+
+/// Starts from which a state is loaded at most: each costs a replay.
+const MOST_STATES: usize = 4;
+
+/// The best state so far.
+struct Best<'a> {
+    start: &'a Start,
+    reached: SegmentNo,
+    /// A segment on the way is lost.
+    short: bool,
+    flaws: Vec<Flaw>,
+    /// Set while its tables are in the sink.
+    held: Option<State>,
+}
+
+impl Best<'_> {
+    /// Nothing better is to be looked for. What most replicas begin with may have flaws that are harmless: every start
+    /// would show them.
+    fn is_enough(&self) -> bool {
+        !self.short && badness(&self.flaws).0 == 0 && (self.flaws.is_empty() || self.start.agreed)
+    }
+
+    /// A start that ends earlier gives an older state: worse than one with flaws.
+    fn may_be_outdone_by(&self, start: &Start) -> bool {
+        start.last > self.reached || start.last == self.reached && !self.flaws.is_empty()
+    }
+
+    fn outdoes(&self, other: &Best<'_>) -> bool {
+        let (mine, theirs) = (badness(&self.flaws), badness(&other.flaws));
+        self.reached > other.reached && mine.0 <= theirs.0 || self.reached >= other.reached && mine < theirs
     }
 }
 

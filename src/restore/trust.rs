@@ -107,6 +107,8 @@ pub(super) fn choose(
         }
     }
     let mut newer = Vec::new();
+    // Epochs that count because this folder claimed them: they say nothing of what others have claimed before.
+    let mut alone = BTreeSet::new();
     let epochs: BTreeSet<Epoch> = usable.iter().flat_map(|(_, f)| f.claims.keys().copied()).collect();
     for epoch in epochs.into_iter().filter(|e| *e <= end) {
         let (candidates, of) = (candidates(usable, volume, epoch), voters(usable, epoch));
@@ -119,13 +121,17 @@ pub(super) fn choose(
             chosen.warnings.push(contested(epoch, &candidates, best, name));
         }
         if let Some(best) = best {
+            if !is_majority(candidates[best].holders.len(), of) {
+                alone.insert(epoch);
+            }
             chosen.claims.insert(epoch, candidates[best].claim.clone());
             chosen.firsts.insert(epoch, candidates[best].claim.first_segment);
         }
         newer.extend(candidates.into_iter().enumerate().filter(|(i, _)| best != Some(*i)).map(|(_, c)| c));
     }
     infer(usable, end, trust, name, &mut chosen);
-    minority(usable, trust, newer, name, &mut chosen);
+    let top = chosen.firsts.keys().rev().find(|e| !alone.contains(e)).copied().unwrap_or_default();
+    minority(usable, trust, (newer, top), name, &mut chosen);
     chosen
 }
 
@@ -231,15 +237,14 @@ fn infer(
     }
 }
 
-/// What becomes of claims that a minority holds.
+/// What becomes of claims that a minority holds. Those up to `top` are superseded by one that counts.
 fn minority(
     usable: &[(usize, &Found)],
     trust: &Trust,
-    candidates: Vec<Candidate<'_>>,
+    (candidates, top): (Vec<Candidate<'_>>, Epoch),
     name: &dyn Fn(usize) -> ReplicaName,
     chosen: &mut Chosen,
 ) {
-    let top = chosen.firsts.keys().next_back().copied().unwrap_or_default();
     let rivals = |epoch: Epoch| candidates.iter().filter(|c| c.claim.epoch == epoch).count();
     for candidate in &candidates {
         let claim = candidate.claim;

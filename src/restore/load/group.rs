@@ -206,22 +206,33 @@ fn named_checkpoint(op: &Op) -> Option<((SegmentNo, Epoch), ManifestHash)> {
     }
 }
 
-/// Fetches the records of a segment once more.
+/// Fetches the records of a segment once more: from the holder that had them, or from another one that has the same.
 async fn again(
     reader: &Reader,
     place: &Place,
     holder: usize,
     seen: &SegmentSeen,
 ) -> Result<Result<RecordLog, String>, LoadError> {
-    let others = place.holders.iter().map(|(h, _)| *h).filter(|h| *h != holder).collect();
     let object = ObjectName::Segment(place.number, place.epoch);
-    let fetched = reader.begin(place, others, When::Needed).join().await?;
-    // What is damaged now was reported, or was whole, when it was read first.
-    Ok(match settle(&object, fetched, &mut Vec::new())? {
-        Ok(meta) if Some(meta.footer.hash) == seen.hash => Ok(meta.records),
-        Ok(_) => Err(format!("{object}: it is another one than a moment ago")),
-        Err(why) => Err(format!("{object}: {why}")),
-    })
+    let all: Vec<usize> = place.holders.iter().map(|(h, _)| *h).collect();
+    let (mut away, mut whys) = (None, Vec::new());
+    let others = all.iter().copied().filter(|h| *h != holder);
+    for asked in std::iter::once(holder).chain(others) {
+        let without = all.iter().copied().filter(|h| *h != asked).collect();
+        let fetched = reader.begin(place, without, When::Needed).join().await?;
+        // What is damaged now was reported, or was whole, when it was read first.
+        match settle(&object, fetched, &mut Vec::new()) {
+            Ok(Ok(meta)) if Some(meta.footer.hash) == seen.hash => return Ok(Ok(meta.records)),
+            Ok(Ok(_)) => whys.push("it is another one than a moment ago".to_owned()),
+            Ok(Err(why)) => whys.push(why),
+            Err(e) => away = Some(e),
+        }
+    }
+    match away {
+        // It may be whole there.
+        Some(e) => Err(e),
+        None => Ok(Err(format!("{object}: {}", whys.join("; ")))),
+    }
 }
 
 /// Gathers changes for the sink.
