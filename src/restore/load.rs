@@ -155,6 +155,8 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         damaged: plan.damaged.clone(),
         reasons: Vec::new(),
     };
+    // What most replicas hold, as far as any start leads.
+    let goal = plan.starts.iter().map(|s| s.last).max().unwrap_or_default().min(plan.agreed);
     let mut best: Option<Best<'_>> = None;
     let mut states = 0;
     for start in &plan.starts {
@@ -178,13 +180,12 @@ pub async fn load(plan: &Plan, stores: &[Store], sink: &mut dyn Sink) -> Result<
         let Some(state) = state else { continue };
         states += 1;
         let flaws = sink.flaws(plan.volume.block_size);
-        let found =
-            Best { start, reached: state.last, short: state.lost.is_some(), flaws, held: Some(state) };
+        let found = Best { start, reached: state.last, flaws, held: Some(state) };
         if let Some(flaw) = found.flaws.first() {
             load.reasons.push(format!("{} gives tables that contradict themselves: {flaw}", describe(start)));
         }
         if best.as_ref().is_none_or(|best| found.outdoes(best)) {
-            let enough = found.is_enough();
+            let enough = found.is_enough(goal);
             best = Some(found);
             if enough {
                 break;
@@ -209,8 +210,6 @@ const MOST_STATES: usize = 4;
 struct Best<'a> {
     start: &'a Start,
     reached: SegmentNo,
-    /// A segment on the way is lost.
-    short: bool,
     flaws: Vec<Flaw>,
     /// Set while its tables are in the sink.
     held: Option<State>,
@@ -219,8 +218,8 @@ struct Best<'a> {
 impl Best<'_> {
     /// Nothing better is to be looked for. What most replicas begin with may have flaws that are harmless: every start
     /// would show them.
-    fn is_enough(&self) -> bool {
-        !self.short && badness(&self.flaws).0 == 0 && (self.flaws.is_empty() || self.start.agreed)
+    fn is_enough(&self, goal: SegmentNo) -> bool {
+        self.reached >= goal && badness(&self.flaws).0 == 0 && (self.flaws.is_empty() || self.start.agreed)
     }
 
     /// A start that ends earlier gives an older state: worse than one with flaws.

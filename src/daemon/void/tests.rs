@@ -82,3 +82,30 @@ async fn a_state_is_used_again_and_its_own_claims_are_safe() {
     let nowhere = void_claim(&a, &[], Some(std::path::Path::new("/nowhere")), forged.epoch, true).await;
     assert_eq!(nowhere.unwrap_err().exit_code(), Exit::Usage);
 }
+
+#[tokio::test]
+async fn a_forged_claim_of_our_own_epoch_goes_without_what_we_have_written() {
+    let (own, forged) = (claim(3, 1, 1), claim(3, 9, 1));
+    let a = replica("a", std::slice::from_ref(&forged)).await;
+    let segment = ObjectName::Segment(SegmentNo(1), Epoch(3)).path();
+    a.put(&segment, Bytes::from_static(b"ours")).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let state = StateDir::lock(dir.path()).unwrap();
+        let mut local = Local::new(volume(1), vec![own.clone()], false);
+        local.own_since = Epoch(3);
+        local.fenced = Some(FenceNote {
+            at: 7,
+            replica: "a".parse().unwrap(),
+            epoch: forged.epoch,
+            claim: Some(forged.clone()),
+            first_segment: None,
+            text: "taken over".into(),
+        });
+        state.write(&local).unwrap();
+    }
+    let report = void_claim(&a, &[], Some(dir.path()), forged.epoch, true).await.unwrap();
+    assert!(report.removed && report.segments == 0);
+    assert_eq!(objects(&a).await, [segment, "volume.json".into()]);
+    assert!(StateDir::lock(dir.path()).unwrap().read().unwrap().unwrap().fenced.is_none());
+}

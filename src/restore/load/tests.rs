@@ -547,6 +547,29 @@ async fn what_the_log_says_of_a_checkpoint_counts_more_than_its_holders() {
 }
 
 #[tokio::test]
+async fn a_named_checkpoint_on_one_replica_is_better_than_an_older_state() {
+    for gone in [true, false] {
+        let mut world = five(3).await;
+        let hash = world.checkpoint().await;
+        world.name_checkpoint(hash).await;
+        let manifest = ObjectName::CheckpointManifest(SegmentNo(8), Epoch(1)).path();
+        for replica in [1, 2] {
+            world.delete(replica, &manifest).await;
+        }
+        // A segment before the checkpoint is missing, or damaged, everywhere.
+        let path = world.segment(SegmentNo(3));
+        for replica in 0..3 {
+            match gone {
+                true => world.delete(replica, &path).await,
+                false => world.shorten(replica, &path, 20).await,
+            }
+        }
+        let loaded = loads(&world, 9).await;
+        assert_eq!(loaded.checkpoint, Some((SegmentNo(8), Epoch(1))), "{gone}: {:?}", loaded.warnings);
+    }
+}
+
+#[tokio::test]
 async fn a_minority_alone_is_used_only_when_it_is_named_alone() {
     let world = five(3).await;
     forge(&world, 2, 8).await;

@@ -157,3 +157,19 @@ fn junk_names_of_segments_begin_no_epoch() {
     e.claims.remove(&Epoch(2));
     assert_eq!(by(&[&d, &e, &b]).firsts[&Epoch(3)], SegmentNo(1), "lost on two of three");
 }
+
+#[test]
+fn our_own_later_claim_does_not_hide_what_a_minority_holds() {
+    // An interrupted takeover has left our claim of epoch 4 on r0. Another writer's claim of epoch 3 is on r0, too.
+    let mut first = found(Holds::Extends);
+    let ours = claim(4, 7, 10);
+    first.claims.insert(Epoch(4), ours.clone());
+    first.claimed.insert(Epoch(4));
+    let second = found(Holds::Less);
+    let usable = [(0, &first), (1, &second)];
+    let by = |trust| choose(&usable, volume(1).volume, std::slice::from_ref(&ours), trust, &name);
+    let asked = by(&Trust::Majority);
+    assert_eq!(asked.doubts.len(), 1, "{:?}", asked.doubts);
+    assert!(asked.doubts[0].what.contains("epoch 3"), "{:?}", asked.doubts);
+    assert_eq!(third(&by(&Trust::Follow)), Some(3), "a person has said to follow it");
+}
