@@ -10,7 +10,7 @@ use crate::checkpoint::{Begin, End, Finished, dump};
 use crate::format::local::SegmentValue;
 use crate::format::segment::SegmentHash;
 use crate::format::tables::{checkpoint_key, segment_key};
-use crate::ids::{Epoch, Lsn, SegmentNo, VolumeId};
+use crate::ids::{Epoch, SegmentNo, VolumeId};
 use crate::journal::{Journal, JournalError};
 use crate::replica::{Staged, StagedKind};
 use crate::txg::{CutSource, Sealer, Staging};
@@ -69,9 +69,14 @@ impl Checkpoints {
             log::debug!("a checkpoint is due, and put off for want of space");
             return Ok(());
         }
+        let last = self.segment(mark.segment)?;
+        if last.epoch != self.epoch {
+            // Sealed by an earlier mount. A checkpoint of our epoch under its number would belong to no branch.
+            return Ok(());
+        }
         let begin = Begin {
             volume: self.volume,
-            lsn: self.commit_of(mark.segment)?,
+            lsn: last.commit,
             replay_from: mark.segment.next(),
             previous: SegmentHash(mark.blake3),
         };
@@ -98,11 +103,11 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// What a sealed segment commits.
-    fn commit_of(&self, number: SegmentNo) -> Result<Lsn, String> {
+    /// What the tables say of a sealed segment.
+    fn segment(&self, number: SegmentNo) -> Result<SegmentValue, String> {
         let value = self.journal.get(&segment_key(number)).map_err(|e| e.to_string())?;
         let value = value.ok_or_else(|| format!("segment {number} is not in the tables"))?;
-        Ok(SegmentValue::decode(&value).map_err(|e| e.to_string())?.commit)
+        SegmentValue::decode(&value).map_err(|e| e.to_string())
     }
 
     /// Dumps the tables and seals the group that makes the dump usable.
@@ -114,7 +119,7 @@ impl Checkpoints {
         let cut = self.source.cut()?;
         let sealed = sealer.seal(&cut, super::wall_clock()).map_err(|e| e.to_string())?;
         let number = sealer.mark().segment;
-        let commit_lsn = self.commit_of(number)?;
+        let commit_lsn = self.segment(number)?.commit;
         // Nothing sealed: nothing replicated has changed since the last group, and the scan saw
         // exactly that.
         let lsn = if sealed.is_some() { seen } else { begin.lsn };
