@@ -128,7 +128,7 @@ fn located(mount: &Mount, all: &[Mount], registry: &Registry) -> Located {
     Located { mountpoint: mount.mountpoint.clone(), user: mount.user, entry: registry.find(mount, all) }
 }
 
-fn read_mounts() -> Result<Vec<Mount>, CommandError> {
+pub(super) fn read_mounts() -> Result<Vec<Mount>, CommandError> {
     mounts::all()
         .map_err(|error| CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}")))
 }

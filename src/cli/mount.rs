@@ -296,7 +296,8 @@ fn prepare(args: &Args, arguments: &[OsString]) -> Result<Prepared, CommandError
 
 /// The process that [`background::start`] started: reports once on what was its standard output, and guards.
 fn run_guardian_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
-    let report = take_report(Way::Background)?;
+    // It ends with the command that started it, until the mount is live.
+    let report = take_report(true)?;
     let (prepared, report) = prepare_or_report(args, arguments, report)?;
     let Prepared { config, checked, cwd, .. } = prepared;
     guard(guarded(&config, &checked.path, cwd, arguments, Way::Background), |line| match line {
@@ -307,23 +308,22 @@ fn run_guardian_in_background(args: &Args, arguments: &[OsString]) -> Outcome {
 
 /// The process that the guardian started: reports once on what was its standard output, and serves.
 fn run_daemon(args: &Args, arguments: &[OsString]) -> Outcome {
-    let way = if args.foreground { Way::Foreground } else { Way::Background };
-    let report = take_report(Way::Foreground)?;
+    let report = take_report(false)?;
     let (prepared, report) = prepare_or_report(args, arguments, report)?;
     let Prepared { config, checked, takeover, .. } = prepared;
     let ready: Ready = Box::new(move |outcome| match outcome {
         Ok(info) => report.ready(&info),
         Err(error) => report.failed(error.exit_code(), &error.to_string()),
     });
-    let log = (way == Way::Background).then(|| config.state.join(background::LOG));
+    let log = (!args.foreground).then(|| config.state.join(background::LOG));
     let mount = MountArgs { mountpoint: checked.path, takeover, log, replaces: args.restarted };
     Ok(daemon::run(config, mount, ready)?)
 }
 
-/// A guardian in the background ends with the command that started it, until the mount is live.
-fn take_report(way: Way) -> Result<Report, CommandError> {
+/// See [`Report::take`].
+fn take_report(follow: bool) -> Result<Report, CommandError> {
     let failed = |error| CommandError::new(Exit::Failure, format!("cannot run in the background: {error}"));
-    Report::take(way == Way::Background).map_err(failed)
+    Report::take(follow).map_err(failed)
 }
 
 fn prepare_or_report(

@@ -39,18 +39,13 @@ pub(super) fn check(given: &Path, cwd: &Path, config: &Config) -> Result<Checked
 
 /// The same for a daemon, whose own guardian may hold the place.
 pub(super) fn check_for_daemon(given: &Path, cwd: &Path, config: &Config) -> Result<Checked, CommandError> {
-    check_against(&cwd.join(given), config, &read_mounts()?)
-}
-
-fn read_mounts() -> Result<Vec<Mount>, CommandError> {
-    mounts::all()
-        .map_err(|error| CommandError::new(Exit::Failure, format!("cannot read the list of mounts: {error}")))
+    check_against(&cwd.join(given), config, &locate::read_mounts()?)
 }
 
 /// Waits for the guardian of an earlier mount at `path` to let go of it, if one holds the place.
 fn wait_for_guardian(path: &Path) -> Result<(), CommandError> {
     let begin = Instant::now();
-    while mounts::at(&read_mounts()?, path).is_some_and(Mount::is_placeholder) && !is_dead(path) {
+    while mounts::at(&locate::read_mounts()?, path).is_some_and(Mount::is_placeholder) && !is_dead(path) {
         if begin.elapsed() > GUARDIAN_ENDS {
             let shown = path.display();
             let message = format!(

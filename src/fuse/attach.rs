@@ -119,24 +119,17 @@ pub(super) fn can_open_device() -> bool {
     OpenOptions::new().read(true).write(true).open(DEVICE).is_ok()
 }
 
-/// A mount that the kernel has made.
-pub(super) struct Attached {
-    /// The descriptor to serve.
-    pub device: OwnedFd,
-    /// Not in the tree yet: [`Attached::settle`] puts it there.
-    detached: Option<(Detached, DeadMount)>,
+/// A mount that is served and not in the tree yet.
+pub(super) struct Pending {
+    mount: Detached,
+    dead: DeadMount,
 }
 
-impl Attached {
-    fn in_place(device: OwnedFd) -> Self {
-        Self { device, detached: None }
-    }
-
-    /// Puts the mount in the place of the dead one it replaces, if it is not in the tree yet. To be called when it is served.
-    pub fn settle(detached: Option<(Detached, DeadMount)>) -> Result<(), MountError> {
-        let Some((mount, dead)) = detached else { return Ok(()) };
-        let path = dead.mountpoint();
-        match mount.take_place_of(&dead) {
+impl Pending {
+    /// Puts it in the place of the dead mount that it replaces.
+    pub fn settle(self) -> Result<(), MountError> {
+        let path = self.dead.mountpoint();
+        match self.mount.take_place_of(&self.dead) {
             Ok(swap) => {
                 log::info!("the mount at {} took the place of the dead one ({swap:?})", path.display());
                 Ok(())
@@ -145,15 +138,13 @@ impl Attached {
             Err(e) => Err(MountError::Refused { path: path.to_owned(), why: e.to_string() }),
         }
     }
-
-    /// The descriptor, and what [`Attached::settle`] needs.
-    pub fn split(self) -> (OwnedFd, Option<(Detached, DeadMount)>) {
-        (self.device, self.detached)
-    }
 }
 
-/// Has the kernel make a mount for `target`.
-pub(super) fn attach(target: Target, options: &MountOptions) -> Result<Attached, MountError> {
+/// Has the kernel make a mount for `target`. Returns the descriptor to serve, and what is left to do when it is served.
+pub(super) fn attach(
+    target: Target,
+    options: &MountOptions,
+) -> Result<(OwnedFd, Option<Pending>), MountError> {
     if !Path::new(DEVICE).exists() {
         return Err(MountError::NoFuse(format!("{DEVICE} is not there; load it with: modprobe fuse")));
     }
@@ -163,7 +154,7 @@ pub(super) fn attach(target: Target, options: &MountOptions) -> Result<Attached,
             let made = target.dead.is_some().then(|| replace::make(options, &device));
             match (made, target.dead) {
                 (Some(Ok(mount)), Some(dead)) => {
-                    return Ok(Attached { device: device.into(), detached: Some((mount, dead)) });
+                    return Ok((device.into(), Some(Pending { mount, dead })));
                 }
                 (Some(Err(e)), _) if !matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
                     return Err(MountError::Refused { path: mountpoint.clone(), why: e.to_string() });
@@ -172,7 +163,7 @@ pub(super) fn attach(target: Target, options: &MountOptions) -> Result<Attached,
                 _ => {}
             }
             if mount_directly(mountpoint, options, &device)? {
-                return Ok(Attached::in_place(device.into()));
+                return Ok((device.into(), None));
             }
         }
         // The helper may have the right to open it.
@@ -180,7 +171,7 @@ pub(super) fn attach(target: Target, options: &MountOptions) -> Result<Attached,
         Err(e) => return Err(MountError::NoFuse(format!("{DEVICE} cannot be opened: {e}"))),
     }
     detach_dead_by_helper(mountpoint)?;
-    mount_by_helper(mountpoint, options, SUBTYPE).map(Attached::in_place)
+    mount_by_helper(mountpoint, options, SUBTYPE).map(|device| (device, None))
 }
 
 /// Takes dead mounts of ours away, as the helper can only mount where it gets an answer. What shows then is the guardian's

@@ -191,12 +191,12 @@ pub fn mount(
         return Err(MountError::Unmounted(target.path));
     }
     let path = target.path.clone();
-    let (device, detached) = attach::attach(target, options)?.split();
-    let in_tree = detached.is_none();
+    let (device, pending) = attach::attach(target, options)?;
+    let in_tree = pending.is_none();
     let failed = |e: io::Error| MountError::Refused { path: mountpoint.to_owned(), why: e.to_string() };
     let begin = || {
         let serving = serve(fs, device, options).map_err(failed)?;
-        attach::Attached::settle(detached)?;
+        pending.map_or(Ok(()), attach::Pending::settle)?;
         Ok(serving.into_session(&path, options))
     };
     begin().inspect_err(|_| {

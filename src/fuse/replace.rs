@@ -17,7 +17,7 @@ use rustix::mount::{
 
 use super::MountOptions;
 use super::identity::DeadMount;
-use super::mountinfo::FSTYPE;
+use super::mountinfo::{FSTYPE, SUBTYPE};
 
 /// A mount that is nowhere in the tree yet.
 #[derive(Debug)]
@@ -40,11 +40,10 @@ pub(super) fn make(options: &MountOptions, device: &File) -> io::Result<Detached
     let context = fsopen(FSTYPE, FsOpenFlags::FSOPEN_CLOEXEC)?;
     // SAFETY: these calls have no preconditions.
     let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
-    let subtype = FSTYPE.split_once('.').map_or(FSTYPE, |(_, subtype)| subtype);
     let rootmode = format!("{:o}", libc::S_IFDIR);
     for (key, value) in [
         ("source", options.fsname.as_str()),
-        ("subtype", subtype),
+        ("subtype", SUBTYPE),
         ("fd", &device.as_raw_fd().to_string()),
         ("rootmode", &rootmode),
         ("user_id", &uid.to_string()),

@@ -16,6 +16,22 @@ async fn replica(name: &str, claims: &[Claim]) -> Store {
     store
 }
 
+/// A state folder of the writer of `own`, fenced by `by`.
+fn fenced_state(dir: &std::path::Path, own: &Claim, by: &Claim) {
+    let state = StateDir::lock(dir).unwrap();
+    let mut local = Local::new(volume(1), vec![own.clone()], false);
+    local.own_since = own.epoch;
+    local.fenced = Some(FenceNote {
+        at: 7,
+        replica: "a".parse().unwrap(),
+        epoch: by.epoch,
+        claim: Some(by.clone()),
+        first_segment: None,
+        text: "taken over".into(),
+    });
+    state.write(&local).unwrap();
+}
+
 async fn objects(store: &Store) -> Vec<String> {
     store.list("").await.unwrap().into_iter().map(|o| o.path).collect()
 }
@@ -53,20 +69,7 @@ async fn a_state_is_used_again_and_its_own_claims_are_safe() {
     let (own, forged) = (claim(3, 1, 1), claim(4, 9, 1));
     let a = replica("a", &[own.clone(), forged.clone()]).await;
     let dir = tempfile::tempdir().unwrap();
-    {
-        let state = StateDir::lock(dir.path()).unwrap();
-        let mut local = Local::new(volume(1), vec![own.clone()], false);
-        local.own_since = Epoch(3);
-        local.fenced = Some(FenceNote {
-            at: 7,
-            replica: "a".parse().unwrap(),
-            epoch: forged.epoch,
-            claim: Some(forged.clone()),
-            first_segment: None,
-            text: "taken over".into(),
-        });
-        state.write(&local).unwrap();
-    }
+    fenced_state(dir.path(), &own, &forged);
     let fenced = || StateDir::lock(dir.path()).unwrap().read().unwrap().unwrap().fenced.is_some();
     let ask = |epoch, discard| void_claim(&a, &[], Some(dir.path()), epoch, discard);
     let refused = ask(own.epoch, true).await.unwrap_err();
@@ -90,20 +93,7 @@ async fn a_forged_claim_of_our_own_epoch_goes_without_what_we_have_written() {
     let segment = ObjectName::Segment(SegmentNo(1), Epoch(3)).path();
     a.put(&segment, Bytes::from_static(b"ours")).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
-    {
-        let state = StateDir::lock(dir.path()).unwrap();
-        let mut local = Local::new(volume(1), vec![own.clone()], false);
-        local.own_since = Epoch(3);
-        local.fenced = Some(FenceNote {
-            at: 7,
-            replica: "a".parse().unwrap(),
-            epoch: forged.epoch,
-            claim: Some(forged.clone()),
-            first_segment: None,
-            text: "taken over".into(),
-        });
-        state.write(&local).unwrap();
-    }
+    fenced_state(dir.path(), &own, &forged);
     let report = void_claim(&a, &[], Some(dir.path()), forged.epoch, true).await.unwrap();
     assert!(report.removed && report.segments == 0);
     assert_eq!(objects(&a).await, [segment, "volume.json".into()]);
